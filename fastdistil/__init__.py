@@ -1,0 +1,9 @@
+"""fastdistil: DistilBERT encoders on packed rows, exact and fast."""
+
+from fastdistil import ops
+from fastdistil.config import DistilBertConfig
+from fastdistil.model import DistilBertModel
+from fastdistil.tokenizer import DistilBertTokenizer
+
+__version__ = "0.1.0"
+__all__ = ["DistilBertConfig", "DistilBertModel", "DistilBertTokenizer", "ops"]

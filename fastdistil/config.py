@@ -1,0 +1,269 @@
+"""DistilBertConfig: transformers' fields, aliases, label maps and file format, with values checked when given."""
+
+import copy
+import json
+import math
+import numbers
+from pathlib import Path
+from typing import Any, ClassVar
+
+# activation name in a checkpoint (transformers' ACT2FN) -> the form our ops compute
+ACTIVATION_ALIASES = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# what a BERT configuration calls our fields
+BERT_FIELDS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+# sizes beyond these are a broken file, not a model
+LIMITS = {
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**20,
+    "n_layers": 1024,
+    "n_heads": 4096,
+    "dim": 2**16,
+    "hidden_dim": 2**18,
+}
+
+
+class DistilBertConfig:
+    """Configuration of a DistilBERT model, field for field as in transformers (`DistilBertConfig`).
+
+    Sizes: vocab_size, max_position_embeddings (longest input, in tokens), n_layers, n_heads, dim (hidden width, a
+    multiple of n_heads), hidden_dim (FFN width). activation: gelu, gelu_new, relu, silu, or the aliases gelu_fast,
+    gelu_pytorch_tanh, swish. sinusoidal_pos_embds: fixed sine positions instead of learned ones. layer_norm_eps is
+    1e-12 in every DistilBERT; converted BERT checkpoints may bring another.
+
+    hidden_size, num_hidden_layers and num_attention_heads are aliases. Unknown keywords become attributes and are
+    saved. Raises ValueError or TypeError naming the field.
+    """
+
+    model_type: ClassVar[str] = "distilbert"
+    _aliases: ClassVar[dict[str, str]] = {
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        max_position_embeddings: int = 512,
+        sinusoidal_pos_embds: bool = False,
+        n_layers: int = 6,
+        n_heads: int = 12,
+        dim: int = 768,
+        hidden_dim: int = 3072,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        activation: str = "gelu",
+        initializer_range: float = 0.02,
+        qa_dropout: float = 0.1,
+        seq_classif_dropout: float = 0.2,
+        pad_token_id: int | None = 0,
+        *,
+        eos_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        tie_word_embeddings: bool = True,
+        layer_norm_eps: float = 1e-12,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+        chunk_size_feed_forward: int = 0,
+        architectures: list[str] | None = None,
+        id2label: dict | None = None,
+        label2id: dict | None = None,
+        num_labels: int | None = None,
+        problem_type: str | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        **kwargs: Any,
+    ):
+        given = dict(locals())
+        for name in ("self", "kwargs", "__class__", "id2label", "label2id", "num_labels", "dtype", "torch_dtype"):
+            given.pop(name, None)
+        for alias, name in self._aliases.items():
+            if alias in kwargs:
+                given[name] = kwargs.pop(alias)
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        # a torch.dtype is kept by name, as in the file
+        self.dtype = str(dtype if dtype is not None else torch_dtype or "").removeprefix("torch.") or None
+        self.id2label = {int(i): label for i, label in (id2label or {0: "LABEL_0", 1: "LABEL_1"}).items()}
+        self.label2id = label2id if label2id or id2label else {label: i for i, label in self.id2label.items()}
+        if num_labels is not None:
+            self.num_labels = num_labels
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+        self._validate()
+
+    # --- values -------------------------------------------------------------------------------------------------
+
+    def _validate(self) -> None:
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"config.{name} must be an integer, got {value!r}")
+            # a model without layers is the embeddings alone, which is allowed
+            lowest = 0 if name == "n_layers" else 1
+            if not lowest <= value <= limit:
+                raise ValueError(f"config.{name} is {value}; it must be from {lowest} to {limit}")
+        for name in ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"):
+            value = self._number(name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"config.{name} is {value}; a probability is from 0 to 1")
+        if not (math.isfinite(self._number("initializer_range")) and self.initializer_range >= 0):
+            raise ValueError(f"config.initializer_range is {self.initializer_range}; it must be 0 or more")
+        if not 0 < self._number("layer_norm_eps") < 1:
+            raise ValueError(f"config.layer_norm_eps is {self.layer_norm_eps}; it must be between 0 and 1")
+        if self.dim % self.n_heads:
+            raise ValueError(f"config.n_heads {self.n_heads} must divide config.dim {self.dim} evenly")
+        if self.dim // self.n_heads > 128:
+            raise ValueError(
+                f"config.dim {self.dim} over config.n_heads {self.n_heads} is a head size of "
+                f"{self.dim // self.n_heads}; the largest supported is 128"
+            )
+        if self.activation not in ACTIVATION_ALIASES:
+            raise ValueError(
+                f"config.activation {self.activation!r} is not supported; it must be one of "
+                f"{', '.join(ACTIVATION_ALIASES)}"
+            )
+        if not isinstance(self.sinusoidal_pos_embds, bool):
+            raise TypeError(f"config.sinusoidal_pos_embds must be true or false, got {self.sinusoidal_pos_embds!r}")
+        if self.pad_token_id is not None and not isinstance(self.pad_token_id, int):
+            raise TypeError(f"config.pad_token_id must be an integer or None, got {self.pad_token_id!r}")
+        chunk = self.chunk_size_feed_forward
+        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 0:
+            raise ValueError(f"config.chunk_size_feed_forward is {chunk!r}; it must be 0 or more")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"config.problem_type {self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}")
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError("config.problem_type single_label_classification needs more than one label")
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"config.{name} must be a number, got {value!r}")
+        return float(value)
+
+    def __getattr__(self, name: str) -> Any:  # only reached for what is not set
+        if name in self._aliases:
+            return getattr(self, self._aliases[name])
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, self._aliases.get(name, name), value)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, n: int) -> None:
+        if n != self.num_labels or self.label2id is None:
+            self.id2label = {i: f"LABEL_{i}" for i in range(n)}
+            self.label2id = {label: i for i, label in self.id2label.items()}
+
+    @property
+    def use_return_dict(self) -> bool:
+        return self.return_dict
+
+    # --- dictionaries and files ---------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute, plus model_type."""
+        return copy.deepcopy(self.__dict__) | {"model_type": self.model_type}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What a file holds: every DistilBERT field, and of the common ones those that are not at their default."""
+        default = type(self)().__dict__
+        common = (
+            "architectures chunk_size_feed_forward dtype id2label label2id layer_norm_eps output_attentions "
+            "output_hidden_states problem_type return_dict tie_word_embeddings eos_token_id bos_token_id"
+        ).split()
+        return {
+            k: v for k, v in self.to_dict().items() if not k.startswith("_") and (k not in common or v != default.get(k))
+        }
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | Path, use_diff: bool = True) -> None:
+        Path(path).write_text(self.to_json_string(use_diff), encoding="utf-8")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(directory) / "config.json")
+
+    def update(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+        self._validate()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> "DistilBertConfig":
+        """From a config.json's dictionary, of a DistilBERT or of a BERT that converts to one. Overrides win."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a configuration is a JSON object, got {type(values).__name__}")
+        values = dict(values)
+        model_type = values.pop("model_type", cls.model_type)
+        if model_type == "bert":
+            values = _from_bert(values)
+        elif model_type != cls.model_type:
+            raise ValueError(
+                f"model_type is {model_type!r}; fastdistil loads 'distilbert' and 'bert' checkpoints, whose encoders "
+                "it computes exactly, and no others"
+            )
+        if "num_labels" in overrides and "id2label" not in overrides:
+            values.pop("id2label", None), values.pop("label2id", None)
+        return cls(**(values | overrides))
+
+    @classmethod
+    def from_json_file(cls, path: str | Path, **overrides: Any) -> "DistilBertConfig":
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a JSON file: {error}") from error
+        try:
+            return cls.from_dict(values, **overrides)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DistilBertConfig) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __iter__(self):
+        return iter(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+def _from_bert(values: dict[str, Any]) -> dict[str, Any]:
+    if (positions := values.pop("position_embedding_type", "absolute")) != "absolute":
+        raise ValueError(f"position_embedding_type {positions!r} cannot be converted, only 'absolute' can")
+    for name in ("is_decoder", "add_cross_attention"):
+        if values.pop(name, False):
+            raise ValueError(f"{name} is true: only BERT encoders can be converted")
+    if values.pop("embedding_size", values.get("hidden_size")) != values.get("hidden_size"):
+        raise ValueError("embedding_size differs from hidden_size: factorised embeddings cannot be converted")
+    for name in ("type_vocab_size", "use_cache", "gradient_checkpointing", "classifier_dropout", "_name_or_path"):
+        values.pop(name, None)
+    values = {"num_hidden_layers": 12} | values  # BERT's default, where ours is 6; the other defaults agree
+    return {BERT_FIELDS.get(name, name): value for name, value in values.items()} | {"token_types_folded": True}

@@ -1,0 +1,117 @@
+"""Faster CPU forms of the ops in `reference.py`. Each is held to its definition by the same tests as the kernels."""
+
+import functools
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Up to this length two batched matmuls beat the tiled kernel behind scaled_dot_product_attention, whose set-up per
+# (sequence, head) is then most of its time (measured: fp32, head sizes 32 and 64, 2,048 tokens, AVX2).
+SHORT = 96
+SCORE_ELEMENTS = 4 * 2**20  # the scores of one batched matmul stay within 16 MiB
+
+
+def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., Tensor]:
+    """`form` on the live rows of its first `row_arguments` arguments, with zeros in the dead rows of the result."""
+
+    cu_seqlens_at = form.__code__.co_argcount - 1  # always the last parameter
+
+    @functools.wraps(form)
+    def on_live_rows(*args):  # the dispatcher passes positional arguments and leaves out trailing defaults
+        if len(args) <= cu_seqlens_at or args[cu_seqlens_at] is None:
+            return form(*args)
+        rows, live = args[0].shape[0], int(args[cu_seqlens_at][-1])
+        out = form(*(a[:live] for a in args[:row_arguments]), *args[row_arguments:cu_seqlens_at])
+        return out if live == rows else F.pad(out, (0, 0, 0, rows - live))
+
+    return on_live_rows
+
+
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    try:
+        x = F.embedding(input_ids, word_embeddings).add_(F.embedding(position_ids, position_embeddings))
+    except IndexError:
+        _raise_outside("input_ids", input_ids, word_embeddings)
+        _raise_outside("position_ids", position_ids, position_embeddings)
+        raise
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _raise_outside(name: str, index: Tensor, table: Tensor) -> None:
+    outside = ((index < 0) | (index >= table.shape[0])).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(f"{name}[{row}] is {int(index[row])}, outside the table of {table.shape[0]} rows")
+
+
+def bias_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str = "gelu", cu_seqlens: Tensor | None = None
+) -> Tensor:
+    h = F.linear(x, weight, bias)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_(h)
+    if activation == "gelu_new":
+        return torch.ops.aten.gelu_(h, approximate="tanh")
+    return F.relu_(h) if activation == "relu" else F.silu(h, inplace=True)
+
+
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, head_scale: Tensor | None = None
+) -> Tensor:
+    """Neighbours of equal length are one batch, so sorted texts need few calls and no padding."""
+    dim = qkv.shape[1] // 3
+    head_size = dim // num_heads
+    out = qkv.new_empty(qkv.shape[0], dim)
+    start = 0
+    for length, run in groupby(cu_seqlens.diff().tolist()):
+        count = len(list(run))
+        step = max(1, SCORE_ELEMENTS // (num_heads * length * length)) if 0 < length <= SHORT else count
+        for first in range(0, count if length else 0, step):
+            n = min(step, count - first)
+            rows = slice(start + first * length, start + (first + n) * length)
+            # [n, L, 3, heads, head_size] -> q, k, v, each [n, heads, L, head_size]
+            q, k, v = qkv[rows].reshape(n, length, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
+            form = _short if length <= SHORT and qkv.dtype is torch.float32 else F.scaled_dot_product_attention
+            o = form(q, k, v)  # [n, heads, L, head_size]
+            if head_scale is not None:
+                o = o * head_scale.to(o.dtype)[:, None, None]
+            out[rows].view(n, length, num_heads, head_size).copy_(o.transpose(1, 2))
+        start += count * length
+    out[start:] = 0
+    return out
+
+
+def _short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[n, heads, L, d] x 3 -> [n, heads, L, d], a batched matmul a head so that no operand is copied."""
+    n, heads, length, d = q.shape
+    scores = q.new_empty(heads, n, length, length)
+    out = q.new_empty(heads, n, length, d)
+    scale = d**-0.5
+    for h in range(heads):
+        torch.baddbmm(scores[h], q[:, h], k[:, h].mT, beta=0, alpha=scale, out=scores[h])
+    torch.softmax(scores, -1, out=scores)
+    for h in range(heads):
+        torch.bmm(scores[h], v[:, h], out=out[h])
+    return out.transpose(0, 1)
+
+
+def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = False) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    lengths = cu_seqlens.diff()
+    if mode == "mean":
+        out = torch.segment_reduce(x[: int(cu_seqlens[-1])], "mean", lengths=lengths.long(), initial=0, axis=0)
+    else:
+        out = x[cu_seqlens[:-1].long().clamp(max=max(len(x) - 1, 0))].masked_fill((lengths == 0)[:, None], 0)
+    return F.normalize(out, dim=-1) if normalize else out

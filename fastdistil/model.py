@@ -1,0 +1,649 @@
+"""DistilBERT's encoder as plain modules with transformers' parameter names.
+
+Two ways through the same weights. Packed: padding is dropped once at the embeddings and every op works on live rows
+`[rows, dim]`; this is inference. Dense: differentiable torch on `[batch, length, dim]`, taken when a gradient,
+training mode, attentions or a 4-D mask is asked for. Both give hidden states that are 0 at padded positions.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from fastdistil import ops, reference
+from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
+from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
+from fastdistil.outputs import BaseModelOutput
+from fastdistil.packing import Packing, find_rows
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether `module` computes just what its class says, so that a fused op may take its weights."""
+    return (
+        type(module) is kind
+        and module.bias is not None
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    )
+
+
+def apply_linear(module: nn.Module, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, in] -> [rows, out]
+    return ops.linear(x, module.weight, module.bias, live) if is_plain(module) else module(x)
+
+
+def apply_add_norm(module: nn.Module, x: Tensor, residual: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] x 2
+    if not is_plain(module, nn.LayerNorm):
+        return module(x + residual)
+    return ops.add_layer_norm(x, residual, module.weight, module.bias, module.eps, live)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.dim, padding_idx=_padding_idx(config))
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.dim)
+        self.LayerNorm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, table: Tensor, ids: Tensor, positions: Tensor, live: Tensor | None) -> Tensor:
+        """table: [vocab, dim], the word embeddings or the caller's own; ids, positions: [rows] -> [rows, dim]"""
+        norm = self.LayerNorm
+        return ops.embed_layer_norm(
+            ids, positions, table, self.position_embeddings.weight, norm.weight, norm.bias, norm.eps, live
+        )
+
+    def dense(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor) -> Tensor:
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # [B, L, dim]
+        return self.dropout(self.LayerNorm(words + self.position_embeddings(positions)))
+
+
+class MultiHeadSelfAttention(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.n_heads, self.dim = config.n_heads, config.dim
+        self.attention_head_size = config.dim // config.n_heads
+        self.q_lin = nn.Linear(config.dim, config.dim)
+        self.k_lin = nn.Linear(config.dim, config.dim)
+        self.v_lin = nn.Linear(config.dim, config.dim)
+        self.out_lin = nn.Linear(config.dim, config.dim)
+        self.dropout = nn.Dropout(config.attention_dropout)
+        self._qkv: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(lambda module, _: module._lay_side_by_side())
+        self._lay_side_by_side()
+
+    def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None) -> Tensor:
+        qkv = self.project(x, at.live)  # [rows, 3 * dim]
+        context = ops.attention(qkv, at.cu_seqlens, at.max_seqlen, self.n_heads, head_scale)  # [rows, dim]
+        return apply_linear(self.out_lin, context, at.live)  # [rows, dim]
+
+    def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
+        """x: [B, L, dim]; mask: bool (True attends) or additive, broadcast to [B, heads, L, L]; head_mask: [heads]"""
+
+        def split(y: Tensor) -> Tensor:  # [B, L, dim] -> [B, heads, L, head_size]
+            return y.unflatten(-1, (self.n_heads, self.attention_head_size)).transpose(1, 2)
+
+        q, k, v = split(self.q_lin(x)), split(self.k_lin(x)), split(self.v_lin(x))
+        weights = None
+        if probabilities or head_mask is not None:
+            scores = q @ k.mT * self.attention_head_size**-0.5
+            if mask is not None:
+                lowest = torch.finfo(scores.dtype).min
+                scores = scores.masked_fill(~mask, lowest) if mask.dtype is torch.bool else scores + mask
+            weights = self.dropout(scores.softmax(-1))  # [B, heads, L, L]
+            if head_mask is not None:
+                weights = weights * head_mask.to(weights.dtype)[:, None, None]
+            context = weights @ v
+        else:
+            p = self.dropout.p if self.training else 0.0
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        return self.out_lin(context.transpose(1, 2).flatten(2)), weights
+
+    # q_lin, k_lin and v_lin stay three ordinary Linears whose weights happen to lie side by side in one buffer, so
+    # that one GEMM can read them. Nothing is copied, so nothing can go stale.
+
+    def project(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, 3 * dim]
+        parts = (self.q_lin, self.k_lin, self.v_lin)
+        if not all(map(is_plain, parts)):
+            return torch.cat([part(x) for part in parts], dim=-1)
+        if self._qkv is not None and not torch.compiler.is_compiling() and self._still_fits():
+            return ops.qkv_projection(x, *self._qkv, live)
+        weight = torch.cat([part.weight for part in parts])
+        return ops.qkv_projection(x, weight, torch.cat([part.bias for part in parts]), live)
+
+    def _still_fits(self) -> bool:
+        if torch.is_grad_enabled() and self.q_lin.weight.requires_grad:
+            return False  # the buffer is outside autograd
+        for buffer, name in zip(self._qkv, ("weight", "bias"), strict=True):  # type: ignore[arg-type]
+            start, step = buffer.data_ptr(), buffer.nbytes // 3
+            for i, part in enumerate((self.q_lin, self.k_lin, self.v_lin)):
+                if getattr(part, name).data_ptr() != start + i * step:
+                    return False
+        return True
+
+    @torch.no_grad()
+    def _lay_side_by_side(self) -> None:
+        """Move the three weights (and biases) into one buffer, each keeping a storage of its own."""
+        self._qkv = None
+        parts = (self.q_lin, self.k_lin, self.v_lin)
+        if not all(map(is_plain, parts)) or torch.compiler.is_compiling():
+            return
+        tensors = [p for part in parts for p in (part.weight, part.bias)]
+        if (
+            len({(t.dtype, t.device) for t in tensors}) > 1
+            or any(type(t) is not nn.Parameter or type(t.data) is not Tensor for t in tensors)
+            or tensors[0].device.type not in ("cpu", "cuda")
+            or (tensors[0].device.type == "cpu" and any(t.is_shared() for t in tensors))  # shared with other processes
+        ):
+            return
+        buffers = []
+        for name in ("weight", "bias"):
+            buffer = torch.cat([getattr(part, name).data for part in parts])
+            for part, piece in zip(parts, buffer.chunk(3), strict=True):
+                getattr(part, name).data = torch.from_dlpack(piece)
+            buffers.append(buffer)
+        self._qkv = (buffers[0], buffers[1])
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self._lay_side_by_side()
+        return self
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_qkv": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._lay_side_by_side()
+
+
+class FFN(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.lin1 = nn.Linear(config.dim, config.hidden_dim)
+        self.lin2 = nn.Linear(config.hidden_dim, config.dim)
+        self.activation = ACTIVATION_ALIASES[config.activation]
+
+    def forward(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, dim]
+        if is_plain(self.lin1):
+            x = ops.bias_gelu(x, self.lin1.weight, self.lin1.bias, self.activation, live)  # [rows, hidden_dim]
+        else:
+            x = reference.ACTIVATIONS[self.activation](self.lin1(x))
+        return apply_linear(self.lin2, x, live)
+
+    def dense(self, x: Tensor) -> Tensor:  # [B, L, dim] -> [B, L, dim]
+        return self.dropout(self.lin2(reference.ACTIVATIONS[self.activation](self.lin1(x))))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.attention = MultiHeadSelfAttention(config)
+        self.sa_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
+        self.ffn = FFN(config)
+        self.output_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None = None) -> Tensor:  # [rows, dim]
+        x = apply_add_norm(self.sa_layer_norm, self.attention(x, at, head_scale), x, at.live)
+        return apply_add_norm(self.output_layer_norm, self.ffn(x, at.live), x, at.live)
+
+    def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
+        context, weights = self.attention.dense(x, mask, head_mask, probabilities)
+        x = self.sa_layer_norm(context + x)  # [B, L, dim]
+        return self.output_layer_norm(self.ffn.dense(x) + x), weights
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.gradient_checkpointing = False
+        self.checkpointing_options: dict[str, Any] = {}
+
+    def forward(self, x: Tensor, at: Packing, head_mask: Tensor | None, every: bool) -> list[Tensor]:
+        """x: [rows, dim] -> the last block's rows, or with `every` the input's and each block's"""
+        states = [x]
+        for i, block in enumerate(self.layer):
+            x = block(x, at, None if head_mask is None else head_mask[i])
+            states.append(x)
+            if not every:
+                states = [x]
+        return states
+
+    def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
+        states, attentions = [x], []
+        for i, block in enumerate(self.layer):
+            args = (x, mask, None if head_mask is None else head_mask[i], probabilities)
+            if self.gradient_checkpointing and self.training:
+                x, weights = recompute(block.dense, *args, **({"use_reentrant": False} | self.checkpointing_options))
+            else:
+                x, weights = block.dense(*args)
+            states.append(x)
+            attentions.append(weights)
+        return states, attentions
+
+
+class PreTrainedModel(nn.Module):
+    """What every DistilBERT model shares: checkpoints, initial weights, embeddings' sizes, gradient checkpointing."""
+
+    config_class = DistilBertConfig
+    base_model_prefix = "distilbert"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        if not isinstance(config, DistilBertConfig):
+            raise TypeError(f"config must be a fastdistil.DistilBertConfig, got {type(config).__name__}")
+        config._validate()
+        self.config = config
+
+    # --- weights ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: Any,
+        *,
+        config: DistilBertConfig | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        device: str | torch.device | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        use_safetensors: bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Load a DistilBERT or BERT checkpoint from a directory or a hub id, in eval mode.
+
+        dtype: "auto" is the checkpoint's own; else a torch dtype or its name. A local directory is read without any
+        network access. use_safetensors=False reads pytorch_model.bin (with weights_only=True) instead.
+        output_loading_info: also return a dictionary of missing_keys, unexpected_keys and mismatched_keys.
+        Other keywords override the configuration. BERT checkpoints convert exactly for a single segment: the vector
+        of token type 0 is added to every position. Raises OSError for files, ValueError for what is in them.
+        """
+        if path_or_repo is None and state_dict is not None and config is not None:
+            directory = None
+        else:
+            extra = ("pytorch_model*.bin", "pytorch_model.bin.index.json") if use_safetensors is False else ()
+            directory = find(path_or_repo, revision=revision, local_files_only=local_files_only, extra_files=extra)
+            config = read_config(directory, **overrides) if config is None else config
+        if state_dict is not None:
+            weights = Weights.from_tensors(state_dict)
+        else:
+            weights = Weights(directory, use_safetensors)  # type: ignore[arg-type]
+        with weights:
+            with torch.device("meta"):
+                model = cls(config)
+            wanted = torch_dtype if torch_dtype is not None else dtype
+            model = model.to(_dtype(wanted, config, weights))
+            model._load_device = torch.device(device) if device is not None else torch.device("cpu")
+            report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        config.dtype = str(model.dtype).removeprefix("torch.")
+        model.eval()
+        return (model, report.as_dict()) if output_loading_info else model
+
+    def materialize(self, fresh: set[str], untied: set[str]) -> None:
+        """Allocate a model built on the meta device and give initial values to the parameters named in `fresh`."""
+        self.to_empty(device=self.__dict__.pop("_load_device", "cpu"))
+        owners = {}
+        for prefix, module in self.named_modules():
+            for name, _ in module.named_parameters(prefix, recurse=False):
+                owners[name] = module
+        for module in {id(owners[name]): owners[name] for name in sorted(fresh) if name in owners}.values():
+            self._init_weights(module)
+        if any(name.endswith("position_embeddings.weight") for name in fresh):
+            self._init_weights(next(m for m in self.modules() if isinstance(m, Embeddings)))
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "50GB") -> None:
+        """Write config.json and model.safetensors, or shards of at most max_shard_size with their index."""
+        self.config.architectures = [type(self).__name__]
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        save(self, Path(directory), max_shard_size=max_shard_size)
+
+    def post_init(self) -> None:
+        """Initial values in transformers' order, so that one seed gives one model in both libraries."""
+        if self.device.type != "meta":
+            self.apply(self._init_weights)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range or 0.02
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0, std)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(0, std)
+            if module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1)
+            module.bias.zero_()
+        elif isinstance(module, Embeddings) and self.config.sinusoidal_pos_embds:
+            table = module.position_embeddings.weight
+            table.copy_(sinusoidal_positions(*table.shape))
+
+    # --- size and place -----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def base_model(self) -> nn.Module:
+        return getattr(self, self.base_model_prefix, self)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        skip = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)
+        )
+
+    # --- embeddings ---------------------------------------------------------------------------------------------
+
+    @property
+    def _embeddings(self) -> Embeddings:
+        return self.base_model.embeddings  # type: ignore[return-value]
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self._embeddings.word_embeddings
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        self._embeddings.word_embeddings = embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None
+
+    def get_position_embeddings(self) -> nn.Embedding:
+        return self._embeddings.position_embeddings
+
+    @torch.no_grad()
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Grow or cut the vocabulary in place and return the embedding, the same module as before.
+
+        New rows are drawn around the old rows' mean (covariance scaled by 1e-9), or with mean_resizing=False like
+        initial weights. The optimizer must be made anew, since the parameter is a new one.
+        """
+        words = self.get_input_embeddings()
+        old = words.weight
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return words
+        n = len(old) if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            if pad_to_multiple_of < 1:
+                raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of}; it must be 1 or more")
+            n = -(-n // pad_to_multiple_of) * pad_to_multiple_of
+        if n < 1:
+            raise ValueError(f"new_num_tokens is {n}; a vocabulary has at least one token")
+        new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
+        if n > len(old) and mean_resizing:
+            new[len(old) :] = _around_mean(old, n - len(old))
+        new[: len(old)] = old[:n]
+        words.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        words.num_embeddings = self.config.vocab_size = n
+        if words.padding_idx is not None and words.padding_idx >= n:
+            words.padding_idx = None
+        return words
+
+    @torch.no_grad()
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Change the longest input, in tokens. Learned positions keep their rows and get initial values for new ones;
+        sinusoidal ones are computed."""
+        n = new_num_position_embeddings
+        if n < 1:
+            raise ValueError(f"new_num_position_embeddings is {n}; it must be 1 or more")
+        positions = self.get_position_embeddings()
+        old = positions.weight
+        if n == len(old):
+            return
+        if self.config.sinusoidal_pos_embds:
+            new = sinusoidal_positions(n, old.shape[1]).to(old)
+        else:
+            new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
+            new[: len(old)] = old[:n]
+        positions.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        positions.num_embeddings = self.config.max_position_embeddings = n
+
+    # --- gradient checkpointing ---------------------------------------------------------------------------------
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations; only in training mode."""
+        transformer = self.base_model.transformer
+        transformer.gradient_checkpointing = True
+        transformer.checkpointing_options = dict(gradient_checkpointing_kwargs or {})
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.transformer.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.transformer.gradient_checkpointing
+
+
+class DistilBertModel(PreTrainedModel):
+    """The DistilBERT encoder (Sanh et al., 2019, arXiv:1910.01108), equal to HF's `DistilBertModel` at real positions.
+
+    Run it under `torch.inference_mode()` (or `no_grad`): then padding is dropped and the fused ops run. Where a
+    gradient could be asked for, the differentiable dense path runs instead.
+    """
+
+    def __init__(self, config: DistilBertConfig):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.transformer = Transformer(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> BaseModelOutput | tuple:
+        """Hidden states of a padded batch; exactly 0 at padded positions.
+
+        input_ids: integers [B, L]; or inputs_embeds: [B, L, dim] in place of the word embeddings. attention_mask:
+        [B, L] or [1, L] of any dtype, nonzero at real tokens, wherever they lie; or [B, 1 or heads, L, L], bool (True
+        attends) or additive. head_mask: [heads] or [layers, heads], multiplies each head's attention. position_ids:
+        [L], [1, L] or [B, L], by default the column. token_type_ids are accepted for BERT's callers.
+        output_attentions and output_hidden_states add `attentions` and `hidden_states`. Raises ValueError.
+        """
+        config = self.config
+        want_attentions = config.output_attentions if output_attentions is None else output_attentions
+        want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        batch, length, device = self._check_inputs(input_ids, inputs_embeds, token_type_ids)
+        keep, mask = _masks(attention_mask, batch, length)
+        positions = self._positions(position_ids, batch, length, device)
+        heads = self._head_mask(head_mask)
+
+        attentions: tuple | None = None
+        if self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0:
+            x = self.embeddings.dense(input_ids, inputs_embeds, positions)  # [B, L, dim]
+            if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
+                mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
+            dense_states, weights = self.transformer.dense(x, mask, heads, bool(want_attentions))
+            padded = None if keep is None else ~keep.unsqueeze(-1)
+            states = [x if padded is None else x.masked_fill(padded, 0) for x in dense_states]
+            attentions = tuple(weights) if want_attentions else None
+        else:
+            at = find_rows(keep, batch, length, device)
+            if inputs_embeds is None:
+                table, ids = self.embeddings.word_embeddings.weight, at.pack(input_ids)  # type: ignore[arg-type]
+                self._check_ids(ids, at, len(table))
+            else:  # the caller's own table, whose row is the padded position
+                table = inputs_embeds.reshape(batch * length, -1)
+                ids = torch.arange(batch * length, device=device) if at.source is None else at.source
+            x = self.embeddings(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
+            states = [at.unpack(x) for x in self.transformer(x, at, heads, every=bool(want_states))]
+
+        out = BaseModelOutput(states[-1], tuple(states) if want_states else None, attentions)
+        return out if return_dict else out.to_tuple()
+
+    def forward_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states of packed sequences, inference only.
+
+        input_ids: integers [rows], sequences one after another. cu_seqlens: int32 [batch + 1], where each starts, on
+        the same device. max_seqlen: host integer, at least the longest. position_ids: integers [rows], by default
+        each sequence's 0, 1, 2... Returns [rows, dim]; rows from cu_seqlens[-1] on are dead and mean nothing.
+        """
+        if input_ids.dim() != 1:
+            raise ValueError(f"input_ids must be [rows], got {list(input_ids.shape)}")
+        if max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(self._too_long(max_seqlen))
+        if position_ids is None:
+            row = torch.arange(len(input_ids), device=input_ids.device)
+            sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(max=len(cu_seqlens) - 2)
+            # dead rows count on from the last sequence and could leave the table
+            position_ids = (row - cu_seqlens[sequence]).clamp(max=max(max_seqlen - 1, 0))
+        all_live = input_ids.device.type == "cpu" and int(cu_seqlens[-1]) == len(input_ids)
+        live = None if all_live else cu_seqlens
+        at = Packing(len(cu_seqlens) - 1, max_seqlen, cu_seqlens, max_seqlen, live=live)
+        with torch.no_grad():
+            table = self.embeddings.word_embeddings.weight
+            x = self.embeddings(table, input_ids, position_ids, at.live)
+            return self.transformer(x, at, None, every=False)[-1]
+
+    def _needs_dense(self, inputs_embeds: Tensor | None, head_mask: Tensor | None) -> bool:
+        if self.training:
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        given = [t for t in (inputs_embeds, head_mask) if t is not None]
+        return any(t.requires_grad for t in given) or any(p.requires_grad for p in self.parameters())
+
+    def _check_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None
+    ) -> tuple[int, int, torch.device]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        if inputs_embeds is None and (given.dim() != 2 or given.is_floating_point() or given.dtype is torch.bool):
+            raise ValueError(f"input_ids must be integers [batch, length], got {given.dtype} {list(given.shape)}")
+        if inputs_embeds is not None and (given.dim() != 3 or given.shape[2] != self.config.dim):
+            raise ValueError(f"inputs_embeds must be [batch, length, {self.config.dim}], got {list(given.shape)}")
+        if token_type_ids is not None and getattr(self.config, "token_types_folded", False):
+            if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(token_type_ids.any()):
+                raise ValueError(
+                    "token_type_ids has nonzero values, but this BERT checkpoint was converted for a single segment "
+                    "(token type 0 is folded into the positions)"
+                )
+        return given.shape[0], given.shape[1], given.device
+
+    def _check_ids(self, ids: Tensor, at: Packing, vocab_size: int) -> None:
+        if ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # reading a value back would stall the device: there a bad id makes its own sequence NaN
+        lowest, highest = ids.aminmax()
+        if lowest < 0 or highest >= vocab_size:
+            row = int(((ids < 0) | (ids >= vocab_size)).nonzero()[0])
+            flat = row if at.source is None else int(at.source[row])
+            raise ValueError(
+                f"input_ids[{flat // at.length}, {flat % at.length}] is {int(ids[row])}, outside the vocabulary of "
+                f"{vocab_size} tokens"
+            )
+
+    def _too_long(self, length: int) -> str:
+        return (
+            f"the input is {length} tokens long, but the model has {self.config.max_position_embeddings} positions; "
+            "truncate it (the tokenizer's truncation=True), or resize_position_embeddings"
+        )
+
+    def _positions(self, position_ids: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+        limit = self.config.max_position_embeddings
+        if position_ids is None:
+            if length > limit:
+                raise ValueError(self._too_long(length))
+            return torch.arange(length, device=device)[None]  # [1, L]
+        position_ids = torch.atleast_2d(position_ids)
+        if position_ids.shape not in ((1, length), (batch, length)) or position_ids.is_floating_point():
+            raise ValueError(
+                f"position_ids must be integers [{length}], [1, {length}] or [{batch}, {length}], got "
+                f"{position_ids.dtype} {list(position_ids.shape)}"
+            )
+        if device.type == "cpu" and not torch.compiler.is_compiling() and position_ids.numel():
+            lowest, highest = (int(v) for v in position_ids.aminmax())
+            if lowest < 0 or highest >= limit:
+                bad = lowest if lowest < 0 else highest
+                raise ValueError(f"position_ids holds {bad}, but the model has positions 0 to {limit - 1}")
+        return position_ids
+
+    def _head_mask(self, head_mask: Tensor | None) -> Tensor | None:  # -> [layers, heads]
+        if head_mask is None:
+            return None
+        layers, heads = self.config.n_layers, self.config.n_heads
+        shape = head_mask.shape
+        if head_mask.dim() == 5:  # transformers' own broadcast form, [layers, 1, heads, 1, 1]
+            shape = torch.Size((shape[0], shape[2])) if shape[1:2] + shape[3:] == (1, 1, 1) else shape
+        if shape not in ((heads,), (layers, heads)):
+            raise ValueError(f"head_mask must be [{heads}] or [{layers}, {heads}], got {list(head_mask.shape)}")
+        return head_mask.reshape(shape).expand(layers, heads)
+
+
+def _masks(attention_mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """-> (bool [batch, length] of real tokens or None, 4-D mask or None); at most one of them is given"""
+    if attention_mask is None:
+        return None, None
+    shape = tuple(attention_mask.shape)
+    if attention_mask.dim() == 4:
+        if shape[2:] != (length, length) or shape[0] not in (1, batch):
+            raise ValueError(f"a 4-D attention_mask must be [{batch}, 1 or heads, {length}, {length}], got {list(shape)}")
+        return None, attention_mask if attention_mask.is_floating_point() else attention_mask != 0
+    if shape not in ((batch, length), (1, length)):
+        raise ValueError(f"attention_mask must be [{batch}, {length}], got {list(shape)}")
+    return (attention_mask != 0).expand(batch, length), None
+
+
+def _padding_idx(config: DistilBertConfig) -> int | None:
+    pad = config.pad_token_id
+    return pad if pad is not None and -config.vocab_size <= pad < config.vocab_size else None
+
+
+def _dtype(wanted: str | torch.dtype | None, config: DistilBertConfig, weights: Weights) -> torch.dtype:
+    if wanted is None or wanted == "auto":
+        wanted = config.dtype or weights.dtype or torch.float32
+    found = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
+    if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ValueError(f"dtype {wanted!r} is not one of auto, float32, float16, bfloat16, float64")
+    return found
+
+
+def sinusoidal_positions(positions: int, dim: int) -> Tensor:
+    """[positions, dim] float32: sin on even columns, cos on odd, of position / 10000^(2 * (column // 2) / dim).
+
+    Source: Attention Is All You Need, section 3.5; computed in float64 as HF does.
+    """
+    column = torch.arange(dim)
+    rate = 10000.0 ** (2 * (column // 2).double() / dim)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] / rate
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def _around_mean(rows: Tensor, n: int) -> Tensor:
+    """n draws from a normal with the rows' mean and 1e-9 of their covariance; the mean where that is degenerate."""
+    x = rows.float()
+    mean = x.mean(0)
+    covariance = (x - mean).T @ (x - mean) / len(x) * 1e-9
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        return mean.expand(n, -1).to(rows.dtype)
+    return (mean + torch.randn(n, x.shape[1], device=x.device) @ factor.T).to(rows.dtype)

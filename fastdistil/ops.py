@@ -1,0 +1,213 @@
+"""The public ops: check the arguments, then dispatch. The only door between the modules and the kernels.
+
+Rows are packed: sequence `b` owns rows `cu_seqlens[b] : cu_seqlens[b + 1]` of `[rows, dim]`, and rows from
+`cu_seqlens[-1]` on are dead. Row-wise ops take `cu_seqlens` only for that live count; leave it out when every row is
+live. `cu_seqlens` is int32 `[batch + 1]` on the rows' device and its values are never read back to the host on CUDA.
+
+When a gradient is asked for, the differentiable definition in `reference.py` runs instead of the registered op.
+Wrong arguments raise ValueError or TypeError naming the argument.
+"""
+
+import torch
+from torch import Tensor
+
+from fastdistil import cpu, reference
+from fastdistil._register import register
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+POOLING = ("mean", "cls")
+MAX_HEAD_SIZE = 128
+
+
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(word_embeddings[input_ids] + position_embeddings[position_ids]) -> [rows, dim].
+
+    input_ids, position_ids: int32 or int64 [rows]. word_embeddings: [vocab, dim]. position_embeddings:
+    [positions, dim]. weight, bias: [dim]. An index outside its table raises ValueError on CPU and gives a NaN row on
+    CUDA. Source: `Embeddings` in HF's modeling_distilbert.py, Layer Normalization (Ba et al., 2016).
+    """
+    for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
+        if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} must be int32 or int64 of shape [rows], got {ids.dtype} {list(ids.shape)}")
+    if input_ids.shape != position_ids.shape:
+        raise ValueError(f"{len(input_ids)} input_ids but {len(position_ids)} position_ids")
+    if word_embeddings.shape[1:] != position_embeddings.shape[1:] or word_embeddings.shape[1:] != weight.shape:
+        raise ValueError(
+            f"word_embeddings {list(word_embeddings.shape)}, position_embeddings {list(position_embeddings.shape)} "
+            f"and weight {list(weight.shape)} do not share one dim"
+        )
+    args = (input_ids, position_ids, word_embeddings, position_embeddings, weight, bias, eps, cu_seqlens)
+    if _wants_grad(word_embeddings, position_embeddings, weight, bias):
+        return reference.embed_layer_norm(*args)
+    return _embed_layer_norm(*args)
+
+
+def qkv_projection(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Query, key and value in one GEMM: [rows, dim] @ [3 * dim, dim].T + [3 * dim] -> [rows, 3 * dim].
+
+    Source: the fused projection of FasterTransformer and FlashAttention's packed layout; equals HF's q_lin, k_lin
+    and v_lin side by side.
+    """
+    _check_linear(x, weight, bias)
+    if weight.shape[0] % 3:
+        raise ValueError(f"weight has {weight.shape[0]} rows, which is not query, key and value of one width")
+    if _wants_grad(x, weight, bias):
+        return reference.qkv_projection(x, weight, bias, cu_seqlens)
+    return _qkv_projection(x, weight, bias, cu_seqlens)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """[rows, in] @ [out, in].T + [out] -> [rows, out]."""
+    _check_linear(x, weight, bias)
+    if _wants_grad(x, weight, bias):
+        return reference.linear(x, weight, bias, cu_seqlens)
+    return _linear(x, weight, bias, cu_seqlens)
+
+
+def bias_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str = "gelu", cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """activation([rows, in] @ [out, in].T + [out]) -> [rows, out].
+
+    activation: gelu (exact, erf; Hendrycks and Gimpel, 2016), gelu_new (tanh form), relu or silu.
+    """
+    _check_linear(x, weight, bias)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if _wants_grad(x, weight, bias):
+        return reference.bias_gelu(x, weight, bias, activation, cu_seqlens)
+    return _bias_gelu(x, weight, bias, activation, cu_seqlens)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """LayerNorm(x + residual) over the last dimension -> [rows, dim]. x, residual: [rows, dim]; weight, bias: [dim]."""
+    if x.dim() != 2 or x.shape != residual.shape or x.shape[1:] != weight.shape or weight.shape != bias.shape:
+        raise ValueError(
+            f"x {list(x.shape)} and residual {list(residual.shape)} must be [rows, dim], "
+            f"weight {list(weight.shape)} and bias {list(bias.shape)} [dim]"
+        )
+    if _wants_grad(x, residual, weight, bias):
+        return reference.add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
+    return _add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
+
+
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, head_scale: Tensor | None = None
+) -> Tensor:
+    """Self-attention within each packed sequence: [rows, 3 * dim] -> [rows, dim].
+
+    cu_seqlens: int32 [batch + 1], from 0, never falling. max_seqlen: a host integer that no sequence exceeds.
+    num_heads divides dim; head size at most 128. head_scale: [num_heads], multiplies each head's output (HF v4's
+    head_mask). A sequence may be empty. Source: Attention Is All You Need (Vaswani et al., 2017); the variable-length
+    layout is FlashAttention's (Dao et al., 2022).
+    """
+    if qkv.dim() != 2 or qkv.shape[1] % 3:
+        raise ValueError(f"qkv must be [rows, 3 * dim], got {list(qkv.shape)}")
+    dim = qkv.shape[1] // 3
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads {num_heads} does not divide dim {dim}")
+    if dim // num_heads > MAX_HEAD_SIZE:
+        raise ValueError(f"head size {dim // num_heads} is above {MAX_HEAD_SIZE}, the largest supported")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen is {max_seqlen}")
+    if head_scale is not None and head_scale.shape != (num_heads,):
+        raise ValueError(f"head_scale must be [{num_heads}], got {list(head_scale.shape)}")
+    _check_cu_seqlens(cu_seqlens, qkv)
+    if _wants_grad(qkv, head_scale):
+        return reference.attention(qkv, cu_seqlens, max_seqlen, num_heads, head_scale)
+    return _attention(qkv, cu_seqlens, max_seqlen, num_heads, head_scale)
+
+
+def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = False) -> Tensor:
+    """One vector a sequence: [rows, dim] -> [batch, dim], float32 (float64 for float64 rows).
+
+    mode: mean over the sequence's rows, or cls, its first row; normalize divides by the L2 norm. An empty sequence
+    gives zeros. Source: Sentence-BERT (Reimers and Gurevych, 2019).
+    """
+    if mode not in POOLING:
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(POOLING)}")
+    if x.dim() != 2:
+        raise ValueError(f"x must be [rows, dim], got {list(x.shape)}")
+    _check_cu_seqlens(cu_seqlens, x)
+    if _wants_grad(x):
+        return reference.pool(x, cu_seqlens, mode, normalize)
+    return _pool(x, cu_seqlens, mode, normalize)
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"x {list(x.shape)} must be [rows, in], weight {list(weight.shape)} [out, in], bias {list(bias.shape)} [out]"
+        )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, rows: Tensor) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype is not torch.int32 or len(cu_seqlens) == 0:
+        raise ValueError(f"cu_seqlens must be int32 [batch + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != rows.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the rows are on {rows.device}")
+
+
+def _rows_by(x: Tensor, columns: int | torch.SymInt) -> Tensor:
+    return x.new_empty(x.shape[0], columns)
+
+
+_embed_layer_norm = register(
+    reference.embed_layer_norm,
+    fake=lambda i, p, words, *a, **k: words.new_empty(i.shape[0], words.shape[1]),
+    cpu=cpu.live_only(cpu.embed_layer_norm, 2),
+    autocast="float32",
+)
+_qkv_projection = register(
+    reference.qkv_projection,
+    fake=lambda x, w, *a, **k: _rows_by(x, w.shape[0]),
+    cpu=cpu.live_only(reference.qkv_projection, 1),
+    autocast="compute",
+)
+_linear = register(
+    reference.linear,
+    fake=lambda x, w, *a, **k: _rows_by(x, w.shape[0]),
+    cpu=cpu.live_only(reference.linear, 1),
+    autocast="compute",
+)
+_bias_gelu = register(
+    reference.bias_gelu,
+    fake=lambda x, w, *a, **k: _rows_by(x, w.shape[0]),
+    cpu=cpu.live_only(cpu.bias_gelu, 1),
+    autocast="compute",
+)
+_add_layer_norm = register(
+    reference.add_layer_norm,
+    fake=lambda x, *a, **k: _rows_by(x, x.shape[1]),
+    cpu=cpu.live_only(reference.add_layer_norm, 2),
+    autocast="float32",
+)
+_attention = register(
+    reference.attention,
+    fake=lambda qkv, *a, **k: _rows_by(qkv, qkv.shape[1] // 3),
+    cpu=cpu.attention,
+    autocast="compute",
+)
+_pool = register(
+    reference.pool,
+    fake=lambda x, c, *a, **k: x.new_empty(
+        c.shape[0] - 1, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
+    ),
+    cpu=cpu.pool,
+    autocast="float32",
+)

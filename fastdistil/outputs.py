@@ -1,0 +1,66 @@
+"""Model outputs that read as attributes, by name, by number and as a tuple, like transformers' ModelOutput."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class ModelOutput(OrderedDict):
+    """Ordered mapping of the fields that are not None. Subclasses are dataclasses whose fields default to None.
+
+    `out.name` is None for an absent field and `out["name"]` a KeyError; `out[0]`, `out[:2]` and `to_tuple()` leave the
+    absent ones out. Items cannot be deleted or added.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        pytree.register_pytree_node(
+            cls,
+            lambda out: (list(out.values()), (cls, list(out.keys()))),
+            lambda values, context: context[0](**dict(zip(context[1], values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+            to_dumpable_context=lambda context: list(context[1]),
+            from_dumpable_context=lambda names: (cls, names),
+        )
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is not None:
+                super().__setitem__(field.name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.keys() and value is not None:
+            super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    def to_tuple(self) -> tuple:
+        return tuple(self.values())
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"the fields of {type(self).__name__} cannot be added or removed")
+
+    __delitem__ = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+
+@dataclass
+class BaseModelOutput(ModelOutput):
+    """last_hidden_state: [batch, length, dim]. hidden_states: n_layers + 1 of them, the embeddings' output first.
+    attentions: n_layers of [batch, heads, length, length], after softmax."""
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

@@ -1,0 +1,533 @@
+"""DistilBertTokenizer: WordPiece by the `tokenizers` library, with transformers' call, ids and files."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from fastdistil.checkpoint import find
+
+logger = logging.getLogger("fastdistil")
+
+SPECIAL = {  # in transformers' order of all_special_tokens
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+NO_LIMIT = int(1e30)  # transformers' model_max_length where a tokenizer states none
+MAX_WORD = 100  # WordPiece gives [UNK] for a longer word, so a word has at most this many tokens
+CHARS_PER_TOKEN = 8  # a first cut this long nearly always holds enough tokens; English has 4 to 5
+
+Text = str | Sequence[str]
+
+
+class BatchEncoding(dict):
+    """The tokenizer's result: a dictionary whose keys are attributes too. `encodings` are the library's objects."""
+
+    def __init__(self, data: dict[str, Any], encodings: list[Encoding]):
+        super().__init__(data)
+        self.encodings = encodings
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, device: str | torch.device) -> "BatchEncoding":
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
+        return BatchEncoding(moved, self.encodings)
+
+    def tokens(self, row: int = 0) -> list[str]:
+        return self.encodings[row].tokens
+
+    def word_ids(self, row: int = 0) -> list[int | None]:
+        return self.encodings[row].word_ids
+
+    def sequence_ids(self, row: int = 0) -> list[int | None]:
+        return self.encodings[row].sequence_ids
+
+
+class DistilBertTokenizer:
+    """BERT's WordPiece tokenizer, cased or uncased, with ids equal to transformers' `DistilBertTokenizer`.
+
+    vocab_file: a vocab.txt, one token a line; or tokenizer: a `tokenizers.Tokenizer`. do_lower_case, strip_accents
+    (None: as do_lower_case) and tokenize_chinese_chars are BERT's normaliser; model_max_length is in tokens.
+    Padding and truncation happen only when asked for, whatever a tokenizer.json has baked in.
+    """
+
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(
+        self,
+        vocab_file: str | Path | None = None,
+        do_lower_case: bool = True,
+        *,
+        tokenizer: Tokenizer | None = None,
+        tokenize_chinese_chars: bool = True,
+        strip_accents: bool | None = None,
+        model_max_length: int | None = None,
+        padding_side: str = "right",
+        clean_up_tokenization_spaces: bool = True,
+        **special_tokens: str,
+    ):
+        if unknown := set(special_tokens) - set(SPECIAL):
+            raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+        if (vocab_file is None) == (tokenizer is None):
+            raise ValueError("give exactly one of vocab_file (a vocab.txt) and tokenizer (a tokenizers.Tokenizer)")
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side must be right or left, got {padding_side!r}")
+        self._special = SPECIAL | special_tokens
+        self.do_lower_case = do_lower_case
+        self.tokenize_chinese_chars, self.strip_accents = tokenize_chinese_chars, strip_accents
+        self.model_max_length = NO_LIMIT if model_max_length is None else int(model_max_length)
+        self.padding_side = padding_side
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        self._tokenizer = self._from_vocab(Path(vocab_file)) if vocab_file is not None else _copy(tokenizer)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        missing = [token for token in self._special.values() if self._tokenizer.token_to_id(token) is None]
+        if missing:
+            raise ValueError(f"{vocab_file or 'the tokenizer'} lacks the special tokens {', '.join(missing)}")
+        self._before, self._after = self._template()
+
+    def _from_vocab(self, path: Path) -> Tokenizer:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no vocabulary {path}")
+        try:
+            vocab = models.WordPiece.read_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path} is not a vocabulary of one token a line: {error}") from error
+        special = self._special
+        if missing := [token for token in special.values() if token not in vocab]:
+            raise ValueError(f"{path} lacks the special tokens {', '.join(missing)}")
+        tokenizer = Tokenizer(
+            models.WordPiece(vocab, unk_token=special["unk_token"], max_input_chars_per_word=MAX_WORD)
+        )
+        tokenizer.normalizer = normalizers.BertNormalizer(  # type: ignore[assignment]
+            clean_text=True,
+            handle_chinese_chars=self.tokenize_chinese_chars,
+            strip_accents=self.strip_accents,
+            lowercase=self.do_lower_case,
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+        cls, sep = special["cls_token"], special["sep_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single=f"{cls}:0 $A:0 {sep}:0",
+            pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+            special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
+        )
+        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # type: ignore[assignment]
+        tokenizer.add_special_tokens(list(special.values()))
+        return tokenizer
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo: Any, *, revision: str | None = None, local_files_only: bool = False, **overrides: Any
+    ) -> "DistilBertTokenizer":
+        """From a directory or hub id holding tokenizer.json or vocab.txt, with tokenizer_config.json's settings."""
+        directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
+        settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
+        given: dict[str, Any] = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in settings.items()
+            if name in SPECIAL and value is not None
+        }
+        for name in (
+            "do_lower_case tokenize_chinese_chars strip_accents model_max_length padding_side "
+            "clean_up_tokenization_spaces"
+        ).split():
+            if settings.get(name) is not None:
+                given[name] = settings[name]
+        given |= overrides
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            if not (directory / "vocab.txt").is_file():
+                raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor vocab.txt")
+            return cls(directory / "vocab.txt", **given)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path} is not a readable tokenizer file: {error}") from error
+        if not isinstance(tokenizer.model, models.WordPiece):
+            raise ValueError(f"{path} is a {type(tokenizer.model).__name__} tokenizer; DistilBERT's is WordPiece")
+        normalizer = tokenizer.normalizer
+        if isinstance(normalizer, normalizers.BertNormalizer):
+            # the file is right unless tokenizer_config.json (or the caller) says otherwise
+            given.setdefault("do_lower_case", normalizer.lowercase)
+            given.setdefault("strip_accents", normalizer.strip_accents)
+            given.setdefault("tokenize_chinese_chars", normalizer.handle_chinese_chars)
+            normalizer.lowercase, normalizer.strip_accents = given["do_lower_case"], given["strip_accents"]
+            normalizer.handle_chinese_chars = given["tokenize_chinese_chars"]
+            tokenizer.normalizer = normalizer
+        return cls(tokenizer=tokenizer, **given)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers reads back."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = self._special | {
+            "tokenizer_class": "DistilBertTokenizer",
+            "do_lower_case": self.do_lower_case,
+            "strip_accents": self.strip_accents,
+            "tokenize_chinese_chars": self.tokenize_chinese_chars,
+            "model_max_length": self.model_max_length,
+            "padding_side": self.padding_side,
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+        }
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+        tokens = sorted(self._tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+        (directory / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in tokens), encoding="utf-8")
+
+    # --- vocabulary ---------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The `tokenizers.Tokenizer` underneath."""
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(self._special.values())
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return [self._tokenizer.token_to_id(token) for token in self._special.values()]
+
+    def __getattr__(self, name: str) -> Any:  # unk_token, unk_token_id, ...
+        special = self.__dict__.get("_special", {})
+        if name in special:
+            return special[name]
+        if name.removesuffix("_id") in special:
+            return self._tokenizer.token_to_id(special[name.removesuffix("_id")])
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __getstate__(self) -> dict:
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+        if isinstance(tokens, str):
+            found = self._tokenizer.token_to_id(tokens)
+            return self.unk_token_id if found is None else found
+        return [self.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
+
+    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str]:
+        if isinstance(ids, int):
+            return self._tokenizer.id_to_token(ids)
+        return [self._tokenizer.id_to_token(int(i)) for i in ids]
+
+    # --- text to ids --------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> list[str]:
+        _check_text(text, "text")
+        return self._tokenizer.encode(text, add_special_tokens=False).tokens
+
+    def encode(self, text: str, text_pair: str | None = None, **kwargs: Any) -> list[int]:
+        return self(text, text_pair, **kwargs)["input_ids"]
+
+    def encode_ids(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """The ids of each text with special tokens, cut to max_length tokens: the fast path, without offsets.
+
+        Raises TypeError or ValueError naming the row. The work for a text does not grow with what is cut off.
+        """
+        room = self._room(max_length, pair=False)
+        encode = self._tokenizer.encode_batch_fast
+        encodings = self._cut_and_encode(texts, room, lambda pieces: encode(pieces, add_special_tokens=False))
+        return [self._before + encoding.ids[:room] + self._after for encoding in encodings]
+
+    def __call__(
+        self,
+        text: Text,
+        text_pair: Text | None = None,
+        *,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool = True,
+        return_token_type_ids: bool = False,
+        return_offsets_mapping: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
+    ) -> BatchEncoding:
+        """Tokenise a text or a list of texts (or of pairs, by text_pair), as transformers' tokenizers do.
+
+        padding: True or "longest", "max_length", or False. truncation: True or "longest_first", "only_first",
+        "only_second", or False; to max_length tokens, by default model_max_length. return_tensors: "pt" (int64), "np"
+        or None (lists). Raises TypeError or ValueError naming the row.
+        """
+        single = isinstance(text, str)
+        texts, pairs = _as_lists(text, text_pair)
+        strategy = _strategy(truncation)
+        if max_length is None and (strategy or padding == "max_length") and self.model_max_length < NO_LIMIT:
+            max_length = self.model_max_length
+        room = math.inf
+        if strategy and max_length is not None:
+            room = self._room(max_length, pair=pairs is not None, special=add_special_tokens)
+
+        def encode(pieces: list[str]) -> list[Encoding]:
+            return self._tokenizer.encode_batch(pieces, add_special_tokens=False)
+
+        # a side that truncation leaves whole cannot be cut beforehand, and longest_first asks which of two is longer
+        may_cut = {"only_first": (room, math.inf), "only_second": (math.inf, room)}.get(strategy or "", (math.inf,) * 2)
+        first = self._cut_and_encode(texts, room if pairs is None else may_cut[0], encode)
+        second = None if pairs is None else self._cut_and_encode(pairs, may_cut[1], encode, "text_pair")
+        encodings = []
+        for row, one in enumerate(first):
+            two = None if second is None else second[row]
+            if len(one) + (len(two) if two else 0) > room:
+                _truncate(one, two, int(room), strategy, row)
+            encodings.append(self._tokenizer.post_process(one, two, add_special_tokens))
+        if padding:
+            self._pad(encodings, padding, max_length, pad_to_multiple_of)
+
+        data: dict[str, list] = {"input_ids": [e.ids for e in encodings]}
+        if return_token_type_ids:
+            data["token_type_ids"] = [e.type_ids for e in encodings]
+        if return_attention_mask:
+            data["attention_mask"] = [e.attention_mask for e in encodings]
+        if return_special_tokens_mask:
+            data["special_tokens_mask"] = [e.special_tokens_mask for e in encodings]
+        if return_offsets_mapping:
+            data["offset_mapping"] = [e.offsets for e in encodings]
+        if return_length:
+            data["length"] = [len(e) for e in encodings]
+        if return_tensors is not None:
+            return BatchEncoding(_to_tensors(data, return_tensors), encodings)
+        return BatchEncoding({k: v[0] for k, v in data.items()} if single else data, encodings)
+
+    def _room(self, max_length: int | None, *, pair: bool, special: bool = True) -> int:
+        """How many of the text's own tokens fit into max_length."""
+        if max_length is None:
+            return 2**62
+        if isinstance(max_length, bool) or not isinstance(max_length, int):
+            raise TypeError(f"max_length must be an integer, got {max_length!r}")
+        extra = self._tokenizer.num_special_tokens_to_add(pair) if special else 0
+        if max_length < max(extra, 1):
+            raise ValueError(f"max_length is {max_length}, which does not even hold the {extra} special tokens")
+        return max_length - extra
+
+    def _template(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a single text."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        full = self._tokenizer.encode("a").ids
+        before = next(i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain)
+        return full[:before], full[before + len(plain) :]
+
+    def _cut_and_encode(
+        self, texts: Sequence[str], room: float, encode: Callable[[list[str]], list[Encoding]], name: str = "text"
+    ) -> list[Encoding]:
+        """Encode so much of each text that its first `room` tokens are those of the whole text.
+
+        A long text is cut at a space, or, without one nearby, anywhere, and then only counts as long enough when the
+        word that may have been cut (at most 100 tokens) is not needed. The cut doubles until there are enough tokens.
+        """
+        texts = [t if type(t) is str else _check_text(t, f"{name}[{row}]") for row, t in enumerate(texts)]
+        chars = CHARS_PER_TOKEN * (room + 8)
+        if not self._can_cut() or room == math.inf or max(map(len, texts), default=0) <= 2 * chars:
+            return self._encode_checked(texts, encode, name)
+        added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        slack = MAX_WORD + max(map(len, added), default=0)
+        space_is_safe = not any(c.isspace() for token in added for c in token)
+        results: list[Encoding | None] = [None] * len(texts)
+        pending = list(range(len(texts)))
+        while pending:
+            pieces, needed = [], []
+            for row in pending:
+                text = texts[row]
+                if len(text) <= 2 * chars:
+                    pieces.append(text)
+                    needed.append(0)
+                    continue
+                space = text.rfind(" ", int(chars) // 2, int(chars)) if space_is_safe else -1
+                pieces.append(text[: int(chars) if space < 0 else space])
+                needed.append(room + (slack if space < 0 else 0))
+            for row, need, encoding in zip(pending, needed, self._encode_checked(pieces, encode, name), strict=True):
+                if len(encoding) >= need:
+                    results[row] = encoding
+            pending = [row for row in pending if results[row] is None]
+            chars *= 2
+        return results  # type: ignore[return-value]
+
+    def _can_cut(self) -> bool:
+        return isinstance(self._tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer) and isinstance(
+            self._tokenizer.normalizer, (normalizers.BertNormalizer, normalizers.Lowercase, type(None))
+        )
+
+    def _encode_checked(self, texts: list[str], encode: Callable, name: str) -> list[Encoding]:
+        try:
+            return encode(texts)
+        except TypeError:  # the library refuses the whole batch; name the text
+            for row, text in enumerate(texts):
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise ValueError(
+                        f"{name}[{row}] holds a lone surrogate ({text[error.start]!r} at character {error.start}), "
+                        "which is not text; decode the source with errors='replace'"
+                    ) from error
+            raise
+
+    def _pad(self, encodings: list[Encoding], padding: bool | str, max_length: int | None, multiple: int | None) -> None:
+        if padding not in (True, "longest", "max_length"):
+            raise ValueError(f"padding must be True, 'longest', 'max_length' or False, got {padding!r}")
+        if padding == "max_length":
+            if max_length is None:
+                raise ValueError("padding='max_length' needs max_length, for the tokenizer has no model_max_length")
+            length = max_length
+        else:
+            length = max((len(e) for e in encodings), default=0)
+        if multiple:
+            length = -(-length // multiple) * multiple
+        for encoding in encodings:
+            encoding.pad(length, direction=self.padding_side, pad_id=self.pad_token_id, pad_token=self.pad_token)
+
+    # --- ids to text --------------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str:
+        """Text of token ids (a list, array or tensor), with spaces before punctuation removed as in transformers 4."""
+        ids = np.asarray(token_ids).reshape(-1).tolist()
+        if skip_special_tokens:
+            special = set(self.all_special_ids)
+            ids = [i for i in ids if i not in special]
+        tokens = [self._tokenizer.id_to_token(int(i)) for i in ids]
+        if None in tokens:
+            raise ValueError(f"{ids[tokens.index(None)]} is not the id of a token; there are {len(self)}")
+        text = " ".join(tokens).replace(" ##", "")
+        clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        for spaced, joined in _CLEAN_UP if clean else ():
+            text = text.replace(spaced, joined)
+        return text
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        return [self.decode(ids, **kwargs) for ids in sequences]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, model_max_length={self.model_max_length})"
+
+
+# transformers' clean_up_tokenization, in its order
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+def _copy(tokenizer: Tokenizer | None) -> Tokenizer:
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer must be a tokenizers.Tokenizer, got {type(tokenizer).__name__}")
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object")
+    return values
+
+
+def _check_text(text: Any, name: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a string, got {type(text).__name__} {str(text)[:40]!r}")
+    return str(text)
+
+
+def _as_lists(text: Text, text_pair: Text | None) -> tuple[list[str], list[str] | None]:
+    if isinstance(text, str):
+        if text_pair is not None and not isinstance(text_pair, str):
+            raise TypeError(f"text is one string, so text_pair must be one too, got {type(text_pair).__name__}")
+        return [text], None if text_pair is None else [text_pair]
+    if not isinstance(text, (list, tuple)):
+        raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
+    if text_pair is None:
+        return list(text), None
+    if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
+        raise ValueError(f"text has {len(text)} rows, so text_pair must be a list of as many")
+    return list(text), list(text_pair)
+
+
+def _strategy(truncation: bool | str) -> str | None:
+    names = {True: "longest_first", False: None, "do_not_truncate": None}
+    if truncation in ("longest_first", "only_first", "only_second"):
+        return str(truncation)
+    if truncation not in names:
+        raise ValueError(f"truncation must be a bool, longest_first, only_first or only_second, got {truncation!r}")
+    return names[truncation]
+
+
+def _truncate(one: Encoding, two: Encoding | None, room: int, strategy: str | None, row: int) -> None:
+    n1, n2 = len(one), len(two) if two is not None else 0
+    if strategy == "longest_first" and two is not None:
+        # the longer gives way first; where both are long, each gets half and the longer one the odd token
+        short = min(n1, n2)
+        long = room - short if 2 * short < room else room - room // 2
+        short = room - long
+        n1, n2 = (short, long) if n1 <= n2 else (long, short)
+    elif strategy == "only_second":
+        n2 = room - n1
+    else:
+        n1 = room - n2
+    if n1 < 0 or n2 < 0:
+        raise ValueError(f"row {row} cannot be cut to max_length by {strategy}: the other text alone is too long")
+    one.truncate(n1)
+    if two is not None:
+        two.truncate(n2)
+
+
+def _to_tensors(data: dict[str, list], kind: str) -> dict[str, Any]:
+    if kind not in ("pt", "np"):
+        raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {kind!r}")
+    arrays = {}
+    for name, rows in data.items():
+        if len({len(row) if isinstance(row, list) else 0 for row in rows}) > 1:
+            raise ValueError("the texts have different numbers of tokens; a tensor of them needs padding=True")
+        array = np.array(rows, dtype=np.int64)
+        if not rows:
+            array = array.reshape(0, 0)
+        arrays[name] = torch.from_numpy(array) if kind == "pt" else array
+    return arrays
