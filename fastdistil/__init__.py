@@ -2,8 +2,9 @@
 
 from fastdistil import ops
 from fastdistil.config import DistilBertConfig
+from fastdistil.engine import Embedder
 from fastdistil.model import DistilBertModel
 from fastdistil.tokenizer import DistilBertTokenizer
 
 __version__ = "0.1.0"
-__all__ = ["DistilBertConfig", "DistilBertModel", "DistilBertTokenizer", "ops"]
+__all__ = ["DistilBertConfig", "DistilBertModel", "DistilBertTokenizer", "Embedder", "ops"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fastdistil import ops, reference
@@ -278,7 +279,7 @@ class PreTrainedModel(nn.Module):
         else:
             weights = Weights(directory, use_safetensors)  # type: ignore[arg-type]
         with weights:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutInit():
                 model = cls(config)
             wanted = torch_dtype if torch_dtype is not None else dtype
             model = model.to(_dtype(wanted, config, weights))
@@ -611,6 +612,15 @@ def _masks(attention_mask: Tensor | None, batch: int, length: int) -> tuple[Tens
     if shape not in ((batch, length), (1, length)):
         raise ValueError(f"attention_mask must be [{batch}, {length}], got {list(shape)}")
     return (attention_mask != 0).expand(batch, length), None
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device its random numbers would cost the import of torch's compiler, 2 s."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 def _padding_idx(config: DistilBertConfig) -> int | None:

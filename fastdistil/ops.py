@@ -176,13 +176,13 @@ _embed_layer_norm = register(
 _qkv_projection = register(
     reference.qkv_projection,
     fake=lambda x, w, *a, **k: _rows_by(x, w.shape[0]),
-    cpu=cpu.live_only(reference.qkv_projection, 1),
+    cpu=cpu.live_only(cpu.linear, 1),
     autocast="compute",
 )
 _linear = register(
     reference.linear,
     fake=lambda x, w, *a, **k: _rows_by(x, w.shape[0]),
-    cpu=cpu.live_only(reference.linear, 1),
+    cpu=cpu.live_only(cpu.linear, 1),
     autocast="compute",
 )
 _bias_gelu = register(

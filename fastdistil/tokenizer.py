@@ -250,14 +250,17 @@ class DistilBertTokenizer:
     def encode(self, text: str, text_pair: str | None = None, **kwargs: Any) -> list[int]:
         return self(text, text_pair, **kwargs)["input_ids"]
 
-    def encode_ids(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+    def encode_ids(
+        self, texts: Sequence[str], max_length: int | None = None, *, first_row: int = 0
+    ) -> list[list[int]]:
         """The ids of each text with special tokens, cut to max_length tokens: the fast path, without offsets.
 
-        Raises TypeError or ValueError naming the row. The work for a text does not grow with what is cut off.
+        Raises TypeError or ValueError naming the row, counted from first_row. The work for a text does not grow with
+        what is cut off.
         """
         room = self._room(max_length, pair=False)
         encode = self._tokenizer.encode_batch_fast
-        encodings = self._cut_and_encode(texts, room, lambda pieces: encode(pieces, add_special_tokens=False))
+        encodings = self._cut_and_encode(texts, room, lambda pieces: encode(pieces, add_special_tokens=False), "texts", first_row)
         return [self._before + encoding.ids[:room] + self._after for encoding in encodings]
 
     def __call__(
@@ -342,17 +345,17 @@ class DistilBertTokenizer:
         return full[:before], full[before + len(plain) :]
 
     def _cut_and_encode(
-        self, texts: Sequence[str], room: float, encode: Callable[[list[str]], list[Encoding]], name: str = "text"
+        self, texts: Sequence[str], room: float, encode: Callable, name: str = "text", first_row: int = 0
     ) -> list[Encoding]:
         """Encode so much of each text that its first `room` tokens are those of the whole text.
 
         A long text is cut at a space, or, without one nearby, anywhere, and then only counts as long enough when the
         word that may have been cut (at most 100 tokens) is not needed. The cut doubles until there are enough tokens.
         """
-        texts = [t if type(t) is str else _check_text(t, f"{name}[{row}]") for row, t in enumerate(texts)]
+        texts = [t if type(t) is str else _check_text(t, f"{name}[{row}]") for row, t in enumerate(texts, first_row)]
         chars = CHARS_PER_TOKEN * (room + 8)
         if not self._can_cut() or room == math.inf or max(map(len, texts), default=0) <= 2 * chars:
-            return self._encode_checked(texts, encode, name)
+            return self._encode_checked(texts, encode, name, range(first_row, first_row + len(texts)))
         added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
         slack = MAX_WORD + max(map(len, added), default=0)
         space_is_safe = not any(c.isspace() for token in added for c in token)
@@ -369,7 +372,8 @@ class DistilBertTokenizer:
                 space = text.rfind(" ", int(chars) // 2, int(chars)) if space_is_safe else -1
                 pieces.append(text[: int(chars) if space < 0 else space])
                 needed.append(room + (slack if space < 0 else 0))
-            for row, need, encoding in zip(pending, needed, self._encode_checked(pieces, encode, name), strict=True):
+            found = self._encode_checked(pieces, encode, name, [first_row + row for row in pending])
+            for row, need, encoding in zip(pending, needed, found, strict=True):
                 if len(encoding) >= need:
                     results[row] = encoding
             pending = [row for row in pending if results[row] is None]
@@ -381,11 +385,13 @@ class DistilBertTokenizer:
             self._tokenizer.normalizer, (normalizers.BertNormalizer, normalizers.Lowercase, type(None))
         )
 
-    def _encode_checked(self, texts: list[str], encode: Callable, name: str) -> list[Encoding]:
+    def _encode_checked(
+        self, texts: list[str], encode: Callable, name: str, rows: Sequence[int]
+    ) -> list[Encoding]:
         try:
             return encode(texts)
         except TypeError:  # the library refuses the whole batch; name the text
-            for row, text in enumerate(texts):
+            for row, text in zip(rows, texts, strict=True):
                 try:
                     text.encode("utf-8")
                 except UnicodeEncodeError as error:

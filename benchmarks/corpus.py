@@ -1,0 +1,48 @@
+"""The docstring corpus: every documented module, class and function of the running Python's standard library.
+
+    python -m benchmarks.corpus FILE.jsonl    writes {"name": ..., "text": "name: docstring"} a line
+"""
+
+import ast
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "_pyrepl"}
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def stdlib_docstrings() -> list[tuple[str, str]]:
+    """(qualified name, "qualified name: docstring") of all definitions, found by reading the sources."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if NOT_LIBRARY.intersection(parts):
+            continue
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # templates and deliberately broken sources
+            continue
+        found += [(name, f"{name}: {text}") for name, text in _documented(tree, module)]
+    return found
+
+
+def _documented(node: Documented, name: str) -> Iterator[tuple[str, str]]:
+    if text := ast.get_docstring(node):
+        yield name, text
+    for child in node.body:
+        if isinstance(child, Documented):
+            yield from _documented(child, f"{name}.{child.name}")
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rows = stdlib_docstrings()
+    lines = (json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n" for name, text in rows)
+    target.write_text("".join(lines), encoding="utf-8")
+    print(f"{len(rows)} docstrings of the standard library of Python {sys.version.split()[0]} in {target}")

@@ -1,0 +1,1 @@
+"""Jobs on files: read texts, embed them in numbered parts, search the result."""

@@ -1,0 +1,79 @@
+"""Texts with their ids from .txt, .jsonl and standard input, one row at a time."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+
+class Row(NamedTuple):
+    """where: file and line, for messages; id: the id column's value, or the row's number over all inputs."""
+
+    where: str
+    id: str | int
+    text: str
+
+
+def read_rows(inputs: Iterable[str], *, text_column: str = "text", id_column: str | None = None) -> Iterator[Row]:
+    """Rows of all inputs in order. .jsonl and .ndjson hold an object a line, anything else a text a line; "-" is
+    standard input, read as jsonl when its first line is a JSON object with the text column.
+
+    Raises FileNotFoundError for a missing file and ValueError naming file and line for a row that cannot be read.
+    """
+    inputs = list(inputs)
+    for name in inputs:  # before any work is done
+        if name != "-" and not Path(name).is_file():
+            raise FileNotFoundError(f"there is no input file {name}")
+    number = 0
+    for name in inputs:
+        with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+            where = "standard input" if name == "-" else name
+            for line, row in _rows(file, where, name.endswith((".jsonl", ".ndjson")), text_column):
+                identity = number if id_column is None or not isinstance(row, dict) else _id(row, id_column, where, line)
+                text = row[text_column] if isinstance(row, dict) else row
+                yield Row(f"{where}, line {line}", identity, text)
+                number += 1
+
+
+def _rows(file: BinaryIO, where: str, jsonl: bool, text_column: str) -> Iterator[tuple[int, str | dict]]:
+    for line, raw in enumerate(file, 1):
+        try:
+            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}, line {line}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        if line == 1 and where == "standard input":
+            jsonl = _is_object_with(text, text_column)
+        if not jsonl:
+            yield line, text
+        elif text.strip():  # a blank line in jsonl is no row
+            yield line, _object(text, f"{where}, line {line}", text_column)
+
+
+def _is_object_with(text: str, column: str) -> bool:
+    try:
+        return column in json.loads(text)
+    except (ValueError, TypeError):
+        return False
+
+
+def _object(text: str, where: str, text_column: str) -> dict:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object with the column {text_column!r}")
+    if text_column not in row:
+        raise ValueError(f"{where}: no column {text_column!r} among {', '.join(map(repr, row)) or 'none'}")
+    if not isinstance(row[text_column], str):
+        raise ValueError(f"{where}: column {text_column!r} is {json.dumps(row[text_column])[:60]}, not a string")
+    return row
+
+
+def _id(row: dict, column: str, where: str, line: int) -> str | int:
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{where}, line {line}: id column {column!r} is {json.dumps(value)[:60]}, not a string or integer")
+    return value
