@@ -102,7 +102,7 @@ class DistilBertConfig:
             object.__setattr__(self, name, value)
         # a torch.dtype is kept by name, as in the file
         self.dtype = str(dtype if dtype is not None else torch_dtype or "").removeprefix("torch.") or None
-        self.id2label = {int(i): label for i, label in (id2label or {0: "LABEL_0", 1: "LABEL_1"}).items()}
+        self.id2label = _labels(id2label or {0: "LABEL_0", 1: "LABEL_1"})
         self.label2id = label2id if label2id or id2label else {label: i for i, label in self.id2label.items()}
         if num_labels is not None:
             self.num_labels = num_labels
@@ -136,7 +136,7 @@ class DistilBertConfig:
                 f"config.dim {self.dim} over config.n_heads {self.n_heads} is a head size of "
                 f"{self.dim // self.n_heads}; the largest supported is 128"
             )
-        if self.activation not in ACTIVATION_ALIASES:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATION_ALIASES:
             raise ValueError(
                 f"config.activation {self.activation!r} is not supported; it must be one of "
                 f"{', '.join(ACTIVATION_ALIASES)}"
@@ -173,6 +173,8 @@ class DistilBertConfig:
 
     @num_labels.setter
     def num_labels(self, n: int) -> None:
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= LIMITS["vocab_size"]:
+            raise ValueError(f"config.num_labels is {n!r}; it must be an integer of 1 or more")
         if n != self.num_labels or self.label2id is None:
             self.id2label = {i: f"LABEL_{i}" for i in range(n)}
             self.label2id = {label: i for i, label in self.id2label.items()}
@@ -253,6 +255,15 @@ class DistilBertConfig:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
+
+
+def _labels(id2label: Any) -> dict[int, str]:
+    if not isinstance(id2label, dict):
+        raise TypeError(f"config.id2label must map numbers to names, got {id2label!r}")
+    try:
+        return {int(i): label for i, label in id2label.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.id2label has a key that is no number: {error}") from error
 
 
 def _from_bert(values: dict[str, Any]) -> dict[str, Any]:

@@ -57,8 +57,14 @@ class Embeddings(nn.Module):
         )
 
     def dense(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor) -> Tensor:
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # [B, L, dim]
-        return self.dropout(self.LayerNorm(words + self.position_embeddings(positions)))
+        words = inputs_embeds if input_ids is None else self._lookup(self.word_embeddings, input_ids)  # [B, L, dim]
+        return self.dropout(self.LayerNorm(words + self._lookup(self.position_embeddings, positions)))
+
+    @staticmethod
+    def _lookup(table: nn.Module, index: Tensor) -> Tensor:
+        # an index outside the table is NaN, not an illegal access
+        inside = (index >= 0) & (index < len(table.weight))
+        return table(index.where(inside, 0)).masked_fill(~inside.unsqueeze(-1), float("nan"))
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -72,7 +78,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.out_lin = nn.Linear(config.dim, config.dim)
         self.dropout = nn.Dropout(config.attention_dropout)
         self._qkv: tuple[Tensor, Tensor] | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module._lay_side_by_side())
+        self.register_load_state_dict_post_hook(_after_load)
         self._lay_side_by_side()
 
     def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None) -> Tensor:
@@ -158,6 +164,10 @@ class MultiHeadSelfAttention(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._lay_side_by_side()
+
+
+def _after_load(attention: MultiHeadSelfAttention, incompatible_keys: Any) -> None:  # a closure could not be pickled
+    attention._lay_side_by_side()
 
 
 class FFN(nn.Module):
@@ -474,9 +484,13 @@ class DistilBertModel(PreTrainedModel):
         keep, mask = _masks(attention_mask, batch, length)
         positions = self._positions(position_ids, batch, length, device)
         heads = self._head_mask(head_mask)
+        if input_ids is not None:
+            self._check_ids(input_ids, keep)
 
         attentions: tuple | None = None
         if self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0:
+            if input_ids is not None and keep is not None:
+                input_ids = input_ids.where(keep, 0)  # what lies in the padding is never looked up
             x = self.embeddings.dense(input_ids, inputs_embeds, positions)  # [B, L, dim]
             if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
                 mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
@@ -488,7 +502,6 @@ class DistilBertModel(PreTrainedModel):
             at = find_rows(keep, batch, length, device)
             if inputs_embeds is None:
                 table, ids = self.embeddings.word_embeddings.weight, at.pack(input_ids)  # type: ignore[arg-type]
-                self._check_ids(ids, at, len(table))
             else:  # the caller's own table, whose row is the padded position
                 table = inputs_embeds.reshape(batch * length, -1)
                 ids = torch.arange(batch * length, device=device) if at.source is None else at.source
@@ -551,16 +564,17 @@ class DistilBertModel(PreTrainedModel):
                 )
         return given.shape[0], given.shape[1], given.device
 
-    def _check_ids(self, ids: Tensor, at: Packing, vocab_size: int) -> None:
-        if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    def _check_ids(self, input_ids: Tensor, keep: Tensor | None) -> None:
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
             return  # reading a value back would stall the device: there a bad id makes its own sequence NaN
-        lowest, highest = ids.aminmax()
-        if lowest < 0 or highest >= vocab_size:
-            row = int(((ids < 0) | (ids >= vocab_size)).nonzero()[0])
-            flat = row if at.source is None else int(at.source[row])
+        vocab_size = len(self.embeddings.word_embeddings.weight)
+        lowest, highest = input_ids.aminmax()
+        if lowest >= 0 and highest < vocab_size:
+            return
+        outside = (input_ids < 0) | (input_ids >= vocab_size)
+        for row, column in (outside if keep is None else outside & keep).nonzero().tolist():
             raise ValueError(
-                f"input_ids[{flat // at.length}, {flat % at.length}] is {int(ids[row])}, outside the vocabulary of "
-                f"{vocab_size} tokens"
+                f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, outside the vocabulary of {vocab_size} tokens"
             )
 
     def _too_long(self, length: int) -> str:

@@ -1,0 +1,403 @@
+"""DistilBertModel against transformers, over the option grid, and the life of its weights."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+
+import fastdistil
+from fastdistil import DistilBertConfig, DistilBertModel
+from fastdistil.model import sinusoidal_positions
+
+transformers = pytest.importorskip("transformers")
+
+TINY = dict(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=2, max_position_embeddings=40)
+TOLERANCE = 1e-5
+
+
+def pair(seed=0, attn="eager", **changes):
+    """One seed, both libraries."""
+    torch.manual_seed(seed)
+    theirs = transformers.DistilBertModel._from_config(
+        transformers.DistilBertConfig(**(TINY | changes)), attn_implementation=attn
+    )
+    torch.manual_seed(seed)
+    ours = DistilBertModel(DistilBertConfig(**(TINY | changes)))
+    for p in itertools.chain(ours.parameters(), theirs.parameters()):
+        assert p.requires_grad
+    return ours.eval(), theirs.eval()
+
+
+def inputs(batch=4, length=21, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 99, (batch, length), generator=g)
+    lengths = torch.tensor([length, 3, 1, length - 4])[:batch]
+    return ids, torch.arange(length) < lengths[:, None]
+
+
+def close(ours, theirs, keep=None, tolerance=TOLERANCE):
+    if keep is not None:
+        assert (ours[~keep] == 0).all(), "padded positions must be exactly 0"
+        ours, theirs = ours[keep], theirs[keep]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+GRID = [
+    *({"activation": a} for a in ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish")),
+    {"sinusoidal_pos_embds": True},
+    {"pad_token_id": None},
+    {"n_layers": 1, "n_heads": 1},
+    *({"dim": heads * size, "n_heads": heads} for heads, size in ((4, 1), (3, 5), (2, 24), (1, 128), (2, 96), (6, 8))),
+]
+
+
+@pytest.mark.parametrize("changes", GRID, ids=str)
+def test_seed_parity_states_attentions_and_gradients(changes):
+    ours, theirs = pair(**changes)
+    ids, keep = inputs()
+    state = theirs.state_dict()
+    assert set(ours.state_dict()) == set(state)
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+    expected = theirs(ids, attention_mask=keep.long(), output_hidden_states=True, output_attentions=True)
+    with torch.inference_mode():  # packed
+        got = ours(ids, keep, output_hidden_states=True)
+    assert len(got.hidden_states) == ours.config.n_layers + 1
+    for a, b in zip(got.hidden_states, expected.hidden_states, strict=True):
+        close(a, b, keep)
+    dense = ours(ids, keep, output_hidden_states=True, output_attentions=True)
+    for a, b in zip(dense.hidden_states, expected.hidden_states, strict=True):
+        close(a, b, keep)
+    for a, b in zip(dense.attentions, expected.attentions, strict=True):
+        close(a.transpose(1, 2)[keep], b.transpose(1, 2)[keep])
+    weight = torch.randn(int(keep.sum()), ours.config.dim)
+    (dense.last_hidden_state[keep] * weight).sum().backward()
+    (expected.last_hidden_state[keep] * weight).sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", ["right", "left", "holes"])
+def test_masks_of_every_dtype_and_shape(kind, shape):
+    ours, theirs = pair()
+    ids, keep = inputs()
+    keep = {"right": keep, "left": keep.flip(1), "holes": torch.rand(keep.shape) > 0.4}[shape]
+    keep[:, 5] = True
+    with torch.inference_mode():
+        close(ours(ids, keep.to(kind)).last_hidden_state, theirs(ids, attention_mask=keep.long())[0], keep)
+
+
+def test_one_row_mask_and_no_mask():
+    ours, theirs = pair()
+    ids, _ = inputs()
+    one = torch.ones(1, 21).long()
+    one[0, 15:] = 0
+    with torch.inference_mode():
+        close(ours(ids, one)[0], theirs(ids, attention_mask=one.expand(4, -1))[0], one.bool().expand(4, -1))
+        close(ours(ids)[0], theirs(ids)[0])
+        close(ours(ids.int())[0], theirs(ids)[0])
+
+
+def test_rows_without_a_token_are_zero_and_harm_nobody():
+    ours, theirs = pair()
+    ids, keep = inputs()
+    keep[2] = False
+    with torch.inference_mode():
+        out = ours(ids, keep)[0]
+    assert (out[2] == 0).all()
+    close(out, theirs(ids, attention_mask=keep.long())[0], keep)
+    dense = ours(ids, keep)[0]
+    assert dense.requires_grad and (dense[2] == 0).all()
+    dense.sum().backward()
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+    with torch.inference_mode():
+        assert (ours(ids, torch.zeros_like(ids))[0] == 0).all()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_ids_in_the_padding_are_never_looked_up(grad):
+    ours, _ = pair()
+    ids, keep = inputs()
+    with torch.set_grad_enabled(grad):
+        expected = ours(ids, keep)[0]
+        torch.testing.assert_close(ours(ids.masked_fill(~keep, -100), keep)[0], expected)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_four_dimensional_masks(additive):
+    ours, theirs = pair(attn="sdpa")
+    ids, _ = inputs()
+    mask = torch.rand(4, 1, 21, 21) > 0.3
+    mask[..., 0] = True
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.inference_mode():
+        expected = theirs(ids, attention_mask=mask)[0]
+        close(ours(ids, mask)[0], expected)
+        close(ours(ids, mask, output_attentions=True)[0], expected)
+
+
+def test_embeds_positions_head_mask_and_tuples():
+    ours, theirs = pair()
+    ids, keep = inputs()
+    embeds = ours.embeddings.word_embeddings(ids).detach()
+    positions = torch.randint(0, 40, (4, 21))
+    heads = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 1.0]])
+    with torch.inference_mode():
+        expected = theirs(inputs_embeds=embeds, attention_mask=keep.long(), position_ids=positions)[0]
+        close(ours(inputs_embeds=embeds, attention_mask=keep, position_ids=positions)[0], expected, keep)
+        close(ours(ids, keep, position_ids=positions)[0], expected, keep)
+        close(ours(ids, position_ids=positions[0])[0], theirs(ids, position_ids=positions[:1])[0])
+        masked = ours(ids, keep, heads)[0]
+        close(ours(ids, keep, heads[:, None, :, None, None])[0], masked)
+        close(ours(ids, keep, torch.ones(3))[0], ours(ids, keep)[0])
+        everything = ours(ids, keep, heads, output_attentions=True, output_hidden_states=True, return_dict=False)
+    assert isinstance(everything, tuple) and len(everything) == 3
+    close(everything[0], masked, keep)
+    assert (everything[2][0][:, 1] == 0).all() and not torch.allclose(masked, ours(ids, keep)[0])
+
+
+def test_output_object():
+    ours, _ = pair()
+    out = ours(*inputs(), output_hidden_states=True)
+    assert list(out) == ["last_hidden_state", "hidden_states"] and out.attentions is None
+    assert out[0] is out["last_hidden_state"] is out.last_hidden_state and len(out[:2]) == 2
+    assert isinstance(out, dict) and len(out.to_tuple()) == 2
+    with pytest.raises(KeyError):
+        out["attentions"]
+    with pytest.raises(TypeError, match="cannot be added or removed"):
+        out.pop("hidden_states")
+    again = pickle.loads(pickle.dumps(ours(*inputs())))
+    torch.testing.assert_close(again.last_hidden_state, out.last_hidden_state)
+
+
+def test_head_mask_matches_pruning_a_head():
+    """Zeroing a head equals zeroing its columns of out_lin, which needs no head_mask."""
+    ours, _ = pair(n_layers=1)
+    ids, keep = inputs()
+    with torch.inference_mode():
+        masked = ours(ids, keep, torch.tensor([1.0, 0.0, 1.0]))[0]
+        ours.transformer.layer[0].attention.out_lin.weight[:, 16:32] = 0
+        close(ours(ids, keep)[0], masked)
+
+
+def test_dropout_and_checkpointing_match_transformers():
+    ours, theirs = pair(dropout=0.3, attention_dropout=0.2)
+    ids, keep = inputs()
+    ours.train(), theirs.train()
+    torch.manual_seed(3)
+    a = ours(ids, keep, output_attentions=True)[0]
+    torch.manual_seed(3)
+    b = theirs(ids, attention_mask=keep.long())[0]
+    close(a, b, keep)
+    grads = []
+    for on in (False, True):
+        (ours.gradient_checkpointing_enable if on else ours.gradient_checkpointing_disable)()
+        assert ours.is_gradient_checkpointing is on
+        ours.zero_grad()
+        torch.manual_seed(4)
+        ours(ids, keep)[0].sum().backward()
+        grads.append([p.grad.clone() for p in ours.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_compile_and_export():
+    ours, _ = pair()
+    ids, keep = inputs()
+    with torch.inference_mode():
+        expected = ours(ids, keep)[0]
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids, keep).last_hidden_state, expected)
+    with torch.no_grad():
+        exported = torch.export.export(ours, (ids, keep)).module()
+        torch.testing.assert_close(exported(ids, keep).last_hidden_state, expected)
+        flipped = exported(ids, keep.flip(1)).last_hidden_state
+    with torch.inference_mode():  # other lengths in the same graph
+        torch.testing.assert_close(flipped, ours(ids, keep.flip(1))[0])
+
+
+def test_packed_equals_padded():
+    ours, _ = pair()
+    ids, keep = inputs()
+    lengths = keep.sum(1)
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    with torch.inference_mode():
+        expected = ours(ids, keep)[0][keep]
+        torch.testing.assert_close(ours.forward_packed(ids[keep], cu, 21), expected)
+        spare = torch.cat([ids[keep], torch.full((7,), 5)])  # dead rows
+        torch.testing.assert_close(ours.forward_packed(spare, cu, 21)[: len(expected)], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    ours, theirs = pair()
+    ids, keep = inputs()
+    with torch.inference_mode():
+        expected = theirs(ids, attention_mask=keep.long())[0][keep]
+        theirs.to(dtype), ours.to(dtype)
+        budget = (theirs(ids, attention_mask=keep.long())[0][keep] - expected).abs().max()
+        assert (ours(ids, keep)[0][keep] - expected).abs().max() <= 2 * budget
+
+
+# --- the fused query, key and value buffer ------------------------------------------------------------------------
+
+
+def attention_of(model):
+    return model.transformer.layer[0].attention
+
+
+def check_fresh(model, expect_fused=True):
+    """The packed result uses the weights as they are now: compared with the dense path, which reads the parameters."""
+    ids, keep = inputs()
+    with torch.inference_mode():
+        packed = model(ids, keep)[0]
+        dense = model(ids, keep, output_attentions=True)[0]
+        assert (attention_of(model)._qkv is not None and attention_of(model)._still_fits()) is expect_fused
+    torch.testing.assert_close(packed, dense, rtol=0, atol=1e-5)
+    return packed
+
+
+def test_weights_never_go_stale():
+    ours, _ = pair()
+    before = check_fresh(ours)
+    with torch.no_grad():
+        attention_of(ours).q_lin.weight.data.add_(0.5)  # does not bump _version
+    changed = check_fresh(ours)
+    assert not torch.allclose(before, changed)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1)
+    for _ in range(2):
+        ours(*inputs())[0].pow(2).sum().backward()
+        optimizer.step()
+    assert not torch.allclose(changed, check_fresh(ours))
+    attention_of(ours).k_lin.weight.data = torch.randn(48, 48)
+    replaced = check_fresh(ours, expect_fused=False)
+    ours.load_state_dict(pair(seed=5)[0].state_dict(), assign=True)
+    assert not torch.allclose(replaced, check_fresh(ours))
+    ours.load_state_dict(pair(seed=6)[0].state_dict())
+    check_fresh(ours)
+    check_fresh(ours.double().float())
+
+
+def test_copies_are_independent_and_saved_without_the_buffer(tmp_path):
+    ours, _ = pair()
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        expected = check_fresh(ours)
+        torch.testing.assert_close(check_fresh(twin), expected)
+        with torch.no_grad():
+            attention_of(twin).v_lin.weight.zero_()
+        assert not torch.allclose(check_fresh(twin), expected)
+        torch.testing.assert_close(check_fresh(ours), expected)
+    size = len(pickle.dumps(ours)) - sum(p.nbytes for p in ours.parameters())
+    assert size < 30_000
+    from safetensors.torch import save_model
+
+    save_model(ours, str(tmp_path / "m.safetensors"))  # refuses tensors that share a storage
+    ours.share_memory()
+    assert attention_of(ours).q_lin.weight.is_shared()
+    check_fresh(ours, expect_fused=False)
+
+
+def test_replaced_or_hooked_projections_are_called():
+    ours, _ = pair()
+    plain = check_fresh(ours)
+
+    class Lora(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    lora = Lora(48, 48)
+    lora.load_state_dict(attention_of(ours).q_lin.state_dict())
+    attention_of(ours).q_lin = lora
+    assert not torch.allclose(plain, check_fresh(ours, expect_fused=False))
+    ours, _ = pair()
+    calls = []
+    for module in (attention_of(ours).v_lin, attention_of(ours).out_lin, ours.transformer.layer[0].ffn.lin1):
+        module.register_forward_hook(lambda *a: calls.append(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(*inputs())[0], plain)
+    assert len(calls) == 3
+
+
+# --- embeddings of other sizes ------------------------------------------------------------------------------------
+
+
+def test_resize_tokens():
+    ours, _ = pair()
+    words = ours.get_input_embeddings()
+    old = words.weight.detach().clone()
+    assert ours.resize_token_embeddings(110) is words and ours.config.vocab_size == 110
+    torch.testing.assert_close(words.weight[:99].detach(), old)
+    assert (words.weight[99:].detach() - old.mean(0)).abs().max() < 1e-3
+    assert len(ours.resize_token_embeddings(90, pad_to_multiple_of=64).weight) == 128
+    ours.resize_token_embeddings(50, mean_resizing=False)
+    assert ours.resize_token_embeddings() is words and len(words.weight) == 50
+    with pytest.raises(ValueError, match="outside the vocabulary of 50"), torch.inference_mode():
+        ours(torch.tensor([[1, 60]]))
+    with pytest.raises(ValueError, match="at least one token"):
+        ours.resize_token_embeddings(0)
+
+
+@pytest.mark.parametrize("sinusoidal", [False, True])
+def test_resize_positions(sinusoidal):
+    ours, _ = pair(sinusoidal_pos_embds=sinusoidal)
+    old = ours.get_position_embeddings().weight.detach().clone()
+    ours.resize_position_embeddings(60)
+    new = ours.get_position_embeddings().weight.detach()
+    torch.testing.assert_close(new[:40], old)
+    assert ours.config.max_position_embeddings == 60 and new[40:].abs().max() < 1.01
+    if sinusoidal:
+        torch.testing.assert_close(new, sinusoidal_positions(60, 48))
+    else:
+        assert new[40:].std() < 0.05
+    ids = torch.randint(0, 99, (2, 55))
+    with torch.inference_mode():
+        assert ours(ids)[0].isfinite().all()
+    ours.resize_position_embeddings(10)
+    with pytest.raises(ValueError, match="55 tokens long, but the model has 10 positions"):
+        ours(ids)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda m, ids: m(), "exactly one of input_ids or inputs_embeds"),
+    (lambda m, ids: m(ids, inputs_embeds=torch.ones(2, 4, 48)), "exactly one"),
+    (lambda m, ids: m(ids[0]), r"integers \[batch, length\]"),
+    (lambda m, ids: m(ids.float()), "integers"),
+    (lambda m, ids: m(inputs_embeds=torch.ones(2, 4, 47)), r"\[batch, length, 48\]"),
+    (lambda m, ids: m(ids, torch.ones(2, 5)), r"attention_mask must be \[2, 4\]"),
+    (lambda m, ids: m(ids, torch.ones(2, 4, 4)), "attention_mask must be"),
+    (lambda m, ids: m(ids, torch.ones(2, 1, 4, 5)), "4-D attention_mask"),
+    (lambda m, ids: m(ids, None, torch.ones(4)), "head_mask must be"),
+    (lambda m, ids: m(ids, position_ids=torch.ones(3, 4).long()), "position_ids must be"),
+    (lambda m, ids: m(ids, position_ids=torch.full((4,), 40)), "position_ids holds 40"),
+    (lambda m, ids: m(torch.tensor([[1, 2], [3, 99]])), r"input_ids\[1, 1\] is 99, outside the vocabulary of 99"),
+    (lambda m, ids: m(torch.tensor([[1, -2]])), r"input_ids\[0, 1\] is -2"),
+    (lambda m, ids: m(torch.ones(1, 41).long()), "41 tokens long, but the model has 40 positions"),
+    (lambda m, ids: m.forward_packed(ids, torch.tensor([0, 4]).int(), 4), r"must be \[rows\]"),
+    (lambda m, ids: m.forward_packed(ids[0], torch.tensor([0, 4]).int(), 41), "41 tokens long"),
+])
+@pytest.mark.parametrize("grad", [False, True])
+def test_bad_calls_are_named(call, message, grad):
+    ours, _ = pair()
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+        call(ours, torch.ones(2, 4).long())
+
+
+def test_empty_batches_and_lengths():
+    ours, _ = pair()
+    with torch.inference_mode():
+        assert ours(torch.empty(0, 5).long())[0].shape == (0, 5, 48)
+        assert ours(torch.empty(2, 0).long(), torch.empty(2, 0))[0].shape == (2, 0, 48)
+        assert ours.forward_packed(torch.empty(0).long(), torch.zeros(1).int(), 0).shape == (0, 48)
+
+
+def test_wrong_config_type():
+    with pytest.raises(TypeError, match=r"fastdistil\.DistilBertConfig"):
+        DistilBertModel(transformers.DistilBertConfig(**TINY))
+    assert fastdistil.__version__

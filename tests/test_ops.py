@@ -1,0 +1,225 @@
+"""Every op against its float64 definition, with dead rows poisoned, and through torch's tracing machinery."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdistil import cpu, ops, reference
+from fastdistil._register import FORMS
+from fastdistil.testing import cu_seqlens, error_law
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LENGTHS = [[1], [3, 3, 3, 7, 0, 1, 25], [0, 0, 5], [130, 2, 2, 64, 64, 64, 97, 96], [300]]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DIM, HEADS, HIDDEN = 48, 3, 80
+
+
+def case(name, lengths, dtype=torch.float32, device="cpu", dead=0):
+    """Arguments of an op: live rows first, then `dead` rows of NaN (or of nonsense ids)."""
+    g = torch.Generator().manual_seed(len(lengths) + sum(lengths))
+    cu = cu_seqlens(lengths)
+    live = int(cu[-1])
+
+    def rand(*shape, rows=False):
+        x = torch.randn(*shape, generator=g)
+        if rows:
+            x = torch.cat([x, torch.full((dead, *shape[1:]), float("nan"))])
+        return x.to(device, dtype)
+
+    if name == "embed_layer_norm":
+        ids = torch.cat([torch.randint(0, 30, (live,), generator=g), torch.full((dead,), 7)])
+        positions = torch.cat([torch.arange(live) % 20, torch.zeros(dead, dtype=torch.int64)])
+        tables = rand(30, DIM), rand(20, DIM)
+        args = (ids.to(device), positions.to(device), *tables, rand(DIM), rand(DIM), 1e-12)
+    elif name == "add_layer_norm":
+        args = (rand(live, DIM, rows=True), rand(live, DIM, rows=True), rand(DIM), rand(DIM), 1e-12)
+    elif name == "qkv_projection":
+        args = (rand(live, DIM, rows=True), rand(3 * DIM, DIM), rand(3 * DIM))
+    elif name == "linear":
+        args = (rand(live, DIM, rows=True), rand(HIDDEN, DIM), rand(HIDDEN))
+    elif name.startswith("bias_gelu"):
+        args = (rand(live, DIM, rows=True), rand(HIDDEN, DIM), rand(HIDDEN), name.removeprefix("bias_gelu_"))
+    elif name == "attention":
+        args = (rand(live, 3 * DIM, rows=True), cu.to(device), max(lengths), HEADS)
+    elif name == "attention_scaled":
+        args = (rand(live, 3 * DIM, rows=True), cu.to(device), max(lengths) + 5, HEADS, rand(HEADS))
+    else:
+        _, mode, normalize = name.split("_")
+        args = (rand(live, DIM, rows=True), cu.to(device), mode, normalize == "l2")
+    if cu.device.type != device:
+        cu = cu.to(device)
+    return args if name.startswith(("attention", "pool")) else (*args, cu)
+
+
+NAMES = [
+    *("embed_layer_norm", "qkv_projection", "linear", "add_layer_norm", "attention", "attention_scaled"),
+    *(f"bias_gelu_{a}" for a in ops.ACTIVATIONS),
+    *("pool_mean_raw", "pool_mean_l2", "pool_cls_raw", "pool_cls_l2"),
+]
+
+
+def function(module, name):
+    return getattr(module, next(op for op in FORMS if name.startswith(op)))
+
+
+def live_part(name, lengths, out):
+    return out if name.startswith("pool") else out[: sum(lengths)]
+
+
+def eager_form(name, lengths):
+    """Eager torch in the result's precision: the definition, or for long sequences what transformers runs."""
+    if name.startswith("attention") and max(lengths) > cpu.SHORT:
+        return attention_by_sdpa
+    return function(reference, name)
+
+
+def attention_by_sdpa(qkv, cu, max_seqlen, heads, scale=None):
+    out = []
+    for rows in qkv.split(cu.diff().tolist()):
+        q, k, v = rows.view(len(rows), 3, heads, -1).permute(1, 2, 0, 3)
+        o = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        out.append((o if scale is None else o * scale[:, None, None]).transpose(0, 1).flatten(1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_error_law_with_poisoned_dead_rows(name, lengths, dtype, device):
+    live = case(name, lengths, dtype, device)
+    result = live_part(name, lengths, function(ops, name)(*case(name, lengths, dtype, device, dead=9)))
+    eager = live_part(name, lengths, eager_form(name, lengths)(*live))
+    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in live]
+    truth = live_part(name, lengths, function(reference, name)(*wide))
+    assert result.dtype is (torch.float32 if name.startswith("pool") else dtype)
+    error_law(result, eager, truth, eps=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_definition_ignores_dead_rows(name):
+    lengths = LENGTHS[1]
+    clean = live_part(name, lengths, function(reference, name)(*case(name, lengths)))
+    poisoned = live_part(name, lengths, function(reference, name)(*case(name, lengths, dead=9)))
+    torch.testing.assert_close(poisoned, clean, rtol=0, atol=1e-6)
+
+
+def test_definitions_are_what_their_names_say():
+    """Against torch's own modules, so that a definition cannot drift together with its implementations."""
+    x, residual, weight, bias = torch.randn(4, 5, 8).unbind(0)[0], torch.randn(5, 8), torch.randn(8), torch.randn(8)
+    norm = torch.nn.LayerNorm(8, eps=1e-12)
+    norm.weight.data, norm.bias.data = weight, bias
+    torch.testing.assert_close(reference.add_layer_norm(x, residual, weight, bias, 1e-12), norm(x + residual).detach())
+    w, b = torch.randn(6, 8), torch.randn(6)
+    for name, act in {
+        "gelu": torch.nn.GELU(),
+        "gelu_new": torch.nn.GELU("tanh"),
+        "relu": torch.nn.ReLU(),
+        "silu": torch.nn.SiLU(),
+    }.items():
+        torch.testing.assert_close(reference.bias_gelu(x, w, b, name), act(x @ w.T + b))
+    qkv, lengths = torch.randn(9, 3 * 8), [4, 5]
+    out = reference.attention(qkv, cu_seqlens(lengths), 5, 2, torch.tensor([1.0, 0.5]))
+    for rows in (slice(0, 4), slice(4, 9)):
+        q, k, v = (t.view(-1, 2, 4).transpose(0, 1) for t in qkv[rows].chunk(3, -1))
+        expected = F.scaled_dot_product_attention(q, k, v) * torch.tensor([1.0, 0.5])[:, None, None]
+        torch.testing.assert_close(out[rows], expected.transpose(0, 1).reshape(-1, 8))
+    pooled = reference.pool(x, cu_seqlens([2, 0, 3]), "mean", True)
+    torch.testing.assert_close(pooled[2], F.normalize(x[2:].mean(0), dim=0))
+    assert (pooled[1] == 0).all()
+    torch.testing.assert_close(reference.pool(x, cu_seqlens([2, 0, 3]), "cls")[2], x[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    args = case(name, [3, 3, 7])
+    op = getattr(torch.ops.fastdistil, next(op for op in FORMS if name.startswith(op))).default
+    torch.library.opcheck(op, args)
+    if not name.startswith("embed"):  # dense but permuted: the fake's strides must be the real ones
+        torch.library.opcheck(op, (args[0].T.contiguous().T, *args[1:]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compile_fullgraph_and_export(name):
+    args = case(name, [3, 3, 7])
+    f = function(ops, name)
+    expected = f(*args)
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), expected)
+
+    class Module(torch.nn.Module):
+        def forward(self, *args):
+            return f(*args)
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(Module(), args).module()(*args), expected)
+
+
+def test_dynamic_rows_compile_once():
+    counts = torch._dynamo.testing.CompileCounter()
+    f = torch.compile(lambda x, w, b: ops.bias_gelu(x, w, b), fullgraph=True, backend=counts, dynamic=True)
+    w, b = torch.randn(HIDDEN, DIM), torch.randn(HIDDEN)
+    for rows in (5, 9, 300):
+        x = torch.randn(rows, DIM)
+        torch.testing.assert_close(f(x, w, b), ops.bias_gelu(x, w, b))
+    assert counts.frame_count == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_go_through_the_definition(name):
+    args = case(name, [3, 2])
+    wide = [
+        a.double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    ]
+    assert torch.autograd.gradcheck(lambda *a: function(ops, name)(*a), wide)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device):
+    x, w, b = torch.randn(4, 8, device=device), torch.randn(24, 8, device=device), torch.randn(24, device=device)
+    cu = cu_seqlens([4], device)
+    with torch.autocast(device, dtype=torch.bfloat16), torch.no_grad():
+        qkv = ops.qkv_projection(x, w, b)
+        context = ops.attention(qkv, cu, 4, 2)
+        normed = ops.add_layer_norm(context, x, b[:8], b[:8], 1e-12)
+        assert (qkv.dtype, context.dtype, normed.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+        assert ops.linear(x.double(), w.double(), b.double()).dtype is torch.float64
+    assert ops.linear(x, w, b).dtype is torch.float32
+
+
+def test_long_form_and_short_form_of_attention_agree(monkeypatch):
+    args = case("attention", [40] * 5 + [33, 8])
+    short = ops.attention(*args)
+    monkeypatch.setattr(cpu, "SHORT", 0)
+    torch.testing.assert_close(ops.attention(*args), short, rtol=0, atol=2e-6)
+    monkeypatch.setattr(cpu, "SHORT", 96)
+    monkeypatch.setattr(cpu, "SCORE_ELEMENTS", 2 * HEADS * 40 * 40)  # several batched calls a run
+    torch.testing.assert_close(ops.attention(*args), short, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5), torch.ones(4)), r"x \[2, 3\]"),
+    (lambda: ops.qkv_projection(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)), "4 rows"),
+    (lambda: ops.bias_gelu(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4), "tanh"), "'tanh' is not one of"),
+    (lambda: ops.attention(torch.ones(2, 12), cu_seqlens([2]), 2, 3), "num_heads 3"),
+    (lambda: ops.attention(torch.ones(2, 390), cu_seqlens([2]), 2, 1), "head size 130"),
+    (lambda: ops.attention(torch.ones(2, 12), torch.tensor([0, 2]), 2, 2), "cu_seqlens must be int32"),
+    (lambda: ops.attention(torch.ones(2, 12), cu_seqlens([2]), 2, 2, torch.ones(3)), "head_scale"),
+    (lambda: ops.pool(torch.ones(2, 3), cu_seqlens([2]), "max"), "'max' is not one of"),
+    (lambda: ops.add_layer_norm(torch.ones(2, 3), torch.ones(3, 3), torch.ones(3), torch.ones(3), 1e-5), "residual"),
+    (lambda: ops.embed_layer_norm(torch.tensor([5]), torch.tensor([0]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5),
+     r"input_ids\[0\] is 5"),
+    (lambda: ops.embed_layer_norm(torch.tensor([1]), torch.tensor([-1]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5),
+     r"position_ids\[0\] is -1"),
+    (lambda: ops.embed_layer_norm(torch.ones(1), torch.tensor([0]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5),
+     "input_ids must be int32 or int64"),
+])
+def test_wrong_arguments_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        args()
+
+
+def test_id_outside_the_table_makes_its_own_row_nan():
+    args = case("embed_layer_norm", [2, 3])
+    args[0][1] = 99
+    out = reference.embed_layer_norm(*args)
+    assert out[1].isnan().all() and out[[0, 2, 3, 4]].isfinite().all()
