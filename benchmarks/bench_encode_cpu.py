@@ -39,7 +39,7 @@ def embedder(path):
 def slices():
     texts = [text for _, text in stdlib_docstrings()]
     blocks = [texts[i : i + BLOCK] for i in range(0, len(texts), BLOCK)]
-    return [sum(blocks[i % SLICES :: SLICES], []) for i in range(ROUNDS)]
+    return [[text for block in blocks[i % SLICES :: SLICES] for text in block] for i in range(ROUNDS)]
 
 
 class Peer:
@@ -105,8 +105,10 @@ def compare(benchmark, embedder, slices, name, encode_peer, fill):
 def show(info):
     fill = f", fill {info['peer_fill']:.2f}" if info.get("peer_fill") else ""
     rates = [f"{info[k]:,.0f} tokens/s" for k in ("tokens_per_second", "peer_tokens_per_second") if k in info]
-    print(f"\n{info['ratio']:.2f}x {info['peer']} ({' against '.join(rates)}{fill}; rounds "
-          f"{', '.join(f'{r:.2f}' for r in info['ratios'])})")
+    print(
+        f"\n{info['ratio']:.2f}x {info['peer']} ({' against '.join(rates)}{fill}; rounds "
+        f"{', '.join(f'{r:.2f}' for r in info['ratios'])})"
+    )
 
 
 @pytest.mark.parametrize("sort", [False, True], ids=["unsorted", "sorted"])

@@ -1,6 +1,6 @@
 """The docstring corpus: every documented module, class and function of the running Python's standard library.
 
-    python -m benchmarks.corpus FILE.jsonl    writes {"name": ..., "text": "name: docstring"} a line
+python -m benchmarks.corpus FILE.jsonl    writes {"name": ..., "text": "name: docstring"} a line
 """
 
 import ast

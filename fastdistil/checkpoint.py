@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,20 @@ logger = logging.getLogger("fastdistil")
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 BASE_PREFIX = "distilbert."
-HUB_FILES = (
-    "config.json model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json vocab.txt "
-    "tokenizer_config.json special_tokens_map.json modules.json sentence_bert_config.json *_Pooling/config.json "
-    "*_Normalize/config.json"
-).split()
+HUB_FILES = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "*_Pooling/config.json",
+    "*_Normalize/config.json",
+]
 
 # BERT's names -> DistilBERT's, as in HF's extract_distilbert.py
 BERT_NAMES = (
@@ -165,7 +175,7 @@ class Weights:
         self = cls.__new__(cls)
         self.where, self._stack, self._read, self.shapes, self.dtype = Path("state_dict"), ExitStack(), {}, {}, None
         for name, tensor in tensors.items():
-            self.add(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+            self.add(name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name))
         return self
 
     def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, read: Callable[[], Tensor]) -> None:
@@ -178,10 +188,10 @@ class Weights:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError, ValueError) as error:
             raise OSError(f"{path} is not a readable safetensors file: {error}") from error
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118  (a file, not a mapping)
             part = file.get_slice(name)
             dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
-            yield name, tuple(part.get_shape()), dtype, lambda name=name: file.get_tensor(name)
+            yield name, tuple(part.get_shape()), dtype, partial(file.get_tensor, name)
 
     def _pickled(self, path: Path) -> Iterator[tuple]:
         try:
@@ -193,7 +203,7 @@ class Weights:
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{path} holds a {type(tensor).__name__} under {name!r}, not a tensor")
-            yield name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor
+            yield name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name)
 
     def read(self, name: str) -> Tensor:
         return self._read[name]()
@@ -251,7 +261,7 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
         else:
             report.mismatched_keys.add((new, weights.shapes[name], expected[new]))
     if report.mismatched_keys and not ignore_mismatched_sizes:
-        lines = "\n".join(f"  {n}: {list(a)} in the file, {list(b)} by the configuration" for n, a, b in _sorted(report))
+        lines = "\n".join(f"  {n}: {list(a)} in the file, {list(b)} by the config" for n, a, b in _sorted(report))
         raise ValueError(
             f"{weights.where}: the weights do not have the shapes its configuration tells:\n{lines}\n"
             "correct config.json, or pass ignore_mismatched_sizes=True to initialise these anew"
@@ -264,8 +274,10 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
     untied = _share_tied(tied, source, weights)
     fresh = set(expected) - set(source)
     report.missing_keys = fresh - {name for name, *_ in report.mismatched_keys}
-    folded = next((name for name in source if name.endswith(POSITIONS)), None) if types is not None else None
-    if folded is not None and (len(weights.shapes[types]) != 2 or weights.shapes[types][1:] != expected[folded][1:]):
+    folded = next((name for name in source if name.endswith(POSITIONS)), None)
+    if types is None:
+        folded = None
+    elif folded is not None and (len(weights.shapes[types]) != 2 or weights.shapes[types][1:] != expected[folded][1:]):
         raise ValueError(f"{weights.where}: {types} has shape {list(weights.shapes[types])}, not [types, dim]")
     model.materialize(fresh, untied)  # type: ignore[operator]
     state = model.state_dict()

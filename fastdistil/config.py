@@ -115,7 +115,7 @@ class DistilBertConfig:
     def _validate(self) -> None:
         for name, limit in LIMITS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"config.{name} must be an integer, got {value!r}")
             # a model without layers is the embeddings alone, which is allowed
             lowest = 0 if name == "n_layers" else 1
@@ -192,12 +192,25 @@ class DistilBertConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         """What a file holds: every DistilBERT field, and of the common ones those that are not at their default."""
         default = type(self)().__dict__
-        common = (
-            "architectures chunk_size_feed_forward dtype id2label label2id layer_norm_eps output_attentions "
-            "output_hidden_states problem_type return_dict tie_word_embeddings eos_token_id bos_token_id"
-        ).split()
+        common = [
+            "architectures",
+            "chunk_size_feed_forward",
+            "dtype",
+            "id2label",
+            "label2id",
+            "layer_norm_eps",
+            "output_attentions",
+            "output_hidden_states",
+            "problem_type",
+            "return_dict",
+            "tie_word_embeddings",
+            "eos_token_id",
+            "bos_token_id",
+        ]
         return {
-            k: v for k, v in self.to_dict().items() if not k.startswith("_") and (k not in common or v != default.get(k))
+            k: v
+            for k, v in self.to_dict().items()
+            if not k.startswith("_") and (k not in common or v != default.get(k))
         }
 
     def to_json_string(self, use_diff: bool = True) -> str:

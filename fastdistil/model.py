@@ -31,11 +31,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
-def apply_linear(module: nn.Module, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, in] -> [rows, out]
+def apply_linear(module: Any, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, in] -> [rows, out]
     return ops.linear(x, module.weight, module.bias, live) if is_plain(module) else module(x)
 
 
-def apply_add_norm(module: nn.Module, x: Tensor, residual: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] x 2
+def apply_add_norm(module: Any, x: Tensor, residual: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] x 2
     if not is_plain(module, nn.LayerNorm):
         return module(x + residual)
     return ops.add_layer_norm(x, residual, module.weight, module.bias, module.eps, live)
@@ -57,11 +57,12 @@ class Embeddings(nn.Module):
         )
 
     def dense(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor) -> Tensor:
-        words = inputs_embeds if input_ids is None else self._lookup(self.word_embeddings, input_ids)  # [B, L, dim]
+        words = self._lookup(self.word_embeddings, input_ids) if input_ids is not None else inputs_embeds  # [B, L, dim]
+        assert words is not None
         return self.dropout(self.LayerNorm(words + self._lookup(self.position_embeddings, positions)))
 
     @staticmethod
-    def _lookup(table: nn.Module, index: Tensor) -> Tensor:
+    def _lookup(table: nn.Embedding, index: Tensor) -> Tensor:
         # an index outside the table is NaN, not an illegal access
         inside = (index >= 0) & (index < len(table.weight))
         return table(index.where(inside, 0)).masked_fill(~inside.unsqueeze(-1), float("nan"))
@@ -226,6 +227,7 @@ class Transformer(nn.Module):
 
     def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
         states, attentions = [x], []
+        block: Any
         for i, block in enumerate(self.layer):
             args = (x, mask, None if head_mask is None else head_mask[i], probabilities)
             if self.gradient_checkpointing and self.training:
@@ -287,13 +289,14 @@ class PreTrainedModel(nn.Module):
         if state_dict is not None:
             weights = Weights.from_tensors(state_dict)
         else:
-            weights = Weights(directory, use_safetensors)  # type: ignore[arg-type]
+            assert directory is not None
+            weights = Weights(directory, use_safetensors)
         with weights:
             with torch.device("meta"), _WithoutInit():
                 model = cls(config)
             wanted = torch_dtype if torch_dtype is not None else dtype
             model = model.to(_dtype(wanted, config, weights))
-            model._load_device = torch.device(device) if device is not None else torch.device("cpu")
+            model.__dict__["_load_device"] = torch.device(device) if device is not None else torch.device("cpu")
             report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
         config.dtype = str(model.dtype).removeprefix("torch.")
         model.eval()
@@ -351,7 +354,7 @@ class PreTrainedModel(nn.Module):
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> Any:
         return getattr(self, self.base_model_prefix, self)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -363,8 +366,8 @@ class PreTrainedModel(nn.Module):
     # --- embeddings ---------------------------------------------------------------------------------------------
 
     @property
-    def _embeddings(self) -> Embeddings:
-        return self.base_model.embeddings  # type: ignore[return-value]
+    def _embeddings(self) -> Any:
+        return self.base_model.embeddings
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self._embeddings.word_embeddings
@@ -556,7 +559,7 @@ class DistilBertModel(PreTrainedModel):
             raise ValueError(f"input_ids must be integers [batch, length], got {given.dtype} {list(given.shape)}")
         if inputs_embeds is not None and (given.dim() != 3 or given.shape[2] != self.config.dim):
             raise ValueError(f"inputs_embeds must be [batch, length, {self.config.dim}], got {list(given.shape)}")
-        if token_type_ids is not None and getattr(self.config, "token_types_folded", False):
+        if token_type_ids is not None and getattr(self.config, "token_types_folded", False):  # noqa: SIM102
             if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(token_type_ids.any()):
                 raise ValueError(
                     "token_type_ids has nonzero values, but this BERT checkpoint was converted for a single segment "
@@ -574,7 +577,8 @@ class DistilBertModel(PreTrainedModel):
         outside = (input_ids < 0) | (input_ids >= vocab_size)
         for row, column in (outside if keep is None else outside & keep).nonzero().tolist():
             raise ValueError(
-                f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, outside the vocabulary of {vocab_size} tokens"
+                f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, outside the vocabulary of "
+                f"{vocab_size} tokens"
             )
 
     def _too_long(self, length: int) -> str:
@@ -621,7 +625,7 @@ def _masks(attention_mask: Tensor | None, batch: int, length: int) -> tuple[Tens
     shape = tuple(attention_mask.shape)
     if attention_mask.dim() == 4:
         if shape[2:] != (length, length) or shape[0] not in (1, batch):
-            raise ValueError(f"a 4-D attention_mask must be [{batch}, 1 or heads, {length}, {length}], got {list(shape)}")
+            raise ValueError(f"a 4-D attention_mask must be [{batch}, 1, {length}, {length}], got {list(shape)}")
         return None, attention_mask if attention_mask.is_floating_point() else attention_mask != 0
     if shape not in ((batch, length), (1, length)):
         raise ValueError(f"attention_mask must be [{batch}, {length}], got {list(shape)}")

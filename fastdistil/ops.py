@@ -152,7 +152,8 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"x {list(x.shape)} must be [rows, in], weight {list(weight.shape)} [out, in], bias {list(bias.shape)} [out]"
+            f"x {list(x.shape)} must be [rows, in], weight {list(weight.shape)} [out, in], "
+            f"bias {list(bias.shape)} [out]"
         )
 
 

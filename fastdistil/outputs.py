@@ -53,7 +53,7 @@ class ModelOutput(OrderedDict):
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"the fields of {type(self).__name__} cannot be added or removed")
 
-    __delitem__ = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __delitem__ = pop = popitem = setdefault = update = _refuse
 
 
 @dataclass

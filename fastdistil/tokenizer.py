@@ -112,20 +112,20 @@ class DistilBertTokenizer:
         tokenizer = Tokenizer(
             models.WordPiece(vocab, unk_token=special["unk_token"], max_input_chars_per_word=MAX_WORD)
         )
-        tokenizer.normalizer = normalizers.BertNormalizer(  # type: ignore[assignment]
+        tokenizer.normalizer = normalizers.BertNormalizer(
             clean_text=True,
             handle_chinese_chars=self.tokenize_chinese_chars,
             strip_accents=self.strip_accents,
             lowercase=self.do_lower_case,
         )
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         cls, sep = special["cls_token"], special["sep_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{cls}:0 $A:0 {sep}:0",
             pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
             special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
         )
-        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # type: ignore[assignment]
+        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
         tokenizer.add_special_tokens(list(special.values()))
         return tokenizer
 
@@ -143,10 +143,14 @@ class DistilBertTokenizer:
             for name, value in settings.items()
             if name in SPECIAL and value is not None
         }
-        for name in (
-            "do_lower_case tokenize_chinese_chars strip_accents model_max_length padding_side "
-            "clean_up_tokenization_spaces"
-        ).split():
+        for name in [
+            "do_lower_case",
+            "tokenize_chinese_chars",
+            "strip_accents",
+            "model_max_length",
+            "padding_side",
+            "clean_up_tokenization_spaces",
+        ]:
             if settings.get(name) is not None:
                 given[name] = settings[name]
         given |= overrides
@@ -214,7 +218,8 @@ class DistilBertTokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        return [self._tokenizer.token_to_id(token) for token in self._special.values()]
+        vocab = self.get_vocab()
+        return [vocab[token] for token in self._special.values()]
 
     def __getattr__(self, name: str) -> Any:  # unk_token, unk_token_id, ...
         special = self.__dict__.get("_special", {})
@@ -236,7 +241,7 @@ class DistilBertTokenizer:
             return self.unk_token_id if found is None else found
         return [self.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
 
-    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str]:
+    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str | None] | None:
         if isinstance(ids, int):
             return self._tokenizer.id_to_token(ids)
         return [self._tokenizer.id_to_token(int(i)) for i in ids]
@@ -250,9 +255,7 @@ class DistilBertTokenizer:
     def encode(self, text: str, text_pair: str | None = None, **kwargs: Any) -> list[int]:
         return self(text, text_pair, **kwargs)["input_ids"]
 
-    def encode_ids(
-        self, texts: Sequence[str], max_length: int | None = None, *, first_row: int = 0
-    ) -> list[list[int]]:
+    def encode_ids(self, texts: Sequence[str], max_length: int | None = None, *, first_row: int = 0) -> list[list[int]]:
         """The ids of each text with special tokens, cut to max_length tokens: the fast path, without offsets.
 
         Raises TypeError or ValueError naming the row, counted from first_row. The work for a text does not grow with
@@ -260,7 +263,9 @@ class DistilBertTokenizer:
         """
         room = self._room(max_length, pair=False)
         encode = self._tokenizer.encode_batch_fast
-        encodings = self._cut_and_encode(texts, room, lambda pieces: encode(pieces, add_special_tokens=False), "texts", first_row)
+        encodings = self._cut_and_encode(
+            texts, room, lambda pieces: encode(pieces, add_special_tokens=False), "texts", first_row
+        )
         return [self._before + encoding.ids[:room] + self._after for encoding in encodings]
 
     def __call__(
@@ -362,7 +367,8 @@ class DistilBertTokenizer:
         results: list[Encoding | None] = [None] * len(texts)
         pending = list(range(len(texts)))
         while pending:
-            pieces, needed = [], []
+            pieces: list[str] = []
+            needed: list[float] = []
             for row in pending:
                 text = texts[row]
                 if len(text) <= 2 * chars:
@@ -385,9 +391,7 @@ class DistilBertTokenizer:
             self._tokenizer.normalizer, (normalizers.BertNormalizer, normalizers.Lowercase, type(None))
         )
 
-    def _encode_checked(
-        self, texts: list[str], encode: Callable, name: str, rows: Sequence[int]
-    ) -> list[Encoding]:
+    def _encode_checked(self, texts: list[str], encode: Callable, name: str, rows: Sequence[int]) -> list[Encoding]:
         try:
             return encode(texts)
         except TypeError:  # the library refuses the whole batch; name the text
@@ -401,7 +405,9 @@ class DistilBertTokenizer:
                     ) from error
             raise
 
-    def _pad(self, encodings: list[Encoding], padding: bool | str, max_length: int | None, multiple: int | None) -> None:
+    def _pad(
+        self, encodings: list[Encoding], padding: bool | str, max_length: int | None, multiple: int | None
+    ) -> None:
         if padding not in (True, "longest", "max_length"):
             raise ValueError(f"padding must be True, 'longest', 'max_length' or False, got {padding!r}")
         if padding == "max_length":
@@ -429,10 +435,13 @@ class DistilBertTokenizer:
             special = set(self.all_special_ids)
             ids = [i for i in ids if i not in special]
         tokens = [self._tokenizer.id_to_token(int(i)) for i in ids]
-        if None in tokens:
-            raise ValueError(f"{ids[tokens.index(None)]} is not the id of a token; there are {len(self)}")
-        text = " ".join(tokens).replace(" ##", "")
-        clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        for i, token in zip(ids, tokens, strict=True):
+            if token is None:
+                raise ValueError(f"{i} is not the id of a token; there are {len(self)}")
+        text = " ".join(map(str, tokens)).replace(" ##", "")
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
         for spaced, joined in _CLEAN_UP if clean else ():
             text = text.replace(spaced, joined)
         return text

@@ -9,19 +9,42 @@ transformers = pytest.importorskip("transformers")
 
 def test_defaults_and_aliases():
     ours, theirs = DistilBertConfig(), transformers.DistilBertConfig()
-    for name in (
-        "vocab_size max_position_embeddings sinusoidal_pos_embds n_layers n_heads dim hidden_dim dropout id2label "
-        "attention_dropout activation initializer_range qa_dropout seq_classif_dropout pad_token_id label2id num_labels "
-        "hidden_size num_attention_heads num_hidden_layers output_attentions output_hidden_states return_dict "
-        "tie_word_embeddings problem_type chunk_size_feed_forward model_type"
-    ).split():
+    for name in [
+        "vocab_size",
+        "max_position_embeddings",
+        "sinusoidal_pos_embds",
+        "n_layers",
+        "n_heads",
+        "dim",
+        "hidden_dim",
+        "dropout",
+        "id2label",
+        "attention_dropout",
+        "activation",
+        "initializer_range",
+        "qa_dropout",
+        "seq_classif_dropout",
+        "pad_token_id",
+        "label2id",
+        "num_labels",
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "tie_word_embeddings",
+        "problem_type",
+        "chunk_size_feed_forward",
+        "model_type",
+    ]:
         assert getattr(ours, name) == getattr(theirs, name), name
     config = DistilBertConfig(hidden_size=48, num_attention_heads=3, num_hidden_layers=1, mine=7)
     assert (config.dim, config.n_heads, config.n_layers, config.mine) == (48, 3, 1, 7)
     config.hidden_size = 96
     assert config.dim == 96 and config == DistilBertConfig(dim=96, n_heads=3, n_layers=1, mine=7)
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
-        config.absent
+        _ = config.absent
 
 
 def test_labels():
@@ -46,38 +69,48 @@ def test_round_trip_with_transformers(tmp_path):
 def test_old_hub_file_and_bert_file():
     old = {"model_type": "distilbert", "tie_weights_": True, "torch_dtype": "float16", "dim": 768}
     assert DistilBertConfig.from_dict(old).dtype == "float16"
-    bert = {"model_type": "bert", "hidden_size": 1024, "intermediate_size": 4096, "hidden_act": "relu",
-            "num_attention_heads": 16, "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.2}
+    bert = {
+        "model_type": "bert",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "hidden_act": "relu",
+        "num_attention_heads": 16,
+        "layer_norm_eps": 1e-5,
+        "hidden_dropout_prob": 0.2,
+    }
     config = DistilBertConfig.from_dict(bert)
     assert (config.dim, config.hidden_dim, config.activation, config.layer_norm_eps) == (1024, 4096, "relu", 1e-5)
     assert (config.n_layers, config.dropout) == (12, 0.2)
 
 
-@pytest.mark.parametrize(("values", "error", "message"), [
-    ({"dim": "x"}, TypeError, "config.dim must be an integer, got 'x'"),
-    ({"dim": True}, TypeError, "config.dim"),
-    ({"n_layers": -1}, ValueError, "config.n_layers is -1"),
-    ({"vocab_size": 10**12}, ValueError, "config.vocab_size is 1000000000000"),
-    ({"max_position_embeddings": 0}, ValueError, "config.max_position_embeddings is 0"),
-    ({"n_heads": 5}, ValueError, "config.n_heads 5 must divide config.dim 768"),
-    ({"n_heads": 4}, ValueError, "head size of 192"),
-    ({"activation": "os.system"}, ValueError, "config.activation 'os.system' is not supported"),
-    ({"activation": ["gelu"]}, ValueError, "config.activation"),
-    ({"dropout": 1.5}, ValueError, "config.dropout is 1.5"),
-    ({"dropout": None}, TypeError, "config.dropout must be a number"),
-    ({"initializer_range": float("nan")}, ValueError, "initializer_range"),
-    ({"sinusoidal_pos_embds": 1}, TypeError, "sinusoidal_pos_embds"),
-    ({"problem_type": "guess"}, ValueError, "config.problem_type 'guess'"),
-    ({"problem_type": "single_label_classification", "num_labels": 1}, ValueError, "more than one label"),
-    ({"id2label": ["a"]}, TypeError, "config.id2label"),
-    ({"id2label": {"x": "a"}}, ValueError, "config.id2label"),
-    ({"num_labels": -1}, ValueError, "num_labels is -1"),
-    ({"pad_token_id": "0"}, TypeError, "pad_token_id"),
-    ({"model_type": "roberta"}, ValueError, "model_type is 'roberta'"),
-    ({"model_type": "bert", "position_embedding_type": "relative_key"}, ValueError, "relative_key"),
-    ({"model_type": "bert", "is_decoder": True}, ValueError, "is_decoder"),
-    ([1], ValueError, "JSON object"),
-])
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"dim": "x"}, TypeError, "config.dim must be an integer, got 'x'"),
+        ({"dim": True}, TypeError, "config.dim"),
+        ({"n_layers": -1}, ValueError, "config.n_layers is -1"),
+        ({"vocab_size": 10**12}, ValueError, "config.vocab_size is 1000000000000"),
+        ({"max_position_embeddings": 0}, ValueError, "config.max_position_embeddings is 0"),
+        ({"n_heads": 5}, ValueError, "config.n_heads 5 must divide config.dim 768"),
+        ({"n_heads": 4}, ValueError, "head size of 192"),
+        ({"activation": "os.system"}, ValueError, "config.activation 'os.system' is not supported"),
+        ({"activation": ["gelu"]}, ValueError, "config.activation"),
+        ({"dropout": 1.5}, ValueError, "config.dropout is 1.5"),
+        ({"dropout": None}, TypeError, "config.dropout must be a number"),
+        ({"initializer_range": float("nan")}, ValueError, "initializer_range"),
+        ({"sinusoidal_pos_embds": 1}, TypeError, "sinusoidal_pos_embds"),
+        ({"problem_type": "guess"}, ValueError, "config.problem_type 'guess'"),
+        ({"problem_type": "single_label_classification", "num_labels": 1}, ValueError, "more than one label"),
+        ({"id2label": ["a"]}, TypeError, "config.id2label"),
+        ({"id2label": {"x": "a"}}, ValueError, "config.id2label"),
+        ({"num_labels": -1}, ValueError, "num_labels is -1"),
+        ({"pad_token_id": "0"}, TypeError, "pad_token_id"),
+        ({"model_type": "roberta"}, ValueError, "model_type is 'roberta'"),
+        ({"model_type": "bert", "position_embedding_type": "relative_key"}, ValueError, "relative_key"),
+        ({"model_type": "bert", "is_decoder": True}, ValueError, "is_decoder"),
+        ([1], ValueError, "JSON object"),
+    ],
+)
 def test_bad_values_name_the_field(values, error, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))

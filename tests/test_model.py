@@ -364,24 +364,27 @@ def test_resize_positions(sinusoidal):
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda m, ids: m(), "exactly one of input_ids or inputs_embeds"),
-    (lambda m, ids: m(ids, inputs_embeds=torch.ones(2, 4, 48)), "exactly one"),
-    (lambda m, ids: m(ids[0]), r"integers \[batch, length\]"),
-    (lambda m, ids: m(ids.float()), "integers"),
-    (lambda m, ids: m(inputs_embeds=torch.ones(2, 4, 47)), r"\[batch, length, 48\]"),
-    (lambda m, ids: m(ids, torch.ones(2, 5)), r"attention_mask must be \[2, 4\]"),
-    (lambda m, ids: m(ids, torch.ones(2, 4, 4)), "attention_mask must be"),
-    (lambda m, ids: m(ids, torch.ones(2, 1, 4, 5)), "4-D attention_mask"),
-    (lambda m, ids: m(ids, None, torch.ones(4)), "head_mask must be"),
-    (lambda m, ids: m(ids, position_ids=torch.ones(3, 4).long()), "position_ids must be"),
-    (lambda m, ids: m(ids, position_ids=torch.full((4,), 40)), "position_ids holds 40"),
-    (lambda m, ids: m(torch.tensor([[1, 2], [3, 99]])), r"input_ids\[1, 1\] is 99, outside the vocabulary of 99"),
-    (lambda m, ids: m(torch.tensor([[1, -2]])), r"input_ids\[0, 1\] is -2"),
-    (lambda m, ids: m(torch.ones(1, 41).long()), "41 tokens long, but the model has 40 positions"),
-    (lambda m, ids: m.forward_packed(ids, torch.tensor([0, 4]).int(), 4), r"must be \[rows\]"),
-    (lambda m, ids: m.forward_packed(ids[0], torch.tensor([0, 4]).int(), 41), "41 tokens long"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, ids: m(), "exactly one of input_ids or inputs_embeds"),
+        (lambda m, ids: m(ids, inputs_embeds=torch.ones(2, 4, 48)), "exactly one"),
+        (lambda m, ids: m(ids[0]), r"integers \[batch, length\]"),
+        (lambda m, ids: m(ids.float()), "integers"),
+        (lambda m, ids: m(inputs_embeds=torch.ones(2, 4, 47)), r"\[batch, length, 48\]"),
+        (lambda m, ids: m(ids, torch.ones(2, 5)), r"attention_mask must be \[2, 4\]"),
+        (lambda m, ids: m(ids, torch.ones(2, 4, 4)), "attention_mask must be"),
+        (lambda m, ids: m(ids, torch.ones(2, 1, 4, 5)), "4-D attention_mask"),
+        (lambda m, ids: m(ids, None, torch.ones(4)), "head_mask must be"),
+        (lambda m, ids: m(ids, position_ids=torch.ones(3, 4).long()), "position_ids must be"),
+        (lambda m, ids: m(ids, position_ids=torch.full((4,), 40)), "position_ids holds 40"),
+        (lambda m, ids: m(torch.tensor([[1, 2], [3, 99]])), r"input_ids\[1, 1\] is 99, outside the vocabulary of 99"),
+        (lambda m, ids: m(torch.tensor([[1, -2]])), r"input_ids\[0, 1\] is -2"),
+        (lambda m, ids: m(torch.ones(1, 41).long()), "41 tokens long, but the model has 40 positions"),
+        (lambda m, ids: m.forward_packed(ids, torch.tensor([0, 4]).int(), 4), r"must be \[rows\]"),
+        (lambda m, ids: m.forward_packed(ids[0], torch.tensor([0, 4]).int(), 41), "41 tokens long"),
+    ],
+)
 @pytest.mark.parametrize("grad", [False, True])
 def test_bad_calls_are_named(call, message, grad):
     ours, _ = pair()

@@ -167,9 +167,7 @@ def test_dynamic_rows_compile_once():
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_go_through_the_definition(name):
     args = case(name, [3, 2])
-    wide = [
-        a.double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
-    ]
+    wide = [a.double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
     assert torch.autograd.gradcheck(lambda *a: function(ops, name)(*a), wide)
 
 
@@ -196,23 +194,41 @@ def test_long_form_and_short_form_of_attention_agree(monkeypatch):
     torch.testing.assert_close(ops.attention(*args), short, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5), torch.ones(4)), r"x \[2, 3\]"),
-    (lambda: ops.qkv_projection(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)), "4 rows"),
-    (lambda: ops.bias_gelu(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4), "tanh"), "'tanh' is not one of"),
-    (lambda: ops.attention(torch.ones(2, 12), cu_seqlens([2]), 2, 3), "num_heads 3"),
-    (lambda: ops.attention(torch.ones(2, 390), cu_seqlens([2]), 2, 1), "head size 130"),
-    (lambda: ops.attention(torch.ones(2, 12), torch.tensor([0, 2]), 2, 2), "cu_seqlens must be int32"),
-    (lambda: ops.attention(torch.ones(2, 12), cu_seqlens([2]), 2, 2, torch.ones(3)), "head_scale"),
-    (lambda: ops.pool(torch.ones(2, 3), cu_seqlens([2]), "max"), "'max' is not one of"),
-    (lambda: ops.add_layer_norm(torch.ones(2, 3), torch.ones(3, 3), torch.ones(3), torch.ones(3), 1e-5), "residual"),
-    (lambda: ops.embed_layer_norm(torch.tensor([5]), torch.tensor([0]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5),
-     r"input_ids\[0\] is 5"),
-    (lambda: ops.embed_layer_norm(torch.tensor([1]), torch.tensor([-1]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5),
-     r"position_ids\[0\] is -1"),
-    (lambda: ops.embed_layer_norm(torch.ones(1), torch.tensor([0]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5),
-     "input_ids must be int32 or int64"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5), torch.ones(4)), r"x \[2, 3\]"),
+        (lambda: ops.qkv_projection(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)), "4 rows"),
+        (lambda: ops.bias_gelu(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4), "tanh"), "'tanh' is not one of"),
+        (lambda: ops.attention(torch.ones(2, 12), cu_seqlens([2]), 2, 3), "num_heads 3"),
+        (lambda: ops.attention(torch.ones(2, 390), cu_seqlens([2]), 2, 1), "head size 130"),
+        (lambda: ops.attention(torch.ones(2, 12), torch.tensor([0, 2]), 2, 2), "cu_seqlens must be int32"),
+        (lambda: ops.attention(torch.ones(2, 12), cu_seqlens([2]), 2, 2, torch.ones(3)), "head_scale"),
+        (lambda: ops.pool(torch.ones(2, 3), cu_seqlens([2]), "max"), "'max' is not one of"),
+        (
+            lambda: ops.add_layer_norm(torch.ones(2, 3), torch.ones(3, 3), torch.ones(3), torch.ones(3), 1e-5),
+            "residual",
+        ),
+        (
+            lambda: ops.embed_layer_norm(
+                torch.tensor([5]), torch.tensor([0]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5
+            ),
+            r"input_ids\[0\] is 5",
+        ),
+        (
+            lambda: ops.embed_layer_norm(
+                torch.tensor([1]), torch.tensor([-1]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5
+            ),
+            r"position_ids\[0\] is -1",
+        ),
+        (
+            lambda: ops.embed_layer_norm(
+                torch.ones(1), torch.tensor([0]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5
+            ),
+            "input_ids must be int32 or int64",
+        ),
+    ],
+)
 def test_wrong_arguments_are_named(args, message):
     with pytest.raises(ValueError, match=message):
         args()

@@ -1,8 +1,8 @@
 """An index directory: numbered parts of embeddings with their ids, and a manifest written last.
 
-    manifest.json             model, pooling, dim, ... and the list of parts
-    part-00000.npy            float32 [rows, dim]   (or part-00000.safetensors with one tensor, "embeddings")
-    part-00000.ids.jsonl      the id of each row, a JSON string or integer a line
+manifest.json             model, pooling, dim, ... and the list of parts
+part-00000.npy            float32 [rows, dim]   (or part-00000.safetensors with one tensor, "embeddings")
+part-00000.ids.jsonl      the id of each row, a JSON string or integer a line
 """
 
 import json

@@ -31,7 +31,9 @@ def read_rows(inputs: Iterable[str], *, text_column: str = "text", id_column: st
         with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
             where = "standard input" if name == "-" else name
             for line, row in _rows(file, where, name.endswith((".jsonl", ".ndjson")), text_column):
-                identity = number if id_column is None or not isinstance(row, dict) else _id(row, id_column, where, line)
+                identity = (
+                    number if id_column is None or not isinstance(row, dict) else _id(row, id_column, where, line)
+                )
                 text = row[text_column] if isinstance(row, dict) else row
                 yield Row(f"{where}, line {line}", identity, text)
                 number += 1
@@ -75,5 +77,7 @@ def _object(text: str, where: str, text_column: str) -> dict:
 def _id(row: dict, column: str, where: str, line: int) -> str | int:
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError(f"{where}, line {line}: id column {column!r} is {json.dumps(value)[:60]}, not a string or integer")
+        raise ValueError(
+            f"{where}, line {line}: id column {column!r} is {json.dumps(value)[:60]}, not a string or integer"
+        )
     return value

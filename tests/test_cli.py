@@ -1,0 +1,188 @@
+"""The command line as a user runs it, and the index it writes."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fastdistil import Embedder
+from fastdistil.cli import main
+from fastdistil.jobs.embed import embed_rows
+from fastdistil.jobs.index import Index
+from fastdistil.jobs.readers import read_rows
+
+ROWS = [
+    {"name": f"row {i}", "text": t}
+    for i, t in enumerate(["a cat sat", "read a CSV file", "", "naïve 中文", "x " * 300])
+]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n")
+    return path
+
+
+def embed(minilm, *args):
+    return main(["embed", "--model", str(minilm), "--device", "cpu", *map(str, args)])
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors"])
+def test_embed_and_search(form, minilm, jsonl, tmp_path, capsys):
+    out = tmp_path / "index"
+    assert embed(minilm, "--input", jsonl, "--output", out, "--id-column", "name", "--format", form) == 0
+    assert "float32" in capsys.readouterr().err
+    files = sorted(p.name for p in out.iterdir())
+    assert files == sorted(["manifest.json", f"part-00000.{form}", "part-00000.ids.jsonl"])
+    path = out / f"part-00000.{form}"
+    got = np.load(path) if form == "npy" else load_file(path)["embeddings"]
+    expected = Embedder.from_pretrained(minilm, device="cpu").encode([row["text"] for row in ROWS])
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    ids = [json.loads(line) for line in (out / "part-00000.ids.jsonl").read_text().splitlines()]
+    assert ids == [row["name"] for row in ROWS]
+    assert main(["search", "--index", str(out), "--quiet", "comma separated values", "kitten"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "comma separated values" and lines[1].endswith("row 1") and lines[5].endswith("row 0")
+    assert len(lines) == 8
+    assert main(["search", "--index", str(out), "--json", "--top-k", "1", "kitten"]) == 0
+    assert json.loads(capsys.readouterr().out)["hits"][0]["id"] == "row 0"
+
+
+def test_text_file_several_inputs_and_options(minilm, jsonl, tmp_path):
+    text = tmp_path / "lines.txt"
+    text.write_bytes(b"\xef\xbb\xbffirst\r\n\r\nthird without end")
+    out = tmp_path / "index"
+    args = ("--input", text, jsonl, "--output", out, "--no-normalize", "--pooling", "cls", "--max-length", 8, "--quiet")
+    assert embed(minilm, *args) == 0
+    manifest = Index(out).manifest
+    assert (manifest.rows, manifest.pooling, manifest.normalize, manifest.max_length) == (8, "cls", False, 8)
+    ((ids, embeddings),) = Index(out).parts()
+    assert ids == list(range(8))
+    own = Embedder.from_pretrained(minilm, "cpu", pooling="cls", normalize=False, max_length=8)
+    np.testing.assert_allclose(embeddings[:3], own.encode(["first", "", "third without end"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("lines", ['{"text": "one"}\n{"text": "two"}\n', "one\ntwo\n"])
+def test_standard_input(lines, minilm, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert embed(minilm, "--input", "-", "--output", tmp_path / "o", "--quiet") == 0
+    ((_, got),) = Index(tmp_path / "o").parts()
+    np.testing.assert_allclose(got, Embedder.from_pretrained(minilm, "cpu").encode(["one", "two"]), atol=1e-6)
+
+
+def test_parts_and_what_is_done_stays(minilm, tmp_path):
+    embedder = Embedder.from_pretrained(minilm, device="cpu")
+    (tmp_path / "in.txt").write_text("".join(f"text {i}\n" for i in range(7)))
+    options = dict(model="m", part_rows=3, show_progress=False)
+    manifest = embed_rows(embedder, read_rows([str(tmp_path / "in.txt")]), tmp_path / "o", **options)
+    assert [p.rows for p in manifest.parts] == [3, 3, 1]
+    assert [i for ids, _ in Index(tmp_path / "o").parts() for i in ids] == list(range(7))
+    assert Index(tmp_path / "o").search(embedder.encode(["text 5"]), 2)[0][0][0] == 5
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' * 5 + '{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 6: column 'text' is 3, not a string"):
+        embed_rows(embedder, read_rows([str(tmp_path / "bad.jsonl")]), tmp_path / "p", **options)
+    assert np.load(tmp_path / "p" / "part-00000.npy").shape == (3, 384)
+    with pytest.raises(FileNotFoundError, match="its job did not finish"):
+        Index(tmp_path / "p")
+
+
+def test_a_directory_in_use_is_refused_and_overwriting_spares_other_files(minilm, jsonl, tmp_path, capsys):
+    out = tmp_path / "index"
+    assert embed(minilm, "--input", jsonl, "--output", out, "--quiet") == 0
+    (out / "notes.txt").write_text("mine")
+    assert embed(minilm, "--input", jsonl, "--output", out, "--quiet") == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert embed(minilm, "--input", jsonl, "--output", out, "--quiet", "--overwrite") == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": ', "in.jsonl, line 2: not JSON"),
+        (b'{"text": "a"}\n[1]', "in.jsonl, line 2: a JSON list"),
+        (b'{"words": "a"}', "in.jsonl, line 1: no column 'text' among 'words'"),
+        (b'{"text": null}', "in.jsonl, line 1: column 'text' is null"),
+        (b'{"text": "a\xff"}', "in.jsonl, line 1: not UTF-8"),
+        (b'{"text": "\\ud800"}', "in.jsonl, line 1: the text holds a lone surrogate"),
+        (b'{"text": "a", "name": 1.5}', "line 1: id column 'name' is 1.5"),
+    ],
+)
+def test_bad_rows_are_named_with_status_1(content, message, minilm, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_bytes(content)
+    args = () if b"name" not in content else ("--id-column", "name")
+    assert embed(minilm, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "o", "--overwrite", *args) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_missing_things_and_wrong_use(minilm, jsonl, tmp_path, capsys):
+    assert embed(minilm, "--input", tmp_path / "none", "--output", tmp_path / "o") == 1
+    assert "no input file" in capsys.readouterr().err
+    assert main(["embed", "--model", "/none", "--input", str(jsonl), "--output", str(tmp_path / "o")]) == 1
+    assert "there is no directory /none" in capsys.readouterr().err
+    assert main(["search", "--index", str(tmp_path), "q"]) == 1
+    assert "it is no index" in capsys.readouterr().err
+    for args in ([], ["embed"], ["embed", "--model", "m", "--input", "a", "--output", "o", "--max-length", "0"]):
+        with pytest.raises(SystemExit) as caught:
+            main(args)
+        assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["parts"][0].update(file="../part-00000.npy"), "must lie in the index's own directory"),
+        (lambda m: m["parts"][0].update(ids="/etc/passwd"), "must lie in the index's own directory"),
+        (lambda m: m["parts"][0].update(file="gone.npy"), "gone.npy, which is not there"),
+        (lambda m: m["parts"][0].update(rows=4), "the manifest says float32"),
+        (lambda m: m.update(version=2), "version 1"),
+        (lambda m: m.update(format="pickle"), "version 1"),
+        (lambda m: m.pop("parts"), "is not an index manifest"),
+        (lambda m: m.update(parts=[3]), "is not an index manifest"),
+    ],
+)
+def test_bad_indexes(change, message, minilm, jsonl, tmp_path, capsys):
+    out = tmp_path / "index"
+    assert embed(minilm, "--input", jsonl, "--output", out, "--quiet") == 0
+    shutil.copy(out / "part-00000.npy", tmp_path / "part-00000.npy")
+    manifest = json.loads((out / "manifest.json").read_text())
+    change(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["search", "--index", str(out), "--quiet", "q"]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("part-00000.npy", b"\x93NUMPY\x01\x00garbage", "is not a readable npy file"),
+        ("part-00000.npy", b"", "is not a readable npy file"),
+        ("part-00000.ids.jsonl", b"1\n2\n", "has 2 ids for 5 rows"),
+        ("part-00000.ids.jsonl", b"{\n" * 5, "does not hold a JSON id a line"),
+        ("manifest.json", b"{", "is not an index manifest"),
+    ],
+)
+def test_damaged_index_files(name, content, message, minilm, jsonl, tmp_path, capsys):
+    out = tmp_path / "index"
+    assert embed(minilm, "--input", jsonl, "--output", out, "--quiet") == 0
+    (out / name).write_bytes(content)
+    assert main(["search", "--index", str(out), "--quiet", "q"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch:", "triton:", "cuda:", "C compiler:", "kernel cache:", "attention", "cpu (eager torch)"):
+        assert word in out
+
+
+def test_the_installed_command(minilm):
+    done = subprocess.run([sys.executable, "-m", "fastdistil.cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("fastdistil ")

