@@ -35,9 +35,10 @@ lint: $(VENV)/develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m benchmarks.report --check
 
 bench: $(VENV)/develop
-	$(BIN)/python -m pytest benchmarks --benchmark-only -s
+	$(BIN)/python -m pytest benchmarks --benchmark-only -s --benchmark-json benchmarks/results/cpu/encode.json
 
 report: $(VENV)/develop
 	$(BIN)/python -m benchmarks.report
