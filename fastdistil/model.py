@@ -21,6 +21,8 @@ from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
 from fastdistil.outputs import BaseModelOutput
 from fastdistil.packing import Packing, find_rows
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether `module` computes just what its class says, so that a fused op may take its weights."""
@@ -60,6 +62,12 @@ class Embeddings(nn.Module):
         words = self._lookup(self.word_embeddings, input_ids) if input_ids is not None else inputs_embeds  # [B, L, dim]
         assert words is not None
         return self.dropout(self.LayerNorm(words + self._lookup(self.position_embeddings, positions)))
+
+    def is_plain(self) -> bool:
+        return is_plain(self.LayerNorm, nn.LayerNorm) and all(
+            type(table) is nn.Embedding and not (table._forward_hooks or table._forward_pre_hooks)
+            for table in (self.word_embeddings, self.position_embeddings)
+        )
 
     @staticmethod
     def _lookup(table: nn.Embedding, index: Tensor) -> Tensor:
@@ -116,7 +124,7 @@ class MultiHeadSelfAttention(nn.Module):
         parts = (self.q_lin, self.k_lin, self.v_lin)
         if not all(map(is_plain, parts)):
             return torch.cat([part(x) for part in parts], dim=-1)
-        if self._qkv is not None and not torch.compiler.is_compiling() and self._still_fits():
+        if self._qkv is not None and type(x) is Tensor and not torch.compiler.is_compiling() and self._still_fits():
             return ops.qkv_projection(x, *self._qkv, live)
         weight = torch.cat([part.weight for part in parts])
         return ops.qkv_projection(x, weight, torch.cat([part.bias for part in parts]), live)
@@ -127,7 +135,10 @@ class MultiHeadSelfAttention(nn.Module):
         for buffer, name in zip(self._qkv, ("weight", "bias"), strict=True):  # type: ignore[arg-type]
             start, step = buffer.data_ptr(), buffer.nbytes // 3
             for i, part in enumerate((self.q_lin, self.k_lin, self.v_lin)):
-                if getattr(part, name).data_ptr() != start + i * step:
+                tensor = getattr(part, name)
+                if tensor.numel() * 3 != buffer.numel() or not tensor.is_contiguous():
+                    return False
+                if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.data_ptr() != start + i * step:
                     return False
         return True
 
@@ -296,7 +307,7 @@ class PreTrainedModel(nn.Module):
                 model = cls(config)
             wanted = torch_dtype if torch_dtype is not None else dtype
             model = model.to(_dtype(wanted, config, weights))
-            model.__dict__["_load_device"] = torch.device(device) if device is not None else torch.device("cpu")
+            model.__dict__["_load_device"] = as_device(device or "cpu")
             report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
         config.dtype = str(model.dtype).removeprefix("torch.")
         model.eval()
@@ -483,8 +494,21 @@ class DistilBertModel(PreTrainedModel):
         want_attentions = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
+        for name, value in (
+            ("attention_mask", attention_mask),
+            ("head_mask", head_mask),
+            ("position_ids", position_ids),
+        ):
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         batch, length, device = self._check_inputs(input_ids, inputs_embeds, token_type_ids)
-        keep, mask = _masks(attention_mask, batch, length)
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            input_ids = input_ids.long()
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds.to(self.embeddings.word_embeddings.weight.dtype)
+        keep, mask = _masks(attention_mask, batch, length, config.n_heads)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(self.dtype)
         positions = self._positions(position_ids, batch, length, device)
         heads = self._head_mask(head_mask)
         if input_ids is not None:
@@ -494,6 +518,8 @@ class DistilBertModel(PreTrainedModel):
         if self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0:
             if input_ids is not None and keep is not None:
                 input_ids = input_ids.where(keep, 0)  # what lies in the padding is never looked up
+            elif inputs_embeds is not None and keep is not None:
+                inputs_embeds = inputs_embeds.masked_fill(~keep.unsqueeze(-1), 0)
             x = self.embeddings.dense(input_ids, inputs_embeds, positions)  # [B, L, dim]
             if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
                 mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
@@ -527,6 +553,7 @@ class DistilBertModel(PreTrainedModel):
             raise ValueError(f"input_ids must be [rows], got {list(input_ids.shape)}")
         if max_seqlen > self.config.max_position_embeddings:
             raise ValueError(self._too_long(max_seqlen))
+        ops.check_cu_seqlens(cu_seqlens, input_ids, max_seqlen)
         if position_ids is None:
             row = torch.arange(len(input_ids), device=input_ids.device)
             sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(max=len(cu_seqlens) - 2)
@@ -541,7 +568,7 @@ class DistilBertModel(PreTrainedModel):
             return self.transformer(x, at, None, every=False)[-1]
 
     def _needs_dense(self, inputs_embeds: Tensor | None, head_mask: Tensor | None) -> bool:
-        if self.training:
+        if self.training or not self.embeddings.is_plain():
             return True
         if not torch.is_grad_enabled():
             return False
@@ -554,9 +581,14 @@ class DistilBertModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
-        if inputs_embeds is None and (given.dim() != 2 or given.is_floating_point() or given.dtype is torch.bool):
+        if not isinstance(given, Tensor):
+            raise TypeError(
+                f"the input must be a tensor, got {type(given).__name__}; see the tokenizer's return_tensors"
+            )
+        if inputs_embeds is None and (given.dim() != 2 or given.dtype not in INTEGERS):
             raise ValueError(f"input_ids must be integers [batch, length], got {given.dtype} {list(given.shape)}")
+        if inputs_embeds is not None and not given.is_floating_point():
+            raise ValueError(f"inputs_embeds must be floating point, got {given.dtype}")
         if inputs_embeds is not None and (given.dim() != 3 or given.shape[2] != self.config.dim):
             raise ValueError(f"inputs_embeds must be [batch, length, {self.config.dim}], got {list(given.shape)}")
         if token_type_ids is not None and getattr(self.config, "token_types_folded", False):  # noqa: SIM102
@@ -594,7 +626,7 @@ class DistilBertModel(PreTrainedModel):
                 raise ValueError(self._too_long(length))
             return torch.arange(length, device=device)[None]  # [1, L]
         position_ids = torch.atleast_2d(position_ids)
-        if position_ids.shape not in ((1, length), (batch, length)) or position_ids.is_floating_point():
+        if position_ids.shape not in ((1, length), (batch, length)) or (position_ids.dtype not in INTEGERS):
             raise ValueError(
                 f"position_ids must be integers [{length}], [1, {length}] or [{batch}, {length}], got "
                 f"{position_ids.dtype} {list(position_ids.shape)}"
@@ -618,13 +650,13 @@ class DistilBertModel(PreTrainedModel):
         return head_mask.reshape(shape).expand(layers, heads)
 
 
-def _masks(attention_mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+def _masks(attention_mask: Tensor | None, batch: int, length: int, heads: int) -> tuple[Tensor | None, Tensor | None]:
     """-> (bool [batch, length] of real tokens or None, 4-D mask or None); at most one of them is given"""
     if attention_mask is None:
         return None, None
     shape = tuple(attention_mask.shape)
     if attention_mask.dim() == 4:
-        if shape[2:] != (length, length) or shape[0] not in (1, batch):
+        if shape[2:] != (length, length) or shape[0] not in (1, batch) or shape[1] not in (1, heads):
             raise ValueError(f"a 4-D attention_mask must be [{batch}, 1, {length}, {length}], got {list(shape)}")
         return None, attention_mask if attention_mask.is_floating_point() else attention_mask != 0
     if shape not in ((batch, length), (1, length)):
@@ -644,6 +676,17 @@ class _WithoutInit(TorchFunctionMode):
 def _padding_idx(config: DistilBertConfig) -> int | None:
     pad = config.pad_token_id
     return pad if pad is not None and -config.vocab_size <= pad < config.vocab_size else None
+
+
+def as_device(name: str | torch.device) -> torch.device:
+    """A device that is there, or ValueError."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {name!r} is not a device; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {str(name)!r} was asked for, but torch finds no CUDA device of that number")
+    return device
 
 
 def _dtype(wanted: str | torch.dtype | None, config: DistilBertConfig, weights: Weights) -> torch.dtype:

@@ -8,6 +8,8 @@ When a gradient is asked for, the differentiable definition in `reference.py` ru
 Wrong arguments raise ValueError or TypeError naming the argument.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,14 @@ def embed_layer_norm(
             raise ValueError(f"{name} must be int32 or int64 of shape [rows], got {ids.dtype} {list(ids.shape)}")
     if input_ids.shape != position_ids.shape:
         raise ValueError(f"{len(input_ids)} input_ids but {len(position_ids)} position_ids")
-    if word_embeddings.shape[1:] != position_embeddings.shape[1:] or word_embeddings.shape[1:] != weight.shape:
+    if (
+        word_embeddings.shape[1:] != position_embeddings.shape[1:]
+        or word_embeddings.shape[1:] != weight.shape
+        or (weight.dim() != 1 or bias.shape != weight.shape)
+    ):
         raise ValueError(
             f"word_embeddings {list(word_embeddings.shape)}, position_embeddings {list(position_embeddings.shape)} "
-            f"and weight {list(weight.shape)} do not share one dim"
+            f"weight {list(weight.shape)} and bias {list(bias.shape)} do not share one dim"
         )
     args = (input_ids, position_ids, word_embeddings, position_embeddings, weight, bias, eps, cu_seqlens)
     if _wants_grad(word_embeddings, position_embeddings, weight, bias):
@@ -115,7 +121,7 @@ def attention(
     if qkv.dim() != 2 or qkv.shape[1] % 3:
         raise ValueError(f"qkv must be [rows, 3 * dim], got {list(qkv.shape)}")
     dim = qkv.shape[1] // 3
-    if num_heads < 1 or dim % num_heads:
+    if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ValueError(f"num_heads {num_heads} does not divide dim {dim}")
     if dim // num_heads > MAX_HEAD_SIZE:
         raise ValueError(f"head size {dim // num_heads} is above {MAX_HEAD_SIZE}, the largest supported")
@@ -123,7 +129,8 @@ def attention(
         raise ValueError(f"max_seqlen is {max_seqlen}")
     if head_scale is not None and head_scale.shape != (num_heads,):
         raise ValueError(f"head_scale must be [{num_heads}], got {list(head_scale.shape)}")
-    _check_cu_seqlens(cu_seqlens, qkv)
+    check_cu_seqlens(cu_seqlens, qkv, max_seqlen)
+    _check_dtypes(qkv)
     if _wants_grad(qkv, head_scale):
         return reference.attention(qkv, cu_seqlens, max_seqlen, num_heads, head_scale)
     return _attention(qkv, cu_seqlens, max_seqlen, num_heads, head_scale)
@@ -139,7 +146,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
         raise ValueError(f"mode {mode!r} is not one of {', '.join(POOLING)}")
     if x.dim() != 2:
         raise ValueError(f"x must be [rows, dim], got {list(x.shape)}")
-    _check_cu_seqlens(cu_seqlens, x)
+    check_cu_seqlens(cu_seqlens, x)
     if _wants_grad(x):
         return reference.pool(x, cu_seqlens, mode, normalize)
     return _pool(x, cu_seqlens, mode, normalize)
@@ -155,13 +162,34 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
             f"x {list(x.shape)} must be [rows, in], weight {list(weight.shape)} [out, in], "
             f"bias {list(bias.shape)} [out]"
         )
+    _check_dtypes(x, weight, bias)
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, rows: Tensor) -> None:
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype is not torch.int32 or len(cu_seqlens) == 0:
+def _check_dtypes(x: Tensor, *others: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"the rows must be floating point, got {x.dtype}")
+    if any(t.dtype != x.dtype for t in others) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"the rows are {x.dtype}, the weights {', '.join(str(t.dtype) for t in others)}; cast one side"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, rows: Tensor, max_seqlen: int | None = None) -> None:
+    """Raise ValueError unless cu_seqlens fits the rows; its values are looked at on CPU only."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype is not torch.int32 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must be int32 [batch + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     if cu_seqlens.device != rows.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the rows are on {rows.device}")
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor:
+        return  # reading values back would stall the device
+    starts = cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(starts)]
+    if starts[0] != 0 or min(lengths, default=0) < 0 or starts[-1] > rows.shape[0]:
+        raise ValueError(f"cu_seqlens must rise from 0 to at most the {rows.shape[0]} rows, got {str(starts)[:80]}")
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but a sequence is {max(lengths)} long")
 
 
 def _rows_by(x: Tensor, columns: int | torch.SymInt) -> Tensor:

@@ -97,7 +97,7 @@ def attention(
     """
     rows, dim = qkv.shape[0], qkv.shape[1] // 3
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    if rows == 0 or len(lengths) == 0 or max_seqlen == 0:
+    if rows == 0 or lengths.shape[0] == 0 or max_seqlen == 0:
         return qkv.new_zeros(rows, dim)
     column = torch.arange(max_seqlen, device=qkv.device)
     live = column < lengths[:, None]  # [batch, max_seqlen]
@@ -111,7 +111,7 @@ def attention(
         out = out * head_scale.to(out.dtype)[:, None, None]
     out = out.transpose(1, 2).reshape(*live.shape, dim)
     row = torch.arange(rows, device=qkv.device)
-    sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(max=len(lengths) - 1)
+    sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(max=lengths.shape[0] - 1)
     return out[sequence, (row - starts[sequence]).clamp(0, max_seqlen - 1)]
 
 

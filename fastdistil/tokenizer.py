@@ -86,9 +86,15 @@ class DistilBertTokenizer:
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be right or left, got {padding_side!r}")
         self._special = SPECIAL | special_tokens
+        for name, token in self._special.items():
+            if not isinstance(token, str):
+                raise TypeError(f"{name} must be a string, got {token!r}")
         self.do_lower_case = do_lower_case
         self.tokenize_chinese_chars, self.strip_accents = tokenize_chinese_chars, strip_accents
-        self.model_max_length = NO_LIMIT if model_max_length is None else int(model_max_length)
+        limit = NO_LIMIT if model_max_length is None else model_max_length
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+            raise ValueError(f"model_max_length is {limit!r}; it must be 1 or more")
+        self.model_max_length = NO_LIMIT if limit >= NO_LIMIT else int(limit)
         self.padding_side = padding_side
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self._tokenizer = self._from_vocab(Path(vocab_file)) if vocab_file is not None else _copy(tokenizer)
@@ -139,7 +145,7 @@ class DistilBertTokenizer:
         directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
         settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
         given: dict[str, Any] = {
-            name: value["content"] if isinstance(value, dict) else value
+            name: value.get("content") if isinstance(value, dict) else value
             for name, value in settings.items()
             if name in SPECIAL and value is not None
         }
@@ -249,8 +255,7 @@ class DistilBertTokenizer:
     # --- text to ids --------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> list[str]:
-        _check_text(text, "text")
-        return self._tokenizer.encode(text, add_special_tokens=False).tokens
+        return self(text, add_special_tokens=False).tokens()
 
     def encode(self, text: str, text_pair: str | None = None, **kwargs: Any) -> list[int]:
         return self(text, text_pair, **kwargs)["input_ids"]
@@ -261,6 +266,8 @@ class DistilBertTokenizer:
         Raises TypeError or ValueError naming the row, counted from first_row. The work for a text does not grow with
         what is cut off.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list of strings, got one string")
         room = self._room(max_length, pair=False)
         encode = self._tokenizer.encode_batch_fast
         encodings = self._cut_and_encode(
@@ -292,6 +299,8 @@ class DistilBertTokenizer:
         or None (lists). Raises TypeError or ValueError naming the row.
         """
         single = isinstance(text, str)
+        if single and text_pair == "":
+            text_pair = None  # as transformers does; in a list an empty second text stays one
         texts, pairs = _as_lists(text, text_pair)
         strategy = _strategy(truncation)
         if max_length is None and (strategy or padding == "max_length") and self.model_max_length < NO_LIMIT:
@@ -408,6 +417,8 @@ class DistilBertTokenizer:
     def _pad(
         self, encodings: list[Encoding], padding: bool | str, max_length: int | None, multiple: int | None
     ) -> None:
+        if (max_length is not None and max_length < 0) or (multiple is not None and multiple < 1):
+            raise ValueError(f"cannot pad to max_length {max_length} in multiples of {multiple}")
         if padding not in (True, "longest", "max_length"):
             raise ValueError(f"padding must be True, 'longest', 'max_length' or False, got {padding!r}")
         if padding == "max_length":
@@ -434,7 +445,8 @@ class DistilBertTokenizer:
         if skip_special_tokens:
             special = set(self.all_special_ids)
             ids = [i for i in ids if i not in special]
-        tokens = [self._tokenizer.id_to_token(int(i)) for i in ids]
+        size = len(self)
+        tokens = [self._tokenizer.id_to_token(int(i)) if 0 <= i < 2 * size + 2**16 else None for i in ids]
         for i, token in zip(ids, tokens, strict=True):
             if token is None:
                 raise ValueError(f"{i} is not the id of a token; there are {len(self)}")
@@ -479,7 +491,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object")

@@ -303,3 +303,45 @@ def test_arguments(tmp_path):
         Weights.from_tensors(DistilBertModel(DistilBertConfig(**TINY)).state_dict()),
     )
     assert report == LoadReport()
+
+
+def test_token_types_fold_only_into_bert_and_round_once(tmp_path, saved):
+    path, theirs = saved
+    tensors = load_file(path / "model.safetensors") | {"embeddings.token_type_embeddings.weight": torch.randn(2, 48)}
+    save_file(tensors, path / "model.safetensors")
+    ours, info = DistilBertModel.from_pretrained(path, output_loading_info=True)
+    same(ours, theirs)
+    assert info["unexpected_keys"] == {"embeddings.token_type_embeddings.weight"}
+
+    config = transformers.BertConfig(hidden_size=48, num_attention_heads=3, intermediate_size=70, num_hidden_layers=1)
+    transformers.BertModel(config).half().save_pretrained(tmp_path / "half")
+    half = transformers.BertModel.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
+    same(DistilBertModel.from_pretrained(tmp_path / "half", dtype="float32"), half)
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    del tensors["embeddings.position_embeddings.weight"]
+    save_file(tensors, tmp_path / "half" / "model.safetensors")
+    _, info = DistilBertModel.from_pretrained(tmp_path / "half", output_loading_info=True)
+    assert "embeddings.token_type_embeddings.weight" in info["unexpected_keys"]
+    tensors["embeddings.token_type_embeddings.weight"] = torch.empty(0, 48)
+    tensors["embeddings.position_embeddings.weight"] = torch.zeros(512, 48)
+    save_file(tensors, tmp_path / "half" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"shape \[0, 48\]"):
+        DistilBertModel.from_pretrained(tmp_path / "half")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_deeply_nested_json(saved, name):
+    path, _ = saved
+    (path / "model.safetensors").unlink()
+    (path / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=name):
+        DistilBertModel.from_pretrained(path)
+
+
+def test_bad_devices_and_state_dicts(saved):
+    path, _ = saved
+    for device in ("foo", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{device}'"):
+            DistilBertModel.from_pretrained(path, device=device)
+    with pytest.raises(ValueError, match="holds a int under 'a'"):
+        DistilBertModel.from_pretrained(path, state_dict={"a": 3})

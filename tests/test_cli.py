@@ -186,3 +186,38 @@ def test_doctor(capsys):
 def test_the_installed_command(minilm):
     done = subprocess.run([sys.executable, "-m", "fastdistil.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("fastdistil ")
+
+
+def test_a_job_that_cannot_start_leaves_the_old_index(minilm, jsonl, tmp_path, capsys):
+    out = tmp_path / "index"
+    assert embed(minilm, "--input", jsonl, "--output", out, "--quiet") == 0
+    (tmp_path / "bad.jsonl").write_text("{")
+    for wrong in (tmp_path / "missing.txt", tmp_path, tmp_path / "bad.jsonl"):
+        assert embed(minilm, "--input", wrong, "--output", out, "--overwrite", "--quiet") == 1
+        assert Index(out).manifest.rows == len(ROWS)
+    assert "is a directory" in capsys.readouterr().err
+
+
+def test_ids_with_line_separators_and_surrogates(minilm, tmp_path):
+    ids = ["x\u2028y", "a\u0085b", "new\nline", "\ud800"]
+    lines = [json.dumps({"text": "t", "id": i}, ensure_ascii=i == "\ud800") for i in ids]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    assert embed(minilm, "--input", tmp_path / "in.jsonl", "--id-column", "id", "--output", tmp_path / "o") == 0
+    assert next(Index(tmp_path / "o").parts())[0] == ids
+
+
+def test_more_wrong_use(minilm, jsonl, tmp_path, capsys):
+    (tmp_path / "lines.txt").write_text("a")
+    out = ("--output", tmp_path / "o", "--overwrite")
+    for args, message in (
+        (("--input", tmp_path / "lines.txt", "--id-column", "id", *out), "has no id column 'id'"),
+        (("--input", jsonl, "--device", "foo", *out), "device 'foo'"),
+    ):
+        assert embed(minilm, *args) == 1
+        assert message in capsys.readouterr().err
+    assert embed(minilm, "--input", jsonl, *out) == 0
+    for change in ({"normalize": "x"}, {"rows": None}, {"dim": "x"}):
+        manifest = json.loads((tmp_path / "o" / "manifest.json").read_text()) | change
+        (tmp_path / "o" / "manifest.json").write_text(json.dumps(manifest))
+        assert main(["search", "--index", str(tmp_path / "o"), "q"]) == 1
+        assert "is not an index manifest" in capsys.readouterr().err

@@ -404,3 +404,87 @@ def test_wrong_config_type():
     with pytest.raises(TypeError, match=r"fastdistil\.DistilBertConfig"):
         DistilBertModel(transformers.DistilBertConfig(**TINY))
     assert fastdistil.__version__
+
+
+def test_the_padded_forward_reads_nothing_back():
+    """No host sync, shown without a GPU: on the meta device, which has no values, any read of one raises."""
+    ours, _ = pair()
+    ids, keep = inputs()
+    with torch.inference_mode():
+        out = ours.to("meta")(ids.to("meta"), keep.to("meta"), output_hidden_states=True)
+    assert out.last_hidden_state.shape == (4, 21, 48) and len(out.hidden_states) == 3
+
+
+def test_autocast_gives_transformers_dtypes_and_numbers():
+    ours, theirs = pair(attn="sdpa")
+    ids, keep = inputs()
+    with torch.inference_mode():
+        truth = theirs(ids, attention_mask=keep.long())[0][keep]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected, got = theirs(ids, attention_mask=keep.long())[0], ours(ids, keep)[0]
+    assert got.dtype is expected.dtype is torch.float32
+    budget = (expected[keep] - truth).abs()
+    assert (got[keep] - truth).abs().max() <= 2 * budget.max() and budget.max() > 1e-4
+
+
+def test_export_with_a_dynamic_batch():
+    ours, _ = pair()
+    ids, keep = inputs()
+    dims = ({0: torch.export.Dim("batch", min=2, max=64)},) * 2
+    for strict in (True, False):
+        with torch.no_grad():
+            exported = torch.export.export(ours, (ids[:3], keep[:3]), dynamic_shapes=dims, strict=strict).module()
+            torch.testing.assert_close(exported(ids, keep).last_hidden_state, ours(ids, keep)[0])
+
+
+def test_hooked_embeddings_and_reshaped_weights_are_not_fused():
+    ours, _ = pair()
+    hook = ours.embeddings.word_embeddings.register_forward_hook(lambda module, i, o: o * 0)
+    check_fresh(ours)
+    hook.remove()
+    attention_of(ours).q_lin.weight.data = attention_of(ours).q_lin.weight.data.t() * 20
+    check_fresh(ours, expect_fused=False)
+    ours, _ = pair()
+    attention_of(ours).q_lin.weight.data = attention_of(ours).q_lin.weight.data.t()  # the same address
+    check_fresh(ours, expect_fused=False)
+
+
+def test_vmap_over_weights():
+    ours, _ = pair()
+    ids, _ = inputs()
+    stacked = {k: torch.stack([v, v]) for k, v in ours.state_dict().items()}
+    with torch.no_grad():
+        call = torch.func.vmap(lambda w: torch.func.functional_call(ours, w, (ids, None))[0])
+        torch.testing.assert_close(call(stacked)[1], ours(ids)[0], rtol=0, atol=1e-5)
+
+
+def test_nan_embeds_in_the_padding_stay_there():
+    ours, _ = pair()
+    _, keep = inputs()
+    embeds = torch.randn(4, 21, 48)
+    expected = ours(inputs_embeds=embeds, attention_mask=keep)[0]
+    embeds[~keep] = float("nan")
+    torch.testing.assert_close(ours(inputs_embeds=embeds, attention_mask=keep)[0], expected)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(inputs_embeds=embeds.double(), attention_mask=keep)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, ids: m(ids, torch.ones(2, 2, 4, 4)), ValueError, "4-D attention_mask"),
+        (lambda m, ids: m(ids.to(torch.complex64)), ValueError, "integers"),
+        (lambda m, ids: m([[1, 2]]), TypeError, "must be a tensor, got list"),
+        (lambda m, ids: m(ids, [[1]]), TypeError, "attention_mask must be a tensor"),
+        (lambda m, ids: m(inputs_embeds=torch.ones(2, 4, 48).long()), ValueError, "floating point"),
+        (lambda m, ids: m.forward_packed(ids[0], torch.tensor([0, 9]).int(), 9), ValueError, "at most the 4 rows"),
+        (lambda m, ids: m.forward_packed(ids[0], torch.tensor([0, 3, 2]).int(), 4), ValueError, "must rise from 0"),
+        (lambda m, ids: m.forward_packed(ids[0], torch.tensor([0, 4]).int(), 2), ValueError, "a sequence is 4 long"),
+        (lambda m, ids: DistilBertModel.from_pretrained("~nobodyhere/x"), OSError, "nobodyhere"),
+    ],
+)
+def test_more_bad_calls(call, error, message):
+    ours, _ = pair()
+    with pytest.raises(error, match=message):
+        call(ours, torch.ones(2, 4).long())
+    assert ours(torch.ones(2, 4, dtype=torch.uint8), output_attentions=True)[0].isfinite().all()

@@ -239,3 +239,36 @@ def test_id_outside_the_table_makes_its_own_row_nan():
     args[0][1] = 99
     out = reference.embed_layer_norm(*args)
     assert out[1].isnan().all() and out[[0, 2, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_definitions_read_nothing_back(name):
+    """The eager definitions run on CUDA too: no host sync, shown on the meta device, where reading a value raises."""
+    args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in case(name, [3, 3, 7], dead=4)]
+    out = function(reference, name)(*args)
+    assert out.shape == function(ops, name)(*case(name, [3, 3, 7], dead=4)).shape
+
+
+@pytest.mark.parametrize("bad", [[0, 9], [0, 4, 2, 5], [-2, 5], [2, 5]], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_wrong_cu_seqlens(bad, grad):
+    q, cu = torch.randn(5, 48).requires_grad_(grad), torch.tensor(bad).int()
+    for call in (lambda: ops.attention(q, cu, 9, 2), lambda: ops.pool(q, cu), lambda: ops.pool(q, cu, "cls")):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to at most the 5 rows"):
+            call()
+
+
+def test_more_wrong_arguments_and_empty_batches():
+    q = torch.randn(5, 48)
+    for call, message in (
+        (lambda: ops.attention(q, cu_seqlens([5]), 2, 2), "a sequence is 5 long"),
+        (lambda: ops.attention(q[:, :0], cu_seqlens([5]), 5, 2), "does not divide dim 0"),
+        (lambda: ops.linear(q, torch.ones(3, 48), torch.ones(3), cu_seqlens([9])), "ends at 9, but there are 5 rows"),
+        (lambda: ops.linear(q, torch.ones(3, 48).double(), torch.ones(3)), "cast one side"),
+        (lambda: ops.linear(q.long(), torch.ones(3, 48), torch.ones(3)), "floating point"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for mode in ops.POOLING:
+        assert ops.pool(q, cu_seqlens([]), mode).shape == (0, 48)
+        assert (ops.pool(q[:0], cu_seqlens([0]), mode) == 0).all()

@@ -18,7 +18,7 @@ from fastdistil import ops
 from fastdistil._register import FORMS
 from fastdistil.checkpoint import find
 from fastdistil.engine.scheduler import TOKENIZE, WINDOW, Window, batches
-from fastdistil.model import DistilBertModel
+from fastdistil.model import DistilBertModel, as_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
@@ -87,11 +87,9 @@ class Embedder:
         """
         directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
         settings = read_settings(directory)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type not in BUDGET:
             raise ValueError(f"device {str(place)!r} is not supported; use cpu or cuda")
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device; see `fastdistil doctor`")
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
         given = {"pooling": pooling, "normalize": normalize, "max_length": max_length}
@@ -241,17 +239,26 @@ def read_settings(directory: Path) -> dict[str, Any]:
             settings["normalize"] = True
         elif kind != "Transformer":
             raise ValueError(f"{directory}/modules.json asks for the module {kind or module!r}, which is not supported")
-    sentence = _json(directory / "sentence_bert_config.json") or {}
+    sentence = _object(directory / "sentence_bert_config.json")
     if isinstance(sentence.get("max_seq_length"), int):
         settings["max_length"] = sentence["max_seq_length"]
     if sentence.get("do_lower_case"):
         settings["lower_case"] = True
-    prompts = _json(directory / "config_sentence_transformers.json") or {}
+    prompts = _object(directory / "config_sentence_transformers.json")
     if name := prompts.get("default_prompt_name"):
         if name not in (prompts.get("prompts") or {}):
             raise ValueError(f"{directory}/config_sentence_transformers.json has no prompt {name!r}")
         settings["prompt"] = prompts["prompts"][name]
+        if not isinstance(settings["prompt"], str):
+            raise ValueError(f"{directory}/config_sentence_transformers.json: the prompt {name!r} is not a string")
     return settings
+
+
+def _object(path: Path) -> dict[str, Any]:
+    values = _json(path)
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object")
+    return values or {}
 
 
 def _pooling(path: Path) -> str:
@@ -282,5 +289,5 @@ def _json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error

@@ -8,7 +8,7 @@ part-00000.ids.jsonl      the id of each row, a JSON string or integer a line
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +51,34 @@ class IndexWriter:
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory} is a file; give a directory for the index")
         directory.mkdir(parents=True, exist_ok=True)
-        if present := sorted(directory.iterdir()):
-            if not overwrite:
-                raise FileExistsError(
-                    f"{directory} is not empty ({present[0].name}); give another directory, or --overwrite"
-                )
-            _remove_index(directory)
+        if (present := sorted(directory.iterdir())) and not overwrite:
+            raise FileExistsError(
+                f"{directory} is not empty ({present[0].name}); give another directory, or --overwrite"
+            )
         self.directory, self.manifest = directory, manifest
+        self._stale = bool(present)
+
+    def _clear(self) -> None:
+        """Remove the earlier index only when there is something to put in its place."""
+        if self._stale:
+            _remove_index(self.directory)
+            self._stale = False
 
     def write(self, ids: list[str | int], embeddings: np.ndarray) -> None:
+        self._clear()
         name = f"part-{len(self.manifest.parts):05d}"
         part = Part(f"{name}.{self.manifest.format}", f"{name}.ids.jsonl", len(ids))
         if self.manifest.format == "npy":
             _replace(self.directory / part.file, lambda path: _save_npy(path, embeddings))
         else:
             _replace(self.directory / part.file, lambda path: save_file({"embeddings": embeddings}, path))
-        lines = "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in ids)
+        lines = "".join(json.dumps(i) + "\n" for i in ids)
         _replace(self.directory / part.ids, lambda path: path.write_text(lines, encoding="utf-8"))
         self.manifest.parts.append(part)
         self.manifest.rows += part.rows
 
     def finish(self) -> None:
+        self._clear()
         text = json.dumps(asdict(self.manifest), indent=2) + "\n"
         _replace(self.directory / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -88,6 +95,16 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 def _save_npy(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:  # np.save would add a suffix to the name
         np.save(file, array)
+
+
+def _check_types(manifest: Manifest) -> None:
+    kinds = {"str": str, "int": int, "bool": bool, "list": list}
+    records: list[Any] = [manifest, *manifest.parts]
+    for record in records:
+        for item in fields(record):
+            value = getattr(record, item.name)
+            if type(value) is not kinds[str(getattr(item.type, "__name__", item.type)).removesuffix("[Part]")]:
+                raise TypeError(f"{item.name} is {value!r}")
 
 
 def _remove_index(directory: Path) -> None:
@@ -110,10 +127,10 @@ class Index:
             values = json.loads(path.read_text(encoding="utf-8"))
             parts = [Part(**part) for part in values.pop("parts")]
             self.manifest = Manifest(**values, parts=parts)
-            good = all(isinstance(p.rows, int) and isinstance(p.file, str) and isinstance(p.ids, str) for p in parts)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            _check_types(self.manifest)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not an index manifest: {error}") from error
-        if self.manifest.version != 1 or self.manifest.format not in FORMATS or not good:
+        if self.manifest.version != 1 or self.manifest.format not in FORMATS:
             raise ValueError(f"{path} is not a manifest this version reads (version 1, {' or '.join(FORMATS)})")
         for part in parts:
             for name in (part.file, part.ids):
@@ -136,7 +153,7 @@ class Index:
                     f"{[part.rows, self.manifest.dim]}"
                 )
             try:
-                lines = (self.directory / part.ids).read_text(encoding="utf-8").splitlines()
+                lines = (self.directory / part.ids).read_text(encoding="utf-8").split("\n")[:-1]
                 ids = [json.loads(line) for line in lines]
             except ValueError as error:
                 raise ValueError(f"{self.directory / part.ids} does not hold a JSON id a line: {error}") from error

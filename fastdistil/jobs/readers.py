@@ -24,16 +24,24 @@ def read_rows(inputs: Iterable[str], *, text_column: str = "text", id_column: st
     """
     inputs = list(inputs)
     for name in inputs:  # before any work is done
-        if name != "-" and not Path(name).is_file():
+        if name != "-" and Path(name).is_dir():
+            raise IsADirectoryError(f"the input {name} is a directory; name the files in it")
+        if name != "-" and not Path(name).exists():
             raise FileNotFoundError(f"there is no input file {name}")
+    return _read(inputs, text_column, id_column)
+
+
+def _read(inputs: list[str], text_column: str, id_column: str | None) -> Iterator[Row]:
     number = 0
     for name in inputs:
         with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
             where = "standard input" if name == "-" else name
             for line, row in _rows(file, where, name.endswith((".jsonl", ".ndjson")), text_column):
-                identity = (
-                    number if id_column is None or not isinstance(row, dict) else _id(row, id_column, where, line)
-                )
+                if id_column is not None and not isinstance(row, dict):
+                    raise ValueError(f"{where} is plain text, which has no id column {id_column!r}")
+                identity = number
+                if id_column is not None and isinstance(row, dict):
+                    identity = _id(row, id_column, where, line)  # type: ignore[assignment]
                 text = row[text_column] if isinstance(row, dict) else row
                 yield Row(f"{where}, line {line}", identity, text)
                 number += 1
@@ -56,14 +64,14 @@ def _rows(file: BinaryIO, where: str, jsonl: bool, text_column: str) -> Iterator
 def _is_object_with(text: str, column: str) -> bool:
     try:
         return column in json.loads(text)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False
 
 
 def _object(text: str, where: str, text_column: str) -> dict:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object with the column {text_column!r}")
