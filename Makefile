@@ -38,7 +38,8 @@ lint: $(VENV)/develop
 	$(BIN)/python -m benchmarks.report --check
 
 bench: $(VENV)/develop
-	$(BIN)/python -m pytest benchmarks --benchmark-only -s --benchmark-json benchmarks/results/cpu/encode.json
+	$(BIN)/python -m pytest benchmarks/bench_encode_cpu.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/encode.json
+	$(BIN)/python -m pytest benchmarks/bench_memory.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/memory.json
 
 report: $(VENV)/develop
 	$(BIN)/python -m benchmarks.report

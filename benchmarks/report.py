@@ -13,15 +13,11 @@ def cpu_table() -> str:
     """Ratios of pytest-benchmark's JSON in results/cpu/."""
     result = json.loads((RESULTS / "cpu" / "encode.json").read_text(encoding="utf-8"))
     lines = ["| against | ratio | fastdistil, tokens/s | peer, tokens/s | peer's fill |", "|---|--:|--:|--:|--:|"]
-    for entry in (e for e in result["benchmarks"] if "ratio" in e["extra_info"]):
+    for entry in result["benchmarks"]:
         info = entry["extra_info"]
         ours, theirs = (f"{info[k]:,.0f}" if k in info else "" for k in ("tokens_per_second", "peer_tokens_per_second"))
         fill = f"{info['peer_fill']:.2f}" if info.get("peer_fill") else ""
         lines.append(f"| {info['peer']} | {info['ratio']:.2f}x | {ours} | {theirs} | {fill} |")
-    for entry in (e for e in result["benchmarks"] if "beyond_output" in e["extra_info"]):
-        info = entry["extra_info"]
-        used = info["beyond_output"] / 2**20
-        lines.append(f"\n`encode` of {info['texts']:,} short texts: {used:,.0f} MiB at the peak beyond its output.")
     machine = result["machine_info"]
     cpu = machine["cpu"].get("brand_raw", machine["processor"])
     lines.append(

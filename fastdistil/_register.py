@@ -1,6 +1,6 @@
 """Define an op once: eager definition, faster forms per device, output shape for tracing, autocast.
 
-`torch.library`'s low-level define/impl is used because it costs about 1.5 us a call where `custom_op` costs 4 to 9,
+`torch.library`'s low-level define/impl is used because a call through it costs least (less than half of `custom_op`'s),
 and it works in eager, `torch.compile(fullgraph=True)` and `torch.export`.
 """
 
