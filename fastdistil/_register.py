@@ -1,7 +1,7 @@
 """Define an op once: eager definition, faster forms per device, output shape for tracing, autocast.
 
-`torch.library`'s low-level define/impl is used because a call through it costs least (less than half of `custom_op`'s),
-and it works in eager, `torch.compile(fullgraph=True)` and `torch.export`.
+`torch.library`'s low-level define/impl is used because a call through it costs less than through
+`custom_op`, and it works in eager, `torch.compile(fullgraph=True)` and `torch.export`.
 """
 
 from collections.abc import Callable
