@@ -12,7 +12,7 @@ from torch import Tensor
 # (sequence, head) is then most of its time (measured: fp32, head sizes 32 and 64, 2,048 tokens, AVX2).
 SHORT = 96
 # Up to so many rows a float32 GEMM is cut into column blocks, one batched call: the library's own split of a GEMM over
-# threads is poor there (measured: 1.7x faster at 8 rows, 1.05 to 1.1x at 256, slower from 1,024 on; widths 384 and 768).
+# threads is poor there (measured: 1.7x faster at 8 rows, 1.05 to 1.1x at 256, slower from 1,024; widths 384, 768).
 FEW_ROWS, BLOCKS = 256, 4
 SCORE_ELEMENTS = 4 * 2**20  # the scores of one batched matmul stay within 16 MiB
 
