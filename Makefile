@@ -29,7 +29,7 @@ demo: $(VENV)/runtime
 		"temporary directory that deletes itself" "compare two files line by line" "read a CSV file into dictionaries"
 
 test: $(VENV)/develop
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/develop
 	$(BIN)/ruff check .

@@ -2,19 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this length two batched matmuls beat the tiled kernel behind scaled_dot_product_attention, whose set-up per
-# (sequence, head) is then most of its time (measured: fp32, head sizes 32 and 64, 2,048 tokens, AVX2).
-SHORT = 96
 # Up to so many rows a float32 GEMM is cut into column blocks, one batched call: the library's own split of a GEMM over
 # threads is poor there (measured: 1.7x faster at 8 rows, 1.05 to 1.1x at 256, slower from 1,024; widths 384, 768).
 FEW_ROWS, BLOCKS = 256, 4
-SCORE_ELEMENTS = 4 * 2**20  # the scores of one batched matmul stay within 16 MiB
+# Scores in work at a time, 4 MiB: the quickest of 2**17 to 2**20 at 128 to 512 tokens, 12 heads of 32 and of 64.
+SCORE_ELEMENTS = 2**20
 
 
 def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., Tensor]:
@@ -62,7 +60,7 @@ def _raise_outside(name: str, index: Tensor, table: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    rows, columns = len(x), len(weight)
+    rows, columns = x.shape[0], weight.shape[0]
     if not (0 < rows <= FEW_ROWS and x.dtype is torch.float32 and columns % BLOCKS == 0 and weight.is_contiguous()):
         return F.linear(x, weight, bias)
     blocks = weight.view(BLOCKS, columns // BLOCKS, -1)
@@ -90,30 +88,33 @@ def attention(
     dim = qkv.shape[1] // 3
     head_size = dim // num_heads
     out = qkv.new_empty(qkv.shape[0], dim)
+    form = _attend if qkv.dtype is torch.float32 else F.scaled_dot_product_attention
     start = 0
     for length, run in groupby(cu_seqlens.diff().tolist()):
         count = len(list(run))
-        step = max(1, SCORE_ELEMENTS // (num_heads * length * length)) if 0 < length <= SHORT else count
-        for first in range(0, count if length else 0, step):
-            n = min(step, count - first)
-            rows = slice(start + first * length, start + (first + n) * length)
-            # [n, L, 3, heads, head_size] -> q, k, v, each [n, heads, L, head_size]
-            q, k, v = qkv[rows].reshape(n, length, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
-            form = _short if length <= SHORT and qkv.dtype is torch.float32 else F.scaled_dot_product_attention
-            o = form(q, k, v)  # [n, heads, L, head_size]
+        rows = slice(start, start := start + count * length)
+        if length == 0:
+            continue
+        # [n, L, 3, heads, head_size] -> q, k, v, each [n, heads, L, head_size]
+        q, k, v = qkv[rows].view(count, length, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
+        where = out[rows].view(count, length, num_heads, head_size).transpose(1, 2)
+        n = max(1, SCORE_ELEMENTS // (num_heads * length * length))  # sequences at a time,
+        m = length if n > 1 else max(16, SCORE_ELEMENTS // (num_heads * length))  # or queries of one
+        for i, j in product(range(0, count, n), range(0, length, m)):
+            o = form(q[i : i + n, :, j : j + m], k[i : i + n], v[i : i + n])  # [n, heads, m, head_size]
             if head_scale is not None:
                 o = o * head_scale.to(o.dtype)[:, None, None]
-            out[rows].view(n, length, num_heads, head_size).copy_(o.transpose(1, 2))
-        start += count * length
+            where[i : i + n, :, j : j + m] = o
     out[start:] = 0
     return out
 
 
-def _short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[n, heads, L, d] x 3 -> [n, heads, L, d], looping over the shorter of n and heads so that nothing is copied."""
-    n, heads, length, d = q.shape
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[n, heads, m, d], [n, heads, L, d] x 2 -> [n, heads, m, d], looping over the shorter of n and heads so that
+    nothing is copied. Nearer to exact arithmetic than scaled_dot_product_attention, which is no quicker here."""
+    n, heads, m, d = q.shape
     axis = 0 if n < heads else 1
-    scores = q.new_empty(*((n, heads) if axis == 0 else (heads, n)), length, length)
+    scores = q.new_empty(*((n, heads) if axis == 0 else (heads, n)), m, k.shape[2])
     out = q.new_empty(*scores.shape[:3], d)
     for i, (qi, ki) in enumerate(zip(q.unbind(axis), k.unbind(axis), strict=True)):
         torch.baddbmm(scores[i], qi, ki.mT, beta=0, alpha=d**-0.5, out=scores[i])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -132,15 +133,9 @@ class MultiHeadSelfAttention(nn.Module):
     def _still_fits(self) -> bool:
         if torch.is_grad_enabled() and self.q_lin.weight.requires_grad:
             return False  # the buffer is outside autograd
-        for buffer, name in zip(self._qkv, ("weight", "bias"), strict=True):  # type: ignore[arg-type]
-            start, step = buffer.data_ptr(), buffer.nbytes // 3
-            for i, part in enumerate((self.q_lin, self.k_lin, self.v_lin)):
-                tensor = getattr(part, name)
-                if tensor.numel() * 3 != buffer.numel() or not tensor.is_contiguous():
-                    return False
-                if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.data_ptr() != start + i * step:
-                    return False
-        return True
+        q, k, v = self.q_lin, self.k_lin, self.v_lin
+        weight, bias = self._qkv  # type: ignore[misc]
+        return _are_thirds(weight, q.weight, k.weight, v.weight) and _are_thirds(bias, q.bias, k.bias, v.bias)
 
     @torch.no_grad()
     def _lay_side_by_side(self) -> None:
@@ -176,6 +171,18 @@ class MultiHeadSelfAttention(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._lay_side_by_side()
+
+
+def _are_thirds(buffer: Tensor, *parts: Tensor) -> bool:
+    """Whether the parts are the buffer's memory, one after another."""
+    start, step, size = buffer.data_ptr(), buffer.nbytes // 3, buffer.numel() // 3
+    for part in parts:
+        if part.numel() != size or not part.is_contiguous() or is_functorch_wrapped_tensor(part):
+            return False
+        if part.data_ptr() != start:
+            return False
+        start += step
+    return True
 
 
 def _after_load(attention: MultiHeadSelfAttention, incompatible_keys: Any) -> None:  # a closure could not be pickled

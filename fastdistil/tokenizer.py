@@ -269,10 +269,13 @@ class DistilBertTokenizer:
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string")
         room = self._room(max_length, pair=False)
-        encode = self._tokenizer.encode_batch_fast
-        encodings = self._cut_and_encode(
-            texts, room, lambda pieces: encode(pieces, add_special_tokens=False), "texts", first_row
-        )
+
+        def encode(pieces: list[str]) -> list[Encoding]:
+            if len(pieces) == 1:  # waking the library's threads costs more than one text
+                return [self._tokenizer.encode(pieces[0], add_special_tokens=False)]
+            return self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+
+        encodings = self._cut_and_encode(texts, room, encode, "texts", first_row)
         return [self._before + encoding.ids[:room] + self._after for encoding in encodings]
 
     def __call__(
