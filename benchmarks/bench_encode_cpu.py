@@ -138,18 +138,24 @@ def bench_base_width_full_batches(benchmark):
     show(benchmark.extra_info)
 
 
-def bench_single_query(benchmark, embedder, path):
+@pytest.mark.parametrize("threads", sorted({2, torch.get_num_threads()}))
+def bench_single_query(benchmark, embedder, path, threads):
     """One short text, tokenisation and pooling included."""
     peer = Peer(path, sort=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     text = ["temporary directory that deletes itself"]
-    _alternate(
-        benchmark,
-        lambda: torch.from_numpy(embedder.encode(text)),
-        lambda: torch.from_numpy(peer.encode(text)),
-        200,
-        tolerance=1e-6,
-    )
-    benchmark.extra_info["peer"] = "transformers sdpa, one query"
+    try:
+        _alternate(
+            benchmark,
+            lambda: torch.from_numpy(embedder.encode(text)),
+            lambda: torch.from_numpy(peer.encode(text)),
+            400,
+            tolerance=1e-6,
+        )
+    finally:
+        torch.set_num_threads(before)
+    benchmark.extra_info["peer"] = f"transformers sdpa, one query, {threads} threads"
     show(benchmark.extra_info)
 
 

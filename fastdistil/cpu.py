@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Up to so many rows a float32 GEMM is cut into column blocks, one batched call: the library's own split of a GEMM over
 # threads is poor there (measured: 1.7x faster at 8 rows, 1.05 to 1.1x at 256, slower from 1,024; widths 384, 768).
-FEW_ROWS, BLOCKS = 256, 4
+FEW_ROWS, BLOCKS = 256, 8
 # Scores in work at a time, 4 MiB: the quickest of 2**17 to 2**20 at 128 to 512 tokens, 12 heads of 32 and of 64.
 SCORE_ELEMENTS = 2**20
 
