@@ -157,7 +157,7 @@ def test_embeds_positions_head_mask_and_tuples():
         everything = ours(ids, keep, heads, output_attentions=True, output_hidden_states=True, return_dict=False)
     assert isinstance(everything, tuple) and len(everything) == 3
     close(everything[0], masked, keep)
-    assert (everything[2][0][:, 1] == 0).all() and not torch.allclose(masked, ours(ids, keep)[0])
+    assert (everything[2][0][:, 1] == 0).all() and differ(masked, ours(ids, keep)[0])
 
 
 def test_output_object():
@@ -261,22 +261,27 @@ def check_fresh(model, expect_fused=True):
     return packed
 
 
+def differ(one, other):
+    """Far more than rounding: another order of the same sums must not count as a change."""
+    return (one - other).abs().max() > 1e-3
+
+
 def test_weights_never_go_stale():
     ours, _ = pair()
     before = check_fresh(ours)
     with torch.no_grad():
-        attention_of(ours).q_lin.weight.data.add_(0.5)  # does not bump _version
+        attention_of(ours).v_lin.weight.data.mul_(2)  # does not bump _version
     changed = check_fresh(ours)
-    assert not torch.allclose(before, changed)
+    assert differ(before, changed)
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1)
     for _ in range(2):
         ours(*inputs())[0].pow(2).sum().backward()
         optimizer.step()
-    assert not torch.allclose(changed, check_fresh(ours))
+    assert differ(changed, check_fresh(ours))
     attention_of(ours).k_lin.weight.data = torch.randn(48, 48)
     replaced = check_fresh(ours, expect_fused=False)
     ours.load_state_dict(pair(seed=5)[0].state_dict(), assign=True)
-    assert not torch.allclose(replaced, check_fresh(ours))
+    assert differ(replaced, check_fresh(ours))
     ours.load_state_dict(pair(seed=6)[0].state_dict())
     check_fresh(ours)
     check_fresh(ours.double().float())
@@ -289,7 +294,7 @@ def test_copies_are_independent_and_saved_without_the_buffer(tmp_path):
         torch.testing.assert_close(check_fresh(twin), expected)
         with torch.no_grad():
             attention_of(twin).v_lin.weight.zero_()
-        assert not torch.allclose(check_fresh(twin), expected)
+        assert differ(check_fresh(twin), expected)
         torch.testing.assert_close(check_fresh(ours), expected)
     size = len(pickle.dumps(ours)) - sum(p.nbytes for p in ours.parameters())
     assert size < 30_000
@@ -310,9 +315,9 @@ def test_replaced_or_hooked_projections_are_called():
             return super().forward(x) * 2
 
     lora = Lora(48, 48)
-    lora.load_state_dict(attention_of(ours).q_lin.state_dict())
-    attention_of(ours).q_lin = lora
-    assert not torch.allclose(plain, check_fresh(ours, expect_fused=False))
+    lora.load_state_dict(attention_of(ours).v_lin.state_dict())
+    attention_of(ours).v_lin = lora
+    assert differ(plain, check_fresh(ours, expect_fused=False))
     ours, _ = pair()
     calls = []
     for module in (attention_of(ours).v_lin, attention_of(ours).out_lin, ours.transformer.layer[0].ffn.lin1):
