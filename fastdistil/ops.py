@@ -8,6 +8,11 @@ When a gradient is asked for, the differentiable definition in `reference.py` ru
 Wrong arguments raise ValueError or TypeError naming the argument.
 """
 
+import functools
+import importlib
+import math
+import warnings
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor
 
 from fastdistil import cpu, reference
 from fastdistil._register import register
+from fastdistil.kernels import _configs, _target
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 POOLING = ("mean", "cls")
@@ -51,6 +57,13 @@ def embed_layer_norm(
             f"word_embeddings {list(word_embeddings.shape)}, position_embeddings {list(position_embeddings.shape)} "
             f"weight {list(weight.shape)} and bias {list(bias.shape)} do not share one dim"
         )
+    if position_ids.device != input_ids.device or word_embeddings.device != input_ids.device:
+        raise ValueError(
+            f"input_ids are on {input_ids.device}, position_ids on {position_ids.device}, word_embeddings on "
+            f"{word_embeddings.device}; move them to one device"
+        )
+    _check_dtypes(word_embeddings, position_embeddings, weight, bias)
+    _check_live(cu_seqlens, word_embeddings)
     args = (input_ids, position_ids, word_embeddings, position_embeddings, weight, bias, eps, cu_seqlens)
     if _wants_grad(word_embeddings, position_embeddings, weight, bias):
         return reference.embed_layer_norm(*args)
@@ -63,7 +76,7 @@ def qkv_projection(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor |
     Source: the fused projection of FasterTransformer and FlashAttention's packed layout; equals HF's q_lin, k_lin
     and v_lin side by side.
     """
-    _check_linear(x, weight, bias)
+    _check_linear(x, weight, bias, cu_seqlens)
     if weight.shape[0] % 3:
         raise ValueError(f"weight has {weight.shape[0]} rows, which is not query, key and value of one width")
     if _wants_grad(x, weight, bias):
@@ -73,7 +86,7 @@ def qkv_projection(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor |
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """[rows, in] @ [out, in].T + [out] -> [rows, out]."""
-    _check_linear(x, weight, bias)
+    _check_linear(x, weight, bias, cu_seqlens)
     if _wants_grad(x, weight, bias):
         return reference.linear(x, weight, bias, cu_seqlens)
     return _linear(x, weight, bias, cu_seqlens)
@@ -86,7 +99,7 @@ def bias_gelu(
 
     activation: gelu (exact, erf; Hendrycks and Gimpel, 2016), gelu_new (tanh form), relu or silu.
     """
-    _check_linear(x, weight, bias)
+    _check_linear(x, weight, bias, cu_seqlens)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if _wants_grad(x, weight, bias):
@@ -103,6 +116,8 @@ def add_layer_norm(
             f"x {list(x.shape)} and residual {list(residual.shape)} must be [rows, dim], "
             f"weight {list(weight.shape)} and bias {list(bias.shape)} [dim]"
         )
+    _check_dtypes(x, residual, weight, bias)
+    _check_live(cu_seqlens, x)
     if _wants_grad(x, residual, weight, bias):
         return reference.add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
     return _add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
@@ -131,6 +146,8 @@ def attention(
         raise ValueError(f"head_scale must be [{num_heads}], got {list(head_scale.shape)}")
     check_cu_seqlens(cu_seqlens, qkv, max_seqlen)
     _check_dtypes(qkv)
+    if head_scale is not None and head_scale.device != qkv.device:
+        raise ValueError(f"the rows are on {qkv.device}, head_scale is on {head_scale.device}; move it")
     if _wants_grad(qkv, head_scale):
         return reference.attention(qkv, cu_seqlens, max_seqlen, num_heads, head_scale)
     return _attention(qkv, cu_seqlens, max_seqlen, num_heads, head_scale)
@@ -152,36 +169,65 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
     return _pool(x, cu_seqlens, mode, normalize)
 
 
+def set_exact_gelu(on: bool) -> None:
+    """Whether the kernels compute gelu by erf in half precision too, at some cost in speed.
+
+    Off by default: float16 and bfloat16 then use a form of it within 2.5e-5 of the exact one, less than they resolve.
+    float32 always uses erf. Holds for the whole process; CPU is not affected.
+    """
+    _configs.modes.exact_gelu = bool(on)
+
+
+def set_batch_invariant(on: bool) -> None:
+    """Whether a text's result on a GPU has the same bits alone and in any batch, at some cost in speed.
+
+    Each kernel then has one configuration, whatever the batch's size, and attention gives every sequence tiles of its
+    own. Off by default. Holds for the whole process; on CPU bits may differ with the batch.
+    """
+    _configs.modes.batch_invariant = bool(on)
+
+
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"x {list(x.shape)} must be [rows, in], weight {list(weight.shape)} [out, in], "
             f"bias {list(bias.shape)} [out]"
         )
     _check_dtypes(x, weight, bias)
+    _check_live(cu_seqlens, x)
 
 
 def _check_dtypes(x: Tensor, *others: Tensor) -> None:
     if not x.is_floating_point():
         raise ValueError(f"the rows must be floating point, got {x.dtype}")
+    if any(t.device != x.device for t in others):
+        where = ", ".join(sorted({str(t.device) for t in others}))
+        raise ValueError(f"one argument is on {x.device}, others are on {where}; move them to one device")
     if any(t.dtype != x.dtype for t in others) and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(
             f"the rows are {x.dtype}, the weights {', '.join(str(t.dtype) for t in others)}; cast one side"
         )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, rows: Tensor, max_seqlen: int | None = None) -> None:
-    """Raise ValueError unless cu_seqlens fits the rows; its values are looked at on CPU only."""
+def _check_live(cu_seqlens: Tensor | None, x: Tensor) -> None:
+    """cu_seqlens of a row-wise op, of which only the last value is read; a value is looked at on CPU only."""
+    if cu_seqlens is None:
+        return
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype is not torch.int32 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must be int32 [batch + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
-    if cu_seqlens.device != rows.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the rows are on {rows.device}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the rows are on {x.device}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, rows: Tensor, max_seqlen: int | None = None) -> None:
+    """Raise ValueError unless cu_seqlens fits the rows; its values are looked at on CPU only."""
+    _check_live(cu_seqlens, rows)
     if rows.device.type != "cpu" or torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor:
         return  # reading values back would stall the device
     starts = cu_seqlens.tolist()
@@ -196,47 +242,101 @@ def _rows_by(x: Tensor, columns: int | torch.SymInt) -> Tensor:
     return x.new_empty(x.shape[0], columns)
 
 
-_embed_layer_norm = register(
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST_ROW = 16_384  # the row kernels hold a whole row in registers
+
+
+def _op(
+    definition: Callable[..., Tensor],
+    module: str,
+    *,
+    fake: Callable[..., Tensor],
+    cpu: Callable[..., Tensor],
+    autocast: str,
+    like: int = 0,
+    widest: float = math.inf,
+) -> Callable[..., Tensor]:
+    """Register an op whose kernel is the function of the same name in kernels/<module>.py.
+
+    like: the argument whose dtype, width (at most `widest`) and device say whether the kernel can run; where it
+    cannot, the definition does. Under Triton's interpreter the kernel is also the CPU form.
+    """
+    launch: Callable[..., Tensor] | None = None
+
+    def kernel(*args):
+        nonlocal launch
+        x = args[like]
+        if x.dtype not in KERNEL_DTYPES or x.shape[-1] > widest or not _can_run(x.device):
+            return definition(*args)
+        if launch is None:  # Triton is imported only where it is used
+            launch = getattr(importlib.import_module(f"fastdistil.kernels.{module}"), definition.__name__)
+        return launch(*args)
+
+    kernel.__module__ = f"fastdistil.kernels.{module}"
+    cpu = kernel if _target.interpreted() else cpu
+    return register(definition, fake=fake, cpu=cpu, cuda=kernel, autocast=autocast)
+
+
+@functools.cache
+def _can_run(device: torch.device) -> bool:
+    reason = _target.why_not(device)
+    if reason:
+        warnings.warn(f"fastdistil runs eager torch on {device}: {reason}", stacklevel=2)
+    return reason is None
+
+
+_embed_layer_norm = _op(
     reference.embed_layer_norm,
+    "layer_norm",
     fake=lambda i, p, words, *a, **k: words.new_empty(i.shape[0], words.shape[1]),
     cpu=cpu.live_only(cpu.embed_layer_norm, 2),
+    like=2,
+    widest=WIDEST_ROW,
     autocast="float32",
 )
-_qkv_projection = register(
+_qkv_projection = _op(
     reference.qkv_projection,
+    "qkv_projection",
     fake=lambda x, w, *a, **k: _rows_by(x, w.shape[0]),
     cpu=cpu.live_only(cpu.linear, 1),
     autocast="compute",
 )
-_linear = register(
+_linear = _op(
     reference.linear,
+    "linear",
     fake=lambda x, w, *a, **k: _rows_by(x, w.shape[0]),
     cpu=cpu.live_only(cpu.linear, 1),
     autocast="compute",
 )
-_bias_gelu = register(
+_bias_gelu = _op(
     reference.bias_gelu,
+    "bias_gelu",
     fake=lambda x, w, *a, **k: _rows_by(x, w.shape[0]),
     cpu=cpu.live_only(cpu.bias_gelu, 1),
     autocast="compute",
 )
-_add_layer_norm = register(
+_add_layer_norm = _op(
     reference.add_layer_norm,
+    "layer_norm",
     fake=lambda x, *a, **k: _rows_by(x, x.shape[1]),
     cpu=cpu.live_only(reference.add_layer_norm, 2),
+    widest=WIDEST_ROW,
     autocast="float32",
 )
-_attention = register(
+_attention = _op(
     reference.attention,
+    "attention",
     fake=lambda qkv, *a, **k: _rows_by(qkv, qkv.shape[1] // 3),
     cpu=cpu.attention,
     autocast="compute",
 )
-_pool = register(
+_pool = _op(
     reference.pool,
+    "pooling",
     fake=lambda x, c, *a, **k: x.new_empty(
         c.shape[0] - 1, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
     ),
     cpu=cpu.pool,
+    widest=WIDEST_ROW,
     autocast="float32",
 )

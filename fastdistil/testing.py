@@ -1,7 +1,12 @@
 """What tests and benchmarks share: the error law and inputs for packed ops."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastdistil import ops, reference
 
 
 def error_law(result: Tensor, eager: Tensor, truth: Tensor, eps: float | None = None) -> None:
@@ -24,3 +29,27 @@ def error_law(result: Tensor, eager: Tensor, truth: Tensor, eps: float | None = 
 def cu_seqlens(lengths: list[int], device: str = "cpu") -> Tensor:
     """int32 [len(lengths) + 1]: where each sequence starts, and the live count."""
     return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def poison(rows: Tensor, dead: int) -> Tensor:
+    """The rows with `dead` more behind them, of NaN, or for ids of nonsense."""
+    value = float("nan") if rows.is_floating_point() else 2**30
+    return torch.cat([rows, rows.new_full((dead, *rows.shape[1:]), value)])
+
+
+def hold_to_definition(
+    op: str, *args: Any, live: int | None = None, dead: int = 0, rows: Sequence[int] = (0,), form: Any = None
+) -> Tensor:
+    """Assert that an op's result obeys the error law against its float64 definition, and return it.
+
+    args: without dead rows; those at the places in `rows` get `dead` poisoned rows more before the op sees them.
+    live: how many rows of the result to compare, by default all. form: what runs, by default `ops.<op>`.
+    """
+    eager = getattr(reference, op)(*args)[:live]
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    truth = getattr(reference, op)(*wide)[:live]
+    given = [poison(a, dead) if i in rows and dead else a for i, a in enumerate(args)]
+    result = (form or getattr(ops, op))(*given)
+    dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    error_law(result[:live], eager, truth, eps=torch.finfo(dtype).eps)
+    return result

@@ -13,9 +13,16 @@ import torch
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and cp.async
 
 
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
 def why_not(device: torch.device) -> str | None:
     """The reason Triton kernels cannot run on `device`, in words, or None when they can."""
+    if device.type == "cpu" and interpreted():
+        return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
     if device.type != "cuda":
         return f"Triton runs on CUDA, not on {device.type}"
     if torch.version.hip is not None:

@@ -6,11 +6,15 @@ import torch.nn.functional as F
 
 from fastdistil import cpu, ops, reference
 from fastdistil._register import FORMS
+from fastdistil.kernels._target import interpreted
 from fastdistil.testing import cu_seqlens, error_law
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = [[1], [3, 3, 3, 7, 0, 1, 25], [0, 0, 5], [130, 2, 2, 64, 64, 64, 97, 96], [300]]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+if interpreted():  # then the kernels are what runs on CPU; the interpreter multiplies bfloat16 wrongly
+    DTYPES.remove(torch.bfloat16)
+on_cpu_forms = pytest.mark.skipif(interpreted(), reason="kernels look at no value: NaN where the CPU forms raise")
 DIM, HEADS, HIDDEN = 48, 3, 80
 
 
@@ -191,17 +195,42 @@ def test_attention_in_parts_is_the_same(monkeypatch, elements):
             lambda: ops.add_layer_norm(torch.ones(2, 3), torch.ones(3, 3), torch.ones(3), torch.ones(3), 1e-5),
             "residual",
         ),
-        (
+        pytest.param(
             lambda: ops.embed_layer_norm(
                 torch.tensor([5]), torch.tensor([0]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5
             ),
             r"input_ids\[0\] is 5",
+            marks=on_cpu_forms,
         ),
-        (
+        pytest.param(
             lambda: ops.embed_layer_norm(
                 torch.tensor([1]), torch.tensor([-1]), *torch.ones(2, 4, 3), *torch.ones(2, 3), 1e-5
             ),
             r"position_ids\[0\] is -1",
+            marks=on_cpu_forms,
+        ),
+        (
+            lambda: ops.embed_layer_norm(
+                *torch.ones(2, 1).long(), torch.ones(4, 3), torch.ones(4, 3).half(), *torch.ones(2, 3), 1e-5
+            ),
+            "cast one side",
+        ),
+        (
+            lambda: ops.add_layer_norm(torch.ones(2, 3), torch.ones(2, 3).half(), *torch.ones(2, 3), 1e-5),
+            "the rows are torch.float32, the weights torch.float16",
+        ),
+        (
+            lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, device="meta")),
+            "on cpu, others are on cpu, meta; move them",
+        ),
+        (
+            lambda: ops.add_layer_norm(*torch.ones(2, 2, 3), *torch.ones(2, 3), 1e-5, cu_seqlens([2]).to("meta")),
+            "cu_seqlens is on meta",
+        ),
+        (lambda: ops.linear(*torch.ones(2, 4, 3), torch.ones(4), torch.tensor([0, 4])), "cu_seqlens must be int32"),
+        (
+            lambda: ops.attention(torch.ones(2, 12), cu_seqlens([2]), 2, 2, torch.ones(2, device="meta")),
+            "head_scale is on meta",
         ),
         (
             lambda: ops.embed_layer_norm(
@@ -245,12 +274,14 @@ def test_more_wrong_arguments_and_empty_batches():
     for call, message in (
         (lambda: ops.attention(q, cu_seqlens([5]), 2, 2), "a sequence is 5 long"),
         (lambda: ops.attention(q[:, :0], cu_seqlens([5]), 5, 2), "does not divide dim 0"),
-        (lambda: ops.linear(q, torch.ones(3, 48), torch.ones(3), cu_seqlens([9])), "ends at 9, but there are 5 rows"),
         (lambda: ops.linear(q, torch.ones(3, 48).double(), torch.ones(3)), "cast one side"),
         (lambda: ops.linear(q.long(), torch.ones(3, 48), torch.ones(3)), "floating point"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    if not interpreted():
+        with pytest.raises(ValueError, match="ends at 9, but there are 5 rows"):
+            ops.linear(q, torch.ones(3, 48), torch.ones(3), cu_seqlens([9]))
     for mode in ops.POOLING:
         assert ops.pool(q, cu_seqlens([]), mode).shape == (0, 48)
         assert (ops.pool(q[:0], cu_seqlens([0]), mode) == 0).all()

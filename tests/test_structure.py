@@ -20,7 +20,7 @@ ALLOWED = {
     "outputs": set(),
     "config": set(),
     "packing": set(),
-    "testing": set(),
+    "testing": {"ops", "reference"},
     "cpu": set(),
     "ops": {"_register", "kernels", "cpu", "reference"},
     "checkpoint": {"config"},

@@ -1,0 +1,213 @@
+"""Launch configurations: looked up by architecture, op and shape class; never searched for while running.
+
+RECORDED holds what was measured on a GPU. It is empty: none has run this code yet. What was not measured gets the
+heuristic below it, chosen by compiling for every architecture without a GPU: registers, spills and shared memory of
+each are in `benchmarks/results/compile/`.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastdistil.kernels._target import interpreted
+
+FEW, SOME = 64, 512  # rows: up to FEW a GEMM waits for its weights, above SOME it fills the chip
+
+
+@dataclass
+class Modes:
+    exact_gelu: bool = False  # erf in half precision too
+    batch_invariant: bool = False  # one configuration an op, whatever the batch
+
+
+modes = Modes()
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """block_m x block_n tiles of the result, block_k deep; halves: parts in which the epilogue stores a tile."""
+
+    family: str  # "pointer" or "tma"
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+    halves: int = 1
+    per_sm: int = 1  # programs that share a multiprocessor, for the persistent family
+
+
+@dataclass(frozen=True)
+class GemmLaunch:
+    """A configuration and what the numbers' precision adds to it."""
+
+    config: Gemm
+    precision: str
+    near_gelu: bool
+    hardware_tanh: bool
+    programs: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    rows: int
+    block: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A form, and for which sequences (up to `longest` rows, None: any) and head sizes (up to `widest`) it serves.
+
+    tile: rows of queries; keys: rows of keys that a looped tile reads at a time.
+    """
+
+    form: str  # "short", "single" or "looped"
+    tile: int
+    warps: int
+    longest: int | None = None
+    widest: int = 128
+    keys: int = 0
+    stages: int = 1
+
+
+# (architecture, op, shape class) -> configuration. Shape classes: of GEMMs "half/many" (precision, rows), of attention
+# "half/64/128" (head size as a power of two, longest sequence or any), of row kernels "half/1024" (width likewise)
+RECORDED: dict[tuple[int, str, str], Gemm | Attention | Rows] = {}
+
+SMALL = {  # every architecture
+    ("half", "few"): Gemm("pointer", 16, 32, 128, warps=4, stages=3, group=1),
+    ("half", "some"): Gemm("pointer", 64, 64, 64, warps=4, stages=4),
+    ("tf32", "few"): Gemm("pointer", 16, 32, 64, warps=4, stages=3, group=1),
+    ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4),
+    ("tf32", "many"): Gemm("pointer", 128, 64, 32, warps=8, stages=3),
+    ("ieee", "few"): Gemm("pointer", 16, 32, 32, warps=2, stages=2, group=1),
+    ("ieee", "some"): Gemm("pointer", 32, 64, 32, warps=4, stages=2),
+    ("ieee", "many"): Gemm("pointer", 64, 64, 16, warps=8, stages=2),
+}
+AMPERE = SMALL | {("half", "many"): Gemm("pointer", 128, 128, 32, warps=8, stages=3)}
+# two programs of 128 x 128 share an SM, so one's epilogue overlaps the other's loop; a long K has no need of that
+TMA = SMALL | {
+    ("half", "many"): Gemm("tma", 128, 128, 64, warps=8, stages=3, halves=2, per_sm=2),
+    ("half", "long"): Gemm("tma", 128, 256, 64, warps=8, stages=3, halves=2),
+}
+GEMM: dict[int, dict[tuple[str, str], Gemm]] = {
+    80: AMPERE,
+    86: AMPERE,
+    89: AMPERE,
+    90: TMA,
+    100: TMA,
+    120: AMPERE,
+}
+LONG_K = 1_024
+
+# The first that serves. Up to 32 rows a tile of 64 is shared block-diagonally; one of 128 for up to 64 rows would
+# compute more scores than a tile a sequence does. What is missing from a list spills: wide heads, IEEE float32.
+ATTENTION = {
+    "half": (
+        Attention("short", 64, warps=4, longest=16),
+        Attention("short", 64, warps=4, longest=32),
+        Attention("single", 64, warps=4, longest=64),
+        Attention("single", 128, warps=8, longest=128, widest=64),
+        Attention("looped", 128, warps=8, keys=64, stages=2),
+    ),
+    "tf32": (
+        Attention("short", 64, warps=4, longest=16),
+        Attention("short", 64, warps=4, longest=32),
+        Attention("single", 64, warps=4, longest=64, widest=64),
+        Attention("looped", 64, warps=4, keys=32),
+    ),
+    "ieee": (
+        Attention("short", 32, warps=4, longest=16, widest=64),
+        Attention("looped", 32, warps=4, keys=32, widest=64),
+        Attention("looped", 16, warps=4, keys=16),
+    ),
+}
+
+
+def live(cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+    """Where a kernel reads the live count: (cu_seqlens, its last index)."""
+    return (None, 0) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1)
+
+
+def row_kernel(op: str, dim: int, dtype: torch.dtype, device: torch.device) -> Rows:
+    return _row_kernel(op, dim, "float32" if dtype is torch.float32 else "half", architecture(device))
+
+
+@functools.cache
+def _row_kernel(op: str, dim: int, kind: str, arch: int) -> Rows:
+    block = power_of_two(dim)
+    if found := RECORDED.get((arch, op, f"{kind}/{block}")):
+        return cast(Rows, found)
+    rows = 16 if block <= 128 else 8 if block == 256 else 4 if block <= 1_024 else max(1, 4_096 // block)
+    return Rows(rows, block, warps=min(8, max(4, block // 1_024)))
+
+
+def gemm(op: str, m: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> GemmLaunch:
+    """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need."""
+    size = "many" if m > SOME or modes.batch_invariant else "some" if m > FEW else "few"
+    precision = matmul_precision() if dtype is torch.float32 else "half"
+    return _gemm(op, architecture(device), size, k > LONG_K, precision, aligned, modes.exact_gelu, device)
+
+
+@functools.cache
+def _gemm(
+    op: str, arch: int, size: str, long: bool, precision: str, aligned: bool, exact: bool, device: torch.device
+) -> GemmLaunch:
+    size = "long" if size == "many" and long else size
+    table = GEMM[arch] if aligned else AMPERE
+    config = table.get((precision, size)) or table[precision, "many"]
+    if aligned:
+        config = cast(Gemm, RECORDED.get((arch, op, f"{precision}/{size}"), config))
+    return GemmLaunch(
+        config,
+        precision="tf32" if precision == "tf32" else "ieee",
+        near_gelu=precision == "half" and not exact,
+        hardware_tanh=not interpreted(),
+        programs=processors(device) * config.per_sm,
+    )
+
+
+def attention(max_seqlen: int, head_size: int, dtype: torch.dtype, device: torch.device) -> Attention:
+    longest = None if modes.batch_invariant else next((n for n in (16, 32, 64, 128) if max_seqlen <= n), None)
+    kind = matmul_precision() if dtype is torch.float32 else "half"
+    return _attention(longest, power_of_two(head_size), kind, architecture(device))
+
+
+@functools.cache
+def _attention(longest: int | None, block: int, kind: str, arch: int) -> Attention:
+    if found := RECORDED.get((arch, "attention", f"{kind}/{block}/{longest or 'any'}")):
+        return cast(Attention, found)
+    return next(
+        config
+        for config in ATTENTION[kind]
+        if block <= config.widest and (config.longest is None or (longest is not None and longest <= config.longest))
+    )
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below size, and at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def matmul_precision() -> str:
+    """What torch's own switches ask of float32 matrix products on CUDA."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The newest architecture in the tables that the device is not older than."""
+    if interpreted():
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max(arch for arch in GEMM if arch <= 10 * major + minor)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return 4 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,166 @@
+"""The tile loop that qkv_projection, linear and bias_gelu share.
+
+    y = activation(x @ weight.T + bias)
+
+x: [M, K]; weight: [N, K]; bias: [N]; y: [M, N]; accumulated in float32. Both operands are read along K. Tiles whose
+first row is not below the live count exit at once, so padding costs a comparison.
+
+Two families. Pointer: one tile a program, loads through pointers (cp.async pipelined from sm_80 on), any shape. TMA
+(sm_90 on): a grid as large as the chip walks the tiles; operands and result move through tensor descriptors, which
+need strides of 16 bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastdistil.kernels import _configs
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
+def _half_tanh_plus_half(x, HARDWARE: tl.constexpr):
+    """(1 + tanh(x)) / 2; HARDWARE: by the SFU's tanh.approx, relative error 2^-11"""
+    if HARDWARE:
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return 0.5 * t + 0.5
+    else:
+        return _sigmoid(2.0 * x)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr, HARDWARE: tl.constexpr):
+    """gelu: x Phi(x); near_gelu: the same within 2.5e-5, Phi by the tanh of a quintic; gelu_new: the tanh form."""
+    if ACTIVATION == "gelu":
+        return x * (0.5 * tl.erf(x * 0.7071067811865476) + 0.5)
+    elif ACTIVATION == "near_gelu":
+        square = tl.minimum(x * x, 64.0)
+        u = x * (0.79750788 + square * (0.03700565 - square * 0.000351517))
+        return x * _half_tanh_plus_half(u, HARDWARE)
+    elif ACTIVATION == "gelu_new":
+        return x * _sigmoid(2.0 * 0.7978845608028654 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0.0, 0.0, x)  # a NaN stays one
+    elif ACTIVATION == "silu":
+        return x * _sigmoid(x)
+    else:
+        return x
+
+
+@triton.jit
+def _tile_of(index, m_tiles, n_tiles, GROUP: tl.constexpr):
+    """Tile number -> (m, n): GROUP rows of tiles share their weight tiles while these are still in L2."""
+    in_group = GROUP * n_tiles
+    group = index // in_group
+    first = group * GROUP
+    height = tl.minimum(m_tiles - first, GROUP)
+    inner = index % in_group
+    return first + inner % height, inner // height
+
+
+@triton.jit(do_not_specialize=["batch", "M"])
+def gemm_pointer(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr, batch, M, N, K,
+    ACTIVATION: tl.constexpr, HARDWARE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    live = M if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), M)
+    m, n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    if m * BLOCK_M < live:
+        row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        # rows and columns outside are read from row 0 and column 0, and never stored
+        x_at = x_ptr + tl.where(row < live, row, 0).to(tl.int64)[:, None] * K + k[None, :]
+        weight_at = weight_ptr + tl.where(column < N, column, 0).to(tl.int64)[None, :] * K + k[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(0, tl.cdiv(K, BLOCK_K)):
+            if EVEN_K:
+                x = tl.load(x_at)
+                weight = tl.load(weight_at)
+            else:
+                left = K - step * BLOCK_K
+                x = tl.load(x_at, mask=k[None, :] < left, other=0.0)
+                weight = tl.load(weight_at, mask=k[:, None] < left, other=0.0)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            x_at += BLOCK_K
+            weight_at += BLOCK_K
+        bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+        y = activate(acc + bias[None, :], ACTIVATION, HARDWARE)
+        at = row.to(tl.int64)[:, None] * N + column[None, :]
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(row < live)[:, None] & (column < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["batch", "M", "programs"])
+def gemm_tma(
+    x_desc, weight_desc, y_desc, bias_ptr, cu_seqlens_ptr, batch, M, N, K, programs,
+    ACTIVATION: tl.constexpr, HARDWARE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    live = M if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), M)
+    m_tiles = tl.cdiv(live, BLOCK_M)
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    for index in range(tl.program_id(0), m_tiles * n_tiles, programs):
+        m, n = _tile_of(index, m_tiles, n_tiles, GROUP)
+        row = m * BLOCK_M
+        column = n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(0, tl.cdiv(K, BLOCK_K)):
+            # past the edge the hardware fills in zeros
+            x = x_desc.load([row, step * BLOCK_K])
+            weight = weight_desc.load([column, step * BLOCK_K])
+            acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
+        # half a tile at a time: half the registers and half the staging memory of the store
+        if HALVES == 2:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            _store(left, y_desc, bias_ptr, row, column, N, BLOCK_N // 2, ACTIVATION, HARDWARE)
+            _store(right, y_desc, bias_ptr, row, column + BLOCK_N // 2, N, BLOCK_N // 2, ACTIVATION, HARDWARE)
+        else:
+            _store(acc, y_desc, bias_ptr, row, column, N, BLOCK_N, ACTIVATION, HARDWARE)
+
+
+@triton.jit
+def _store(acc, y_desc, bias_ptr, row, first, N, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, HARDWARE: tl.constexpr):
+    column = first + tl.arange(0, WIDTH)
+    bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    y_desc.store([row, first], activate(acc + bias[None, :], ACTIVATION, HARDWARE).to(y_desc.dtype))
+
+
+def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_seqlens: Tensor | None) -> Tensor:
+    """activation(x @ weight.T + bias): [M, K], [N, K], [N] -> [M, N]; op: whose recorded configuration is used"""
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if M == 0 or N == 0:
+        return y
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    size = x.element_size()
+    aligned = K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight, y))
+    launch = _configs.gemm(op, M, K, x.dtype, x.device, aligned)
+    c = launch.config
+    common = dict(
+        ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,
+        HARDWARE=launch.hardware_tanh, PRECISION=launch.precision,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+    tiles = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
+    if c.family == "tma":
+        programs = min(tiles, launch.programs)
+        gemm_tma[(programs,)](
+            TensorDescriptor(x, [M, K], [K, 1], [c.block_m, c.block_k]),
+            TensorDescriptor(weight, [N, K], [K, 1], [c.block_n, c.block_k]),
+            TensorDescriptor(y, [M, N], [N, 1], [c.block_m, c.block_n // c.halves]),
+            bias, *_configs.live(cu_seqlens), M, N, K, programs, HALVES=c.halves, **common,
+        )  # fmt: skip
+    else:
+        gemm_pointer[(tiles,)](
+            x, weight, bias, y, *_configs.live(cu_seqlens), M, N, K, EVEN_K=K % c.block_k == 0, **common
+        )
+    return y

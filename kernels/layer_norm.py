@@ -1,0 +1,109 @@
+"""LayerNorm fused with what comes before it: the residual sum, or the embedding lookups.
+
+    y[r] = (s[r] - mean(s[r])) / sqrt(var(s[r]) + eps) * weight + bias
+    add_layer_norm    s[r] = x[r] + residual[r]
+    embed_layer_norm  s[r] = word_embeddings[input_ids[r]] + position_embeddings[position_ids[r]]
+
+x, residual, y: [rows, dim]; weight, bias: [dim]; statistics in float32; rows from cu_seqlens[batch] on are left alone.
+A program takes ROWS rows of the whole width, so that weight and bias are read once for all of them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdistil.kernels import _configs
+
+
+@triton.jit
+def _normalize(s, weight_ptr, bias_ptr, columns, inside, eps, DIM: tl.constexpr):
+    """s: [ROWS, BLOCK] float32, zero outside the width -> LayerNorm(s), float32"""
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(s, axis=1) / DIM
+    centred = tl.where(inside[None, :], s - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / DIM
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    return centred * rstd[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit(do_not_specialize=["batch", "rows"])
+def _add_layer_norm(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr, batch, rows, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    live = rows if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), rows)
+    first = tl.program_id(0) * ROWS
+    if first < live:
+        row = first + tl.arange(0, ROWS)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < DIM
+        at = row.to(tl.int64)[:, None] * DIM + columns[None, :]
+        mask = (row < live)[:, None] & inside[None, :]
+        s = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        s += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        y = _normalize(s, weight_ptr, bias_ptr, columns, inside, eps, DIM)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "vocabulary", "positions"])
+def _embed_layer_norm(
+    input_ids_ptr, position_ids_ptr, words_ptr, positions_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr,
+    batch, rows, vocabulary, positions, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    live = rows if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), rows)
+    first = tl.program_id(0) * ROWS
+    if first < live:
+        row = first + tl.arange(0, ROWS)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < DIM
+        word = tl.load(input_ids_ptr + row, mask=row < live, other=0).to(tl.int64)
+        position = tl.load(position_ids_ptr + row, mask=row < live, other=0).to(tl.int64)
+        # an index outside its table makes the row NaN instead of reading what is not there
+        valid = (word >= 0) & (word < vocabulary) & (position >= 0) & (position < positions)
+        mask = valid[:, None] & inside[None, :]
+        s = tl.load(words_ptr + word[:, None] * DIM + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        s += tl.load(positions_ptr + position[:, None] * DIM + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = _normalize(s, weight_ptr, bias_ptr, columns, inside, eps, DIM)
+        y = tl.where(valid[:, None], y, float("nan"))
+        at = row.to(tl.int64)[:, None] * DIM + columns[None, :]
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(row < live)[:, None] & inside[None, :])
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, cu_seqlens: Tensor | None = None
+) -> Tensor:  # [rows, dim] x 2 -> [rows, dim]
+    rows, dim = x.shape
+    y = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
+    if rows and dim:
+        c = _configs.row_kernel("add_layer_norm", dim, x.dtype, x.device)
+        _add_layer_norm[(triton.cdiv(rows, c.rows),)](
+            x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), y,
+            *_configs.live(cu_seqlens), rows, eps, DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
+        )  # fmt: skip
+    return y
+
+
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # [rows] x 2 -> [rows, dim]
+    rows, dim = input_ids.shape[0], word_embeddings.shape[1]
+    y = torch.empty((rows, dim), dtype=word_embeddings.dtype, device=word_embeddings.device)
+    if rows and dim:
+        c = _configs.row_kernel("embed_layer_norm", dim, y.dtype, y.device)
+        _embed_layer_norm[(triton.cdiv(rows, c.rows),)](
+            input_ids.contiguous(), position_ids.contiguous(),
+            word_embeddings.contiguous(), position_embeddings.contiguous(), weight.contiguous(), bias.contiguous(), y,
+            *_configs.live(cu_seqlens), rows, word_embeddings.shape[0], position_embeddings.shape[0], eps,
+            DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
+        )  # fmt: skip
+    return y

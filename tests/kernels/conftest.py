@@ -1,0 +1,66 @@
+"""Where kernels run in tests: on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1), or on a CUDA device."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastdistil.kernels import _configs
+from fastdistil.kernels._target import interpreted
+
+# an interpreter cannot be switched on after the kernels were made
+PLACES = ["cpu"] if interpreted() else [pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=PLACES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def dtype(request):
+    if interpreted() and request.param is torch.bfloat16:
+        pytest.skip("the interpreter multiplies bfloat16 wrongly")
+    return request.param
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """What a launcher allocates lies between guards; the returned function tells whether they are whole."""
+    made, real, width = [], torch.empty, 4096
+
+    def empty(*size, dtype=None, device=None, **rest):
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        n = torch.Size(shape).numel()
+        whole = real(n + 2 * width, dtype=dtype, device=device).fill_(7.25)
+        made.append((whole, n))
+        return whole[width : width + n].view(shape)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+    def whole():
+        assert made
+        return all(bool((w[:width] == 7.25).all() and (w[width + n :] == 7.25).all()) for w, n in made)
+
+    return whole
+
+
+@pytest.fixture
+def modes(monkeypatch):
+    """_configs.modes, whole again after the test."""
+    for name in vars(_configs.modes):
+        monkeypatch.setattr(_configs.modes, name, getattr(_configs.modes, name))
+    return _configs.modes
+
+
+@pytest.fixture
+def rows_alike(monkeypatch):
+    """The interpreter's matrix product adds up every row in one order, as a tensor core does; a BLAS may not."""
+
+    def matmul(a, b, dtype=None):
+        out = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+        for k in range(a.shape[-1]):
+            out += a[..., k : k + 1].astype(np.float32) * b[k].astype(np.float32)
+        return out.astype(dtype or a.dtype)
+
+    if interpreted():
+        monkeypatch.setattr(np, "matmul", matmul)

@@ -1,0 +1,157 @@
+"""qkv_projection, linear and bias_gelu: one tile loop, every configuration, any shape."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastdistil import ops
+from fastdistil.kernels import _configs, _gemm
+from fastdistil.kernels._target import interpreted
+from fastdistil.testing import cu_seqlens, hold_to_definition
+
+ROWS = [1, 3, 63, 65, 127, 129, 300]
+WIDTHS = [(48, 80), (384, 100), (768, 33), (1000, 130)]  # in, out
+CONFIGS = list(
+    dict.fromkeys((kind, c) for table in _configs.GEMM.values() for (kind, size), c in sorted(table.items()))
+)
+
+
+def arguments(m, k, n, dtype, device):
+    g = torch.Generator().manual_seed(m * 7 + k * 3 + n)
+    return [torch.randn(*s, generator=g).to(device, dtype) for s in ((m, k), (n, k), (n,))]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("k", "n"), WIDTHS)
+def test_shapes(rows, k, n, dtype, device):
+    x, w, b = arguments(rows, k, n, dtype, device)
+    hold_to_definition("linear", x, w, b, cu_seqlens([rows], device), live=rows, dead=70)
+    hold_to_definition("linear", x, w, b)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_activations(activation, exact, dtype, device, modes):
+    modes.exact_gelu = exact
+    x, w, b = arguments(65, 64, 96, dtype, device)
+    hold_to_definition("bias_gelu", x * 2, w / 4, b, activation, cu_seqlens([65], device), live=65, dead=3)
+    far = torch.tensor([[-80.0, -9.0, -6.0, -3.0], [3.0, 6.0, 9.0, 80.0]]).to(device, dtype)  # the tails
+    hold_to_definition("bias_gelu", far, torch.eye(4).to(device, dtype), torch.zeros(4).to(device, dtype), activation)
+
+
+def test_relu_keeps_a_nan(device):
+    x = torch.tensor([[float("nan")] * 16]).to(device)
+    w, b = torch.eye(16).to(device), torch.zeros(16).to(device)
+    for activation in ops.ACTIVATIONS:
+        assert ops.bias_gelu(x, w, b, activation).isnan().all()
+
+
+def test_qkv_is_one_product(dtype, device):
+    x, w, b = arguments(65, 96, 3 * 96, dtype, device)
+    hold_to_definition("qkv_projection", x, w, b, cu_seqlens([65], device), live=65, dead=9)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """force(kind, config): every product is launched with the configuration."""
+
+    def use(kind, config, dtype=torch.float16, near=False):
+        launch = _configs.GemmLaunch(
+            config,
+            precision="tf32" if kind == "tf32" else "ieee",
+            near_gelu=near or (kind == "half" and dtype is not torch.float32),
+            hardware_tanh=not interpreted(),
+            programs=3,  # fewer than tiles: a persistent program takes several
+        )
+        monkeypatch.setattr(_configs, "gemm", lambda *a: launch)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    CONFIGS,
+    ids=lambda v: v if isinstance(v, str) else f"{v.family}-{v.block_m}x{v.block_n}x{v.block_k}",
+)
+@pytest.mark.parametrize("rows", [1, 129, 300])
+def test_every_configuration(kind, config, rows, dtype, device, force, modes):
+    if device == "cuda":
+        if (kind == "half") == (dtype is torch.float32):
+            pytest.skip("the configuration is for another precision")
+        if config.family == "tma" and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("no TMA")
+    force(kind, config, dtype)
+    x, w, b = arguments(rows, 200, 272, dtype, device)
+    with tf32(kind == "tf32" and device == "cuda"):
+        hold_to_definition("bias_gelu", x, w / 8, b, "gelu", cu_seqlens([rows], device), live=rows, dead=200)
+        hold_to_definition("linear", x, w, b)
+
+
+class tf32:
+    def __init__(self, on):
+        self.on = on
+
+    def __enter__(self):
+        self.before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if self.on else "ieee"
+
+    def __exit__(self, *_):
+        torch.backends.cuda.matmul.fp32_precision = self.before
+
+
+@pytest.mark.parametrize("family", ["pointer", "tma"])
+@pytest.mark.parametrize("op", ["linear", "qkv_projection", "bias_gelu"])
+def test_dead_rows_are_left_alone_and_the_count_is_cut_to_the_capacity(op, family, device, force, guarded):
+    if family == "tma" and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no TMA")
+    kind, config = next((k, c) for k, c in CONFIGS if c.family == family and k == "half" and c.block_m == 128)
+    force(kind, config)
+    x, w, b = arguments(400, 64, 72, torch.float16, device)
+    y = getattr(ops, op)(x, w, b, cu_seqlens=cu_seqlens([5, 120], device))  # 125 live rows: one tile
+    untouched = 128 if family == "tma" else 125  # a descriptor stores whole tiles
+    assert (y[untouched:] == 7.25).all() and (y[:125] != 7.25).any(1).all() and guarded()
+    y = _gemm.gemm("linear", x, w, b, "none", cu_seqlens([5, 420], device))
+    torch.testing.assert_close(y, torch.addmm(b.float(), x.float(), w.float().T).half(), rtol=1e-2, atol=1e-2)
+    assert guarded()
+
+
+def test_the_near_form_of_gelu_is_within_its_bound(device, force):
+    kind, config = next((k, c) for k, c in CONFIGS if k == "ieee")
+    force(kind, config, near=True)
+    x = torch.linspace(-12, 12, 4001).view(-1, 1).to(device)
+    y = ops.bias_gelu(x, torch.ones(1, 1).to(device), torch.zeros(1).to(device))
+    bound = 3e-5 if interpreted() else 1.5e-3  # tanh.approx: 2^-11 of the result
+    assert ((y.double() - torch.nn.functional.gelu(x.double())).abs() <= bound * x.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced columns", "every other row", "misaligned"])
+def test_any_layout(layout, dtype, device):
+    x, w, b = arguments(65, 64, 96, dtype, device)
+
+    def as_layout(t):
+        if layout == "transposed":
+            return t.contiguous() if t.dim() == 1 else t.T.contiguous().T
+        if layout == "sliced columns":
+            return torch.cat([t, t], dim=-1)[..., : t.shape[-1]]
+        if layout == "every other row":
+            return t.repeat_interleave(2, dim=0)[::2]
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)  # 2 or 4 bytes past a multiple of 16
+
+    for x_, w_, b_ in ((as_layout(x), w, b), (x, as_layout(w), b), (x, w, as_layout(b))):
+        hold_to_definition("linear", x_, w_, b_)
+        hold_to_definition("bias_gelu", x_, w_, b_)
+
+
+def test_sizes_of_zero(device):
+    for m, k, n in itertools.product((0, 3), (0, 5), (0, 4)):
+        x, w, b = arguments(m, k, n, torch.float32, device)
+        torch.testing.assert_close(ops.linear(x, w, b), x @ w.T + b)
+
+
+def test_in_the_batch_invariant_mode_a_row_has_the_same_bits_in_any_batch(dtype, device, modes, rows_alike):
+    modes.batch_invariant = True
+    x, w, b = arguments(700, 96, 64, dtype, device)
+    whole = ops.bias_gelu(x, w, b)
+    for rows in (slice(0, 1), slice(3, 67), slice(100, 700)):
+        assert torch.equal(ops.bias_gelu(x[rows].contiguous(), w, b), whole[rows])

@@ -1,0 +1,193 @@
+"""Breaks each kernel in a copy of the tree and asks that its tests notice."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdistil.kernels._target import interpreted
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LIVE_GEMM = "tl.minimum(tl.load(cu_seqlens_ptr + batch), M)"
+
+# kernel file, tests::those likely to notice (run first), what is there, what is put in its place
+MUTANTS = {
+    "gemm: tail of K read": ("_gemm", "gemm", "< left", "<= left"),
+    "gemm: tail of N stored": (
+        "_gemm",
+        "gemm::dead_rows",
+        "mask=(row < live)[:, None] & (column < N)[None, :]",
+        "mask=(row < live)[:, None] & (column < N + 8)[None, :]",
+    ),
+    "gemm: dead rows stored": ("_gemm", "gemm::dead_rows", "mask=(row < live)[:, None] &", "mask=(row < M)[:, None] &"),
+    "gemm: tiles of dead rows computed": (
+        "_gemm",
+        "gemm::dead_rows",
+        "m_tiles = tl.cdiv(live, BLOCK_M)",
+        "m_tiles = tl.cdiv(M, BLOCK_M)",
+    ),
+    "gemm: live count not cut": ("_gemm", "gemm::dead_rows", LIVE_GEMM, "tl.load(cu_seqlens_ptr + batch)"),
+    "gemm: no bias": ("_gemm", "gemm", "activate(acc + bias[None, :],", "activate(acc,"),
+    "gemm: second half in the first's place": (
+        "_gemm",
+        "gemm::configuration",
+        "_store(right, y_desc, bias_ptr, row, column + BLOCK_N // 2,",
+        "_store(right, y_desc, bias_ptr, row, column,",
+    ),
+    "gemm: last group of tiles": (
+        "_gemm",
+        "gemm",
+        "first + inner % height, inner // height",
+        "first + inner % GROUP, inner // GROUP",
+    ),
+    "gemm: persistent program stops early": (
+        "_gemm",
+        "gemm::configuration",
+        "range(tl.program_id(0), m_tiles * n_tiles, programs)",
+        "range(tl.program_id(0), m_tiles * n_tiles - 1, programs)",
+    ),
+    "gelu: tanh for erf": (
+        "_gemm",
+        "gemm::activations",
+        "x * (0.5 * tl.erf(x * 0.7071067811865476) + 0.5)",
+        "x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))",
+    ),
+    "gelu: near form's quintic": ("_gemm", "gemm::near_form", "0.03700565", "0.0356774"),
+    "relu: loses a NaN": ("_gemm", "gemm::relu", "tl.where(x < 0.0, 0.0, x)", "tl.where(x > 0.0, x, 0.0)"),
+    "linear: live count dropped": ("linear", "gemm::dead_rows", '"none", cu_seqlens)', '"none", None)'),
+    "qkv_projection: live count dropped": ("qkv_projection", "gemm::dead_rows", '"none", cu_seqlens)', '"none", None)'),
+    "bias_gelu: live count dropped": ("bias_gelu", "gemm::dead_rows", "activation, cu_seqlens)", "activation, None)"),
+    "attention: scale": ("attention", "attention", "head_size**-0.5", "(head_size + 0.1) ** -0.5"),
+    "attention: log2(e)": ("attention", "attention", "1.4426950408889634", "1.4427"),
+    "attention: looped mask off by one": ("attention", "attention", "(at < end)[None, :]", "(at <= end)[None, :]"),
+    "attention: single without its mask": (
+        "attention",
+        "attention",
+        'tl.where(inside[None, :], scores, float("-inf"))',
+        "scores",
+    ),
+    "attention: short forgets the dead": (
+        "attention",
+        "attention",
+        "(start[:, None] == start[None, :]) & inside[None, :]",
+        "start[:, None] == start[None, :]",
+    ),
+    "attention: short forgets its neighbours": (
+        "attention",
+        "attention",
+        "(start[:, None] == start[None, :]) & inside[None, :]",
+        "inside[None, :] & inside[:, None]",
+    ),
+    "attention: dead values read": (
+        "attention",
+        "attention",
+        "_load(qkv_ptr, at, at < end, (2",
+        "_load(qkv_ptr, at, at < rows, (2",
+    ),
+    "attention: sum not rescaled": ("attention", "attention", "total * shrink + ", "total + "),
+    "attention: output not rescaled": ("attention", "attention", "o * shrink[:, None]", "o"),
+    "attention: first sequence of a step": ("attention", "attention", "(start >= first) &", "(start > first) &"),
+    "attention: overlong unnoticed": ("attention", "attention::longer_than", "> T - STEP + 1", "> T"),
+    "attention: overlong unnoticed in single": (
+        "attention",
+        "attention::longer_than",
+        "if end - start > T:",
+        "if end - start > 2 * T:",
+    ),
+    "attention: one head's scale for all": ("attention", "attention", "head_scale_ptr + head", "head_scale_ptr"),
+    "attention: tile of the next sequence": ("attention", "attention", "// T + later <= tile", "// T + later < tile"),
+    "attention: dead rows stored": (
+        "attention",
+        "attention::dead_rows",
+        "live = tl.minimum(tl.load(cu_seqlens_ptr + batch), rows)",
+        "live = rows",
+    ),
+    "layer_norm: eps": ("layer_norm", "layer_norm", "variance + eps", "variance + 1e-5"),
+    "layer_norm: unbiased variance": (
+        "layer_norm",
+        "layer_norm",
+        "tl.sum(centred * centred, axis=1) / DIM",
+        "tl.sum(centred * centred, axis=1) / (DIM - 1)",
+    ),
+    "layer_norm: columns outside counted": (
+        "layer_norm",
+        "layer_norm",
+        "tl.where(inside[None, :], s - mean[:, None], 0.0)",
+        "s - mean[:, None]",
+    ),
+    "layer_norm: dead rows stored": (
+        "layer_norm",
+        "layer_norm::dead_rows",
+        "mask = (row < live)[:, None]",
+        "mask = (row < rows)[:, None]",
+    ),
+    "layer_norm: no residual": (
+        "layer_norm",
+        "layer_norm",
+        "s += tl.load(residual_ptr + at",
+        "tl.load(residual_ptr + at",
+    ),
+    "layer_norm: live count not cut": (
+        "layer_norm",
+        "layer_norm::dead_rows",
+        "tl.minimum(tl.load(cu_seqlens_ptr + batch), rows)",
+        "tl.load(cu_seqlens_ptr + batch)",
+    ),
+    "embeddings: dead rows stored": (
+        "layer_norm",
+        "layer_norm::dead_rows",
+        "mask=(row < live)[:, None] & inside[None, :])",
+        "mask=(row < rows)[:, None] & inside[None, :])",
+    ),
+    "embeddings: last word's neighbour": (
+        "layer_norm",
+        "layer_norm::outside_its_table",
+        "(word < vocabulary)",
+        "(word <= vocabulary)",
+    ),
+    "embeddings: negative position": (
+        "layer_norm",
+        "layer_norm::outside_its_table",
+        "(position >= 0)",
+        "(position >= -1)",
+    ),
+    "pooling: one more": ("pooling", "pooling", "tl.maximum(end - start, 1)", "(end - start + 1)"),
+    "pooling: mask off by one": ("pooling", "pooling", "(row < end)", "(row <= end)"),
+    "pooling: norm without its root": ("pooling", "pooling", "tl.sqrt(tl.sum(y * y, axis=0))", "tl.sum(y * y, axis=0)"),
+    "pooling: an empty sequence's first row": ("pooling", "pooling", "inside & (start < end)", "inside"),
+}
+
+
+@pytest.mark.skipif(not interpreted(), reason="runs under Triton's interpreter")
+@pytest.mark.parametrize(("kernel", "tests", "old", "new"), MUTANTS.values(), ids=MUTANTS)
+def test_a_broken_kernel_is_noticed(kernel, tests, old, new, tmp_path):
+    for part in ("fastdistil", "kernels", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part, **({"symlinks": True} if copy is shutil.copytree else {}))
+    path = tmp_path / "kernels" / f"{kernel}.py"
+    source = path.read_text()
+    assert old in source, f"the mutation does not apply to {kernel}.py any more"
+    path.write_text(source.replace(old, new))
+    file, _, likely = tests.partition("::")
+    for only in dict.fromkeys((likely, "")):
+        output = run_tests(tmp_path, f"tests/kernels/test_{file}.py", "-k", only)
+        if " failed" in output:
+            return
+    raise AssertionError(f"the tests did not notice:\n{output}")
+
+
+def run_tests(tree, *selection):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", *selection],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    # a broken kernel may also break the process as it ends, so the report counts and not the exit status
+    assert "ImportError" not in done.stdout and "SyntaxError" not in done.stdout, done.stdout
+    assert " passed" in done.stdout or " failed" in done.stdout, f"the copy did not run:\n{done.stdout}{done.stderr}"
+    return done.stdout

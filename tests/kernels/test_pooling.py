@@ -1,0 +1,48 @@
+"""One vector a sequence."""
+
+import pytest
+import torch
+
+from fastdistil import ops
+from fastdistil.kernels import pooling
+from fastdistil.testing import cu_seqlens, hold_to_definition
+
+LENGTHS = {"one": [1], "longest": [513], "mixed": [130, 2, 0, 64, 1, 97], "empty ends": [0, 0, 7, 33, 0]}
+
+
+def rows_of(lengths, dim, dtype, device):
+    return torch.randn(sum(lengths), dim, generator=torch.Generator().manual_seed(dim)).to(device, dtype)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("dim", [1, 48, 384, 768, 1000, 4097])
+@pytest.mark.parametrize("mode", ops.POOLING)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pool(lengths, dim, mode, normalize, dtype, device):
+    x = rows_of(lengths, dim, dtype, device)
+    out = hold_to_definition("pool", x, cu_seqlens(lengths, device), mode, normalize, dead=9)
+    assert out.dtype is torch.float32
+    assert (out[[n == 0 for n in lengths]] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ops.POOLING)
+def test_zeros_and_nonsense(mode, device, guarded):
+    x = torch.zeros(5, 16, device=device)
+    assert (pooling.pool(x, cu_seqlens([2, 3], device), mode, True) == 0).all()
+    for nonsense in ([0, 500, 3], [-40, 2, 1], [60, 2**30, 0]):
+        pooling.pool(x, torch.tensor(nonsense, dtype=torch.int32, device=device), mode, True)
+        assert guarded()
+
+
+def test_any_layout(dtype, device):
+    x, cu = rows_of([20, 45], 48, dtype, device), cu_seqlens([20, 45], device)
+    for other in (x.T.contiguous().T, torch.cat([x, x], 1)[:, :48], x.repeat_interleave(2, 0)[::2]):
+        hold_to_definition("pool", other, cu.repeat_interleave(2)[::2])
+
+
+def test_a_text_has_the_same_bits_in_any_batch(dtype, device):
+    lengths = [7, 130, 16]
+    x = rows_of(lengths, 384, dtype, device)
+    whole = ops.pool(x, cu_seqlens(lengths, device), "mean", True)
+    for i, rows in enumerate(x.split(lengths)):
+        assert torch.equal(ops.pool(rows.clone(), cu_seqlens([len(rows)], device), "mean", True)[0], whole[i])
