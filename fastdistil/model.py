@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fastdistil import ops, reference
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
+from fastdistil.graphs import Graphs
 from fastdistil.outputs import BaseModelOutput
 from fastdistil.packing import Packing, find_rows
 
@@ -471,6 +472,8 @@ class DistilBertModel(PreTrainedModel):
     gradient could be asked for, the differentiable dense path runs instead.
     """
 
+    _graphs: Graphs | None = None
+
     def __init__(self, config: DistilBertConfig):
         super().__init__(config)
         self.embeddings = Embeddings(config)
@@ -522,6 +525,7 @@ class DistilBertModel(PreTrainedModel):
             self._check_ids(input_ids, keep)
 
         attentions: tuple | None = None
+        states: list[Tensor] | None
         if self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0:
             if input_ids is not None and keep is not None:
                 input_ids = input_ids.where(keep, 0)  # what lies in the padding is never looked up
@@ -535,17 +539,60 @@ class DistilBertModel(PreTrainedModel):
             states = [x if padded is None else x.masked_fill(padded, 0) for x in dense_states]
             attentions = tuple(weights) if want_attentions else None
         else:
-            at = find_rows(keep, batch, length, device)
-            if inputs_embeds is None:
-                table, ids = self.embeddings.word_embeddings.weight, at.pack(input_ids)  # type: ignore[arg-type]
-            else:  # the caller's own table, whose row is the padded position
-                table = inputs_embeds.reshape(batch * length, -1)
-                ids = torch.arange(batch * length, device=device) if at.source is None else at.source
-            x = self.embeddings(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
-            states = [at.unpack(x) for x in self.transformer(x, at, heads, every=bool(want_states))]
+            states = None
+            if self._graphs is not None and inputs_embeds is None and position_ids is None and heads is None:
+                states = None if want_states else self._replayed(input_ids, keep)
+            if states is None:
+                states = self._packed(input_ids, inputs_embeds, keep, positions, heads, bool(want_states))
 
         out = BaseModelOutput(states[-1], tuple(states) if want_states else None, attentions)
         return out if return_dict else out.to_tuple()
+
+    def _packed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        keep: Tensor | None,
+        positions: Tensor,
+        heads: Tensor | None,
+        every: bool,
+    ) -> list[Tensor]:
+        """[B, L] -> the last hidden states [B, L, dim], or with `every` the embeddings' and each block's"""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        batch, length = given.shape[:2]
+        at = find_rows(keep, batch, length, given.device)
+        if inputs_embeds is None:
+            table, ids = self.embeddings.word_embeddings.weight, at.pack(given)
+        else:  # the caller's own table, whose row is the padded position
+            table = inputs_embeds.reshape(batch * length, -1)
+            ids = torch.arange(batch * length, device=given.device) if at.source is None else at.source
+        x = self.embeddings(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
+        return [at.unpack(x) for x in self.transformer(x, at, heads, every)]
+
+    def cuda_graphs(self, on: bool = True, most: int = 64) -> "DistilBertModel":
+        """Replay captured CUDA graphs in `forward`, which saves its launches; returns the model.
+
+        A graph is captured when a batch of its size comes first, sizes rounded up (batch to a power of two, length to a
+        multiple of 32), at most `most` of them. Everything else runs as before by itself: CPU, large batches, given
+        positions, head masks or embeddings, hidden states, attentions, gradients. Changed weights are noticed.
+        """
+        self.__dict__["_graphs"] = Graphs(most) if on else None
+        return self
+
+    def _replayed(self, input_ids: Tensor | None, keep: Tensor | None) -> list[Tensor] | None:
+        assert input_ids is not None and self._graphs is not None
+        kind = input_ids.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        longest = self.config.max_position_embeddings
+
+        def forward(ids: Tensor, keep: Tensor) -> Tensor:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            with torch.no_grad():
+                return self._packed(ids, None, keep, positions, None, every=False)[0]
+
+        hidden = self._graphs(self, forward, input_ids, keep, longest, (autocast, *ops.launch_modes()))
+        return None if hidden is None else [hidden]
 
     def forward_packed(
         self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor | None = None

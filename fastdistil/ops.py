@@ -187,6 +187,12 @@ def set_batch_invariant(on: bool) -> None:
     _configs.modes.batch_invariant = bool(on)
 
 
+def launch_modes() -> tuple:
+    """What decides, beside the arguments, which kernels run: a captured graph has it fixed inside."""
+    modes = _configs.modes
+    return modes.exact_gelu, modes.batch_invariant, torch.backends.cuda.matmul.fp32_precision
+
+
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

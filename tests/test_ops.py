@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 from fastdistil import cpu, ops, reference
@@ -142,14 +143,21 @@ def test_compile_fullgraph_and_export(name):
         torch.testing.assert_close(torch.export.export(Module(), args).module()(*args), expected)
 
 
-def test_dynamic_rows_compile_once():
+@pytest.mark.parametrize("name", NAMES)
+def test_new_sizes_compile_nothing_new(name):
     counts = torch._dynamo.testing.CompileCounter()
-    f = torch.compile(lambda x, w, b: ops.bias_gelu(x, w, b), fullgraph=True, backend=counts, dynamic=True)
-    w, b = torch.randn(HIDDEN, DIM), torch.randn(HIDDEN)
-    for rows in (5, 9, 300):
-        x = torch.randn(rows, DIM)
-        torch.testing.assert_close(f(x, w, b), ops.bias_gelu(x, w, b))
+    f = function(ops, name)
+    compiled = torch.compile(f, fullgraph=True, backend=counts, dynamic=True)
+    for lengths in ([2, 5, 1, 1], [9, 4, 3, 0], [40, 60, 2, 1], [131, 170, 0, 0]):  # one size a dimension
+        args = case(name, lengths)
+        args = tuple(200 if name.startswith("attention") and i == 2 else a for i, a in enumerate(args))  # max_seqlen
+        torch.testing.assert_close(compiled(*args), f(*args))
     assert counts.frame_count == 1
+    other = tuple(
+        200 if name.startswith("attention") and i == 2 else a for i, a in enumerate(case(name, [2, 5, 30, 7, 7]))
+    )
+    torch.testing.assert_close(compiled(*other), f(*other))
+    assert counts.frame_count == 1, "another batch size compiled anew"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,139 @@
+"""CUDA graphs of a model's padded forward: one launch where there were dozens, for batches small enough to gain by it.
+
+Sizes are rounded up to buckets, so that few graphs serve every batch. That costs little: the number of live tokens is
+read on the device, and what a bucket has more of is padding, which kernels skip.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOST_TOKENS = 16_384  # a larger batch keeps the GPU busy for longer than its launches take
+LENGTH_STEP = 32
+
+
+def bucket(batch: int, length: int, longest: int) -> tuple[int, int]:
+    """The batch as the next power of two, the length as the next multiple of 32, at most `longest`."""
+    return 1 << (batch - 1).bit_length(), min(-(-length // LENGTH_STEP) * LENGTH_STEP, longest)
+
+
+class Graphs:
+    """The graphs captured of one model, by bucket and by all that a graph has fixed inside it.
+
+    Copies and pickles of a model start without graphs of their own.
+    """
+
+    def __init__(self, most: int = 64):
+        self.most = most
+        self._captured: dict[Any, _Graph | None] = {}
+        self._weights: _Weights | None = None
+        self._lock = threading.Lock()
+        self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
+
+    def __reduce__(self) -> tuple:
+        return Graphs, (self.most,)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        forward: Callable[[Tensor, Tensor], Tensor],
+        input_ids: Tensor,
+        keep: Tensor | None,
+        longest: int,
+        fixed: tuple,
+    ) -> Tensor | None:
+        """forward(ids, keep) by a graph, or None where none serves.
+
+        input_ids: integers [B, L]; keep: bool [B, L] or None -> [B, L, dim]. longest: the model's positions. fixed:
+        what else decides how the forward runs.
+        """
+        batch, length = input_ids.shape
+        size = bucket(batch, length, longest)
+        if size[0] * size[1] > MOST_TOKENS or not _can_capture(input_ids.device):
+            return None
+        with self._lock:
+            weights = None if self._weights is None else self._weights.state()
+            if self._weights is None or weights != self._weights.when_captured:
+                # the graphs read memory that the model no longer owns
+                self._captured.clear()
+                self._weights = _Weights(model)
+            key = (size, fixed)
+            if key not in self._captured:
+                if len(self._captured) >= self.most:
+                    return None
+                self._captured[key] = self._capture(forward, size, input_ids.device)
+            graph = self._captured[key]
+            return None if graph is None else self._replay(graph, input_ids, keep)
+
+    def _capture(self, forward: Callable, size: tuple[int, int], device: torch.device) -> "_Graph | None":
+        ids = torch.zeros(size, dtype=torch.int64, device=device)
+        keep = torch.ones(size, dtype=torch.bool, device=device)
+        try:
+            replay, out, self._pool = capture(lambda: forward(ids, keep), device, self._pool)
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph of a batch of {size[0]} x {size[1]}: {error}", stacklevel=4)
+            return None
+        return _Graph(ids, keep, replay, out)
+
+    def _replay(self, graph: "_Graph", input_ids: Tensor, keep: Tensor | None) -> Tensor:
+        batch, length = input_ids.shape
+        stream = torch.cuda.current_stream(input_ids.device) if input_ids.is_cuda else None
+        if stream is not None and self._done is not None:
+            stream.wait_event(self._done)  # another stream may still read what the last replay left
+        graph.ids[:batch, :length] = input_ids
+        if graph.keep.shape != input_ids.shape:
+            graph.keep.zero_()
+        graph.keep[:batch, :length] = True if keep is None else keep
+        graph.replay()
+        out = graph.out[:batch, :length].clone()
+        if stream is not None:
+            self._done = stream.record_event(self._done)
+        return out
+
+
+class _Graph:
+    def __init__(self, ids: Tensor, keep: Tensor, replay: Callable[[], None], out: Tensor):
+        self.ids, self.keep, self.replay, self.out = ids, keep, replay, out
+
+
+class _Weights:
+    """Where a model's tensors lie, what modules it is made of and whether they have hooks: what a graph has fixed."""
+
+    def __init__(self, model: nn.Module):
+        self.parts = [(m, m._parameters, m._modules) for m in model.modules()]
+        self.when_captured = self.state()
+
+    def state(self) -> tuple:
+        return tuple(self._each())
+
+    def _each(self) -> Iterator[Any]:
+        for module, parameters, children in self.parts:
+            yield module._forward_hooks or module._forward_pre_hooks or None
+            for child in children.values():
+                yield id(child)
+            for parameter in parameters.values():
+                yield None if parameter is None else (parameter.data_ptr(), parameter.dtype)
+
+
+def _can_capture(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+
+
+def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor, Any]:
+    """-> (what replays `run`, the tensor its result is in, the memory pool its captures share)"""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles the kernels and fills the libraries' workspaces, which a capture must not do
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = run()
+    return graph.replay, out, graph.pool() if pool is None else pool

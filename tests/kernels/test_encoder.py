@@ -1,0 +1,171 @@
+"""The whole encoder on the kernels, padded as on CUDA: capacity batch x length, live count on the device."""
+
+import contextlib
+
+import pytest
+import torch
+
+from fastdistil import DistilBertConfig, DistilBertModel, ops
+from fastdistil._register import FORMS
+from fastdistil.kernels._target import interpreted
+from fastdistil.testing import cu_seqlens
+
+TINY = dict(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=2, max_position_embeddings=140)
+LENGTHS = [21, 3, 1, 17, 0, 140, 65]
+
+
+@pytest.fixture(autouse=True)
+def padded_form(monkeypatch):
+    """Memory that nobody wrote holds NaN, and on CPU too rows are packed without looking at values, as CUDA does."""
+    real = torch.empty
+
+    def empty(*size, **rest):
+        out = real(*size, **rest)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", empty)
+    if interpreted():
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def batch(device, lengths=LENGTHS, length=140, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    keep = torch.arange(length) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(1, 99, keep.shape, generator=g).where(keep, 10**6)  # nonsense in the padding
+    return ids.to(device), keep.to(device)
+
+
+def model_on(device, **changes):
+    torch.manual_seed(0)
+    model = DistilBertModel(DistilBertConfig(**(TINY | changes))).eval().to(device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation": "relu"}, {"dim": 40, "n_heads": 5}, {"dim": 96, "n_heads": 1}], ids=str
+)
+def test_padded_equals_the_dense_definition(changes, device):
+    model, (ids, keep) = model_on(device, **changes), batch(device)
+    dense = model(ids, keep).last_hidden_state.detach()  # a gradient could be asked for: differentiable torch
+    with torch.inference_mode():
+        ours = model(ids, keep, output_hidden_states=True)
+    assert (ours[0][~keep] == 0).all()
+    torch.testing.assert_close(ours[0], dense, rtol=0, atol=2e-5)
+    assert all(h.isfinite().all() for h in ours.hidden_states)
+
+
+@pytest.mark.parametrize("kind", ["left", "holes", "full"])
+def test_masks(kind, device):
+    model, (ids, keep) = model_on(device), batch(device, [5, 9, 30], 30)
+    ids = ids.clamp(max=98)
+    keep = {
+        "left": keep.flip(1),
+        "holes": torch.rand(3, 30, generator=torch.Generator().manual_seed(0)).to(device) < 0.5,
+        "full": None,
+    }[kind]
+    dense = model(ids, keep).last_hidden_state.detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids, keep)[0], dense, rtol=0, atol=2e-5)
+
+
+def test_packed_equals_padded(device):
+    model, (ids, keep) = model_on(device), batch(device)
+    with torch.inference_mode():
+        padded = model(ids, keep)[0][keep]
+        flat = torch.cat([ids[keep], ids.new_full((11,), 7)])
+        packed = model.forward_packed(flat, cu_seqlens(LENGTHS, device), 140)
+    torch.testing.assert_close(packed[: sum(LENGTHS)], padded, rtol=0, atol=2e-5)
+
+
+def test_an_id_outside_the_vocabulary_makes_its_own_sequence_nan(device):
+    model, (ids, keep) = model_on(device), batch(device)
+    with torch.inference_mode():
+        good = model(ids, keep)[0]
+        ids = ids.clone()
+        ids[3, 5] = 99
+        bad = model(ids, keep)[0]
+    assert bad[3][keep[3]].isnan().all() and (bad[3][~keep[3]] == 0).all()
+    others = [i for i in range(len(ids)) if i != 3]
+    torch.testing.assert_close(bad[others], good[others], rtol=0, atol=1e-6)
+
+
+def test_in_the_batch_invariant_mode_a_text_has_the_same_bits_in_any_batch(device, modes, rows_alike):
+    ops.set_batch_invariant(True)
+    model, (ids, keep) = model_on(device), batch(device)
+    with torch.inference_mode():
+        whole = model(ids, keep)[0]
+        for i, n in enumerate(LENGTHS):
+            if n:
+                assert torch.equal(model(ids[i : i + 1, :n], keep[i : i + 1, :n])[0][0], whole[i, :n])
+        pair = model(ids[[5, 0]], keep[[5, 0]])[0]
+    assert torch.equal(pair, whole[[5, 0]])
+
+
+def test_every_op_runs_on_its_kernel(device):
+    kind = "cpu" if device == "cpu" else "cuda"
+    assert {forms[kind].rsplit(".", 1)[0] for forms in FORMS.values()} == {"fastdistil.kernels"}
+
+
+# --- with a GPU ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_sync():
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_host_never_waits(graphs):
+    model, (ids, keep) = model_on("cuda"), batch("cuda")
+    if graphs:
+        model.cuda_graphs()
+    with torch.inference_mode():
+        model(ids, keep)
+        flat, cu = ids[keep], cu_seqlens(LENGTHS, "cuda")
+        model.forward_packed(flat, cu, 140)
+        with no_sync():
+            model(ids, keep)
+            model(ids.clamp(max=98))
+            rows = model.forward_packed(flat, cu, 140)
+            ops.pool(rows, cu, "mean", True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[128] * 9, [33, 1, 128, 64, 0, 7, 90], [16, 3, 9]], ids=str)
+def test_base_size_against_float64(dtype, lengths):
+    """DistilBERT-base: as near to float64 as the eager definitions in the same precision."""
+    from fastdistil.testing import error_law
+
+    torch.manual_seed(0)
+    model = DistilBertModel(DistilBertConfig(dropout=0.0)).eval().cuda()
+    ids, keep = batch("cuda", lengths, max(lengths))
+    eager = model.to(dtype)(ids, keep)[0].detach()[keep]
+    truth = model.double()(ids, keep)[0].detach()[keep]
+    with torch.inference_mode():
+        model = model.to(dtype)
+        ours = model(ids, keep)[0][keep]
+        replayed = model.cuda_graphs()(ids, keep)[0][keep]
+    error_law(ours, eager, truth)
+    assert torch.equal(ours, replayed) or (ours - replayed).abs().max() <= (ours - truth).abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU")
+def test_compiled_with_inductor():
+    model, (ids, keep) = model_on("cuda"), batch("cuda")
+    with torch.inference_mode():
+        expected = model(ids, keep)[0]
+        ours = torch.compile(model, fullgraph=True)(ids, keep)[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)

@@ -1,0 +1,153 @@
+"""What a launch does on the host: nothing read back, nothing allocated but the result, one configuration a shape class.
+
+Launches on the meta device are recorded instead of run, by the compile gate's machinery, so no GPU is needed.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdistil.kernels import _configs
+from fastdistil.kernels._target import interpreted
+
+if interpreted():
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+compile_gate = pytest.importorskip("benchmarks.compile_gate")
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return compile_gate.entries()
+
+
+def test_the_table_holds_every_launch_and_nothing_else(entries):
+    if not compile_gate.TABLE.exists():
+        pytest.skip(f"no table for Triton {compile_gate.triton.__version__}")
+    known = compile_gate.load()
+    assert {entry.key for entry in entries} == set(known), "run `make compile-table` and commit the table"
+    assert [line for row in known.values() for line in compile_gate.complaints(row)] == []
+
+
+def test_every_form_is_launched(entries):
+    launched = {(e.arch, e.name) for e in entries}
+    for arch in _configs.GEMM:
+        names = {name for a, name in launched if a == arch}
+        assert names >= {
+            "_add_layer_norm",
+            "_embed_layer_norm",
+            "_pool",
+            "_short",
+            "_single",
+            "_looped",
+            "gemm_pointer",
+        }
+        assert ("gemm_tma" in names) == (arch in (90, 100))
+    text = " ".join(e.describe() for e in entries if e.arch == 90)
+    tiles = {f"BLOCK_M={c.block_m} BLOCK_N={c.block_n} BLOCK_K={c.block_k}" for c in _configs.GEMM[90].values()}
+    assert all(tile in text for tile in tiles)
+
+
+class Allocations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_launch_allocates_its_result_and_does_nothing_else():
+    e = compile_gate.empty
+    half = torch.float16
+    x, cu = e(300, 768, dtype=half), e(9)
+    wide, weight, bias = e(300, 3 * 768, dtype=half), e(768, 768, dtype=half), e(768, dtype=half)
+    ids = e(300, dtype=torch.int64)
+    calls = [
+        lambda: compile_gate.linear.linear(x, weight, bias, cu),
+        lambda: compile_gate.qkv_projection.qkv_projection(x, e(2304, 768, dtype=half), e(2304, dtype=half), cu),
+        lambda: compile_gate.bias_gelu.bias_gelu(x, weight, bias, "gelu", cu),
+        *(lambda n=n: compile_gate.attention.attention(wide, cu, n, 12, e(12, dtype=half)) for n in (16, 64, 512)),
+        lambda: compile_gate.layer_norm.add_layer_norm(x, x, bias, bias, 1e-12, cu),
+        lambda: compile_gate.layer_norm.embed_layer_norm(ids, ids, weight, weight, bias, bias, 1e-12, cu),
+        lambda: compile_gate.pooling.pool(x, cu, "mean", True),
+    ]
+    with compile_gate.recorded(90) as launches:
+        for call in calls:
+            with Allocations() as seen:
+                call()
+            # arguments made by the lambdas above are allocations too: all are `empty`, none reads or computes
+            assert set(seen.calls) == {"aten.empty.memory_format"}
+    assert len(launches) == len(calls)
+
+
+def test_one_kernel_whatever_the_batch():
+    """No size of a batch is fixed at compile time, so a new one compiles nothing; only the shape class counts."""
+    e, half = compile_gate.empty, torch.float16
+
+    def launched(rows, batch):
+        with compile_gate.recorded(90) as launches:
+            x, cu = e(rows, 768, dtype=half), e(batch + 1)
+            compile_gate.linear.linear(x, e(768, 768, dtype=half), e(768, dtype=half), cu)
+            compile_gate.attention.attention(e(rows, 2304, dtype=half), cu, 512, 12)
+            compile_gate.layer_norm.add_layer_norm(x, x, e(768, dtype=half), e(768, dtype=half), 1e-12, cu)
+            compile_gate.pooling.pool(x, cu)
+        return {entry.key for entry in launches}
+
+    assert launched(513, 1) == launched(4096, 16) == launched(16_897, 33)
+    assert launched(65, 1) == launched(512, 16)
+    assert launched(1, 1) == launched(16, 16) == launched(64, 3)
+
+
+def test_batch_invariant_launches_are_the_same_for_every_size(modes):
+    modes.batch_invariant = True
+    e, half = compile_gate.empty, torch.float16
+
+    def launched(rows, longest):
+        with compile_gate.recorded(90) as launches:
+            x = e(rows, 768, dtype=half)
+            compile_gate.linear.linear(x, e(768, 768, dtype=half), e(768, dtype=half), e(9))
+            compile_gate.attention.attention(e(rows, 2304, dtype=half), e(9), longest, 12)
+        return [entry.key for entry in launches]
+
+    assert launched(1, 1) == launched(64, 64) == launched(500, 128) == launched(16_896, 512)
+
+
+def test_recorded_configurations_come_first():
+    device, mine = torch.device("meta"), _configs.Gemm("pointer", 32, 32, 32, warps=2, stages=2)
+    with patch.dict(_configs.RECORDED, {(90, "linear", "half/many"): mine}), compile_gate.recorded(90):
+        assert _configs.gemm("linear", 4096, 768, torch.float16, device, True).config is mine
+        assert _configs.gemm("bias_gelu", 4096, 768, torch.float16, device, True).config is not mine
+    with compile_gate.recorded(80):
+        assert _configs.gemm("linear", 4096, 768, torch.float16, device, True).config.family == "pointer"
+
+
+COMPILE = """
+from benchmarks import compile_gate
+entries = [e for e in compile_gate.entries() if e.arch == 90 and e.name in ("_pool", "_add_layer_norm")][:6]
+for entry in entries:
+    print(compile_gate.compiled(entry))
+"""
+
+
+def test_two_processes_share_a_cold_cache(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}
+    root = Path(__file__).resolve().parent.parent.parent
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILE], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    (first, errors), (second, more) = (process.communicate() for process in both)
+    assert [process.returncode for process in both] == [0, 0], errors + more
+    assert first == second and len(re.findall(b"registers", first)) == 6
+    assert any(tmp_path.iterdir())

@@ -1,0 +1,198 @@
+"""When a graph is captured, when it is replayed and when it must not be; the capture itself is CUDA's.
+
+Without a GPU a stand-in captures: it keeps the function and runs it again into the first result.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from fastdistil import DistilBertConfig, DistilBertModel, graphs, ops
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    """With a count of captures and replays in `counts`."""
+    counts = request.node.counts = {"captures": 0, "replays": 0}
+    real = graphs.capture
+
+    def stand_in(run, device, pool):
+        out = run().clone()
+        return (lambda: out.copy_(run())), out, pool
+
+    def counted(run, device, pool):
+        counts["captures"] += 1
+        replay, out, pool = (stand_in if device.type == "cpu" else real)(run, device, pool)
+
+        def count_replay():
+            counts["replays"] += 1
+            replay()
+
+        return count_replay, out, pool
+
+    monkeypatch.setattr(graphs, "capture", counted)
+    if request.param == "cpu":
+        monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
+    return request.param
+
+
+@pytest.fixture
+def counts(request, device):
+    return request.node.counts
+
+
+@pytest.fixture
+def model(device):
+    config = DistilBertConfig(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=2, max_position_embeddings=50)
+    return DistilBertModel(config).eval().to(device)
+
+
+def batch(device, n=3, length=21, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 99, (n, length), generator=g)
+    keep = torch.arange(length) < torch.randint(1, length + 1, (n, 1), generator=g)
+    return ids.to(device), keep.to(device)
+
+
+@torch.inference_mode()
+def both(model, *args, **kwargs):
+    """The result with graphs and without."""
+    with_graphs = model(*args, **kwargs)
+    captured, model.__dict__["_graphs"] = model._graphs, None
+    without = model(*args, **kwargs)
+    model.__dict__["_graphs"] = captured
+    return with_graphs, without
+
+
+def same(model, *args, **kwargs):
+    ours, plain = both(model, *args, **kwargs)
+    torch.testing.assert_close(ours.last_hidden_state, plain.last_hidden_state, rtol=0, atol=2e-6)
+
+
+def test_buckets():
+    assert graphs.bucket(1, 1, 512) == (1, 32)
+    assert graphs.bucket(3, 33, 512) == (4, 64)
+    assert graphs.bucket(8, 512, 512) == (8, 512)
+    assert graphs.bucket(5, 45, 50) == (8, 50)
+
+
+def test_one_graph_serves_a_bucket(model, device, counts):
+    assert model.cuda_graphs() is model
+    for seed, (n, length) in enumerate([(3, 21), (4, 32), (3, 1), (4, 30)]):
+        ids, keep = batch(device, n, length, seed)
+        same(model, ids, keep)
+        same(model, ids)  # no padding, after a batch that had some
+        same(model, ids.int(), keep.float())
+    assert counts["captures"] == 1 and counts["replays"] == 12
+    same(model, *batch(device, 5, 21))
+    assert counts["captures"] == 2
+
+
+def test_results_are_the_callers_own(model, device):
+    model.cuda_graphs()
+    ids, keep = batch(device)
+    with torch.inference_mode():
+        first = model(ids, keep)[0]
+        before = first.clone()
+        model(*batch(device, seed=5))
+    assert torch.equal(first, before)
+
+
+def test_changed_weights_are_noticed(model, device, counts):
+    model.cuda_graphs()
+    args = batch(device)
+    same(model, *args)
+    with torch.no_grad():
+        model.transformer.layer[0].ffn.lin1.weight.add_(0.5)  # in place: the same memory
+    same(model, *args)
+    assert counts["captures"] == 1
+    other = copy.deepcopy(model).requires_grad_(False)
+    for p in other.parameters():
+        p.add_(0.1)
+    model.load_state_dict(other.state_dict(), assign=True)
+    same(model, *args)
+    assert counts["captures"] == 2
+    model.transformer.layer[1].ffn.lin2.weight.data = torch.zeros_like(model.transformer.layer[1].ffn.lin2.weight)
+    same(model, *args)
+    model.transformer.layer[1].ffn.lin1 = torch.nn.Linear(48, 80).to(device)
+    same(model, *args)
+    model.transformer.layer[0].attention.q_lin.register_forward_hook(lambda m, i, o: o * 2)
+    same(model, *args)
+    assert counts["captures"] == 5
+
+
+def test_what_a_graph_cannot_serve_runs_without(model, device, counts):
+    model.cuda_graphs(most=1)
+    ids, keep = batch(device)
+    same(model, ids, keep)
+    same(model, *batch(device, 9, 5))  # a second graph
+    for extra in (
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"position_ids": torch.arange(21, device=device).flip(0)},
+        {"head_mask": torch.tensor([1.0, 0.0, 0.5], device=device)},
+    ):
+        same(model, ids, keep, **extra)
+    assert counts["captures"] == 1
+    before = dict(counts)
+    model(ids, keep).last_hidden_state.sum().backward()
+    assert counts == before
+    model.cuda_graphs(False)
+    same(model, ids, keep)
+    assert counts == before
+
+
+def test_large_batches_run_without(model, device, counts, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 127)
+    model.cuda_graphs()
+    same(model, *batch(device, 4, 30))
+    assert counts["captures"] == 0
+
+
+def test_modes_and_autocast_have_graphs_of_their_own(model, device, counts):
+    model.cuda_graphs()
+    args = batch(device)
+    same(model, *args)
+    try:
+        ops.set_batch_invariant(True)
+        same(model, *args)
+    finally:
+        ops.set_batch_invariant(False)
+    with torch.autocast(device, torch.bfloat16):
+        ours, plain = both(model, *args)
+        assert ours[0].dtype is plain[0].dtype
+    assert counts["captures"] == 3
+
+
+def test_a_failed_capture_warns_once_and_falls_back(model, device, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    model.cuda_graphs()
+    with pytest.warns(UserWarning, match="no CUDA graph of a batch of 4 x 32: operation not permitted"):
+        same(model, *batch(device))
+    same(model, *batch(device))
+
+
+def test_copies_and_pickles_start_without_graphs(model, device, counts):
+    model.cuda_graphs(most=7)
+    args = batch(device)
+    same(model, *args)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other._graphs.most == 7 and not other._graphs._captured
+        same(other, *args)
+    assert counts["captures"] == 3
+
+
+def test_on_cpu_the_opt_in_changes_nothing():
+    model = DistilBertModel(DistilBertConfig(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=1)).eval()
+    ids, keep = batch("cpu")
+    model.cuda_graphs()
+    with torch.inference_mode():
+        model(ids, keep)
+    assert not model._graphs._captured
