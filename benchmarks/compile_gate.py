@@ -345,7 +345,7 @@ def main() -> int:
         registers = [int(row["registers"]) for row in rows.values() if int(row["sm"]) == sm]
         print(f"sm_{sm}: {len(registers)} kernels, at most {max(registers)} registers")
     spills = sum(int(row["spills"]) > 0 for row in rows.values())
-    architectures = len({row["sm"] for row in rows.values()})
+    architectures = len({int(row["sm"]) for row in rows.values()})
     print(
         f"{len(rows)} configurations, {architectures} architectures, {spills} with spills, {len(wrong)} complaints; "
         f"{len(wanted)} compiled in {time.monotonic() - started:.0f} s with Triton {triton.__version__}"

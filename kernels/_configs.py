@@ -118,8 +118,7 @@ ATTENTION = {
     "tf32": (
         Attention("short", 64, warps=4, longest=16),
         Attention("short", 64, warps=4, longest=32),
-        Attention("single", 64, warps=4, longest=64, widest=64),
-        Attention("looped", 64, warps=4, keys=32),
+        Attention("looped", 64, warps=8, keys=32),
     ),
     "ieee": (
         Attention("short", 32, warps=4, longest=16, widest=64),
@@ -187,6 +186,11 @@ def _attention(longest: int | None, block: int, kind: str, arch: int) -> Attenti
         for config in ATTENTION[kind]
         if block <= config.widest and (config.longest is None or (longest is not None and longest <= config.longest))
     )
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv takes microseconds on the host."""
+    return -(-a // b)
 
 
 def power_of_two(size: int) -> int:

@@ -150,7 +150,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    tiles = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
+    tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
     if c.family == "tma":
         programs = min(tiles, launch.programs)
         gemm_tma[(programs,)](

@@ -162,7 +162,7 @@ def attention(
     if c.form == "short":
         assert c.longest is not None
         step = c.tile - c.longest + 1
-        _short[(triton.cdiv(rows, step) * num_heads,)](
+        _short[(_configs.cdiv(rows, step) * num_heads,)](
             qkv, cu_seqlens, head_scale, o, batch, rows, num_heads, batch.bit_length(), scale, STEP=step, **common
         )
     elif c.form == "single":

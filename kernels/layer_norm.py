@@ -79,7 +79,7 @@ def add_layer_norm(
     y = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
     if rows and dim:
         c = _configs.row_kernel("add_layer_norm", dim, x.dtype, x.device)
-        _add_layer_norm[(triton.cdiv(rows, c.rows),)](
+        _add_layer_norm[(_configs.cdiv(rows, c.rows),)](
             x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), y,
             *_configs.live(cu_seqlens), rows, eps, DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
         )  # fmt: skip
@@ -100,7 +100,7 @@ def embed_layer_norm(
     y = torch.empty((rows, dim), dtype=word_embeddings.dtype, device=word_embeddings.device)
     if rows and dim:
         c = _configs.row_kernel("embed_layer_norm", dim, y.dtype, y.device)
-        _embed_layer_norm[(triton.cdiv(rows, c.rows),)](
+        _embed_layer_norm[(_configs.cdiv(rows, c.rows),)](
             input_ids.contiguous(), position_ids.contiguous(),
             word_embeddings.contiguous(), position_embeddings.contiguous(), weight.contiguous(), bias.contiguous(), y,
             *_configs.live(cu_seqlens), rows, word_embeddings.shape[0], position_embeddings.shape[0], eps,
