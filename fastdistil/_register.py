@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("fastdistil", "DEF")
-FORMS: dict[str, dict[str, str]] = {}  # op -> device -> where its code comes from; `fastdistil doctor` prints it
+FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {}  # op -> device -> what runs; `fastdistil doctor` prints it
 
 
 def register(
@@ -37,7 +37,7 @@ def register(
     op = getattr(torch.ops.fastdistil, name).default
     for device in forms:
         _LIBRARY.impl(name, _autocast_form(op, device.lower(), autocast), f"Autocast{device}")
-    FORMS[name] = {device.lower(): form.__module__ for device, form in forms.items()}
+    FORMS[name] = {device.lower(): form for device, form in forms.items()}
     return op
 
 

@@ -145,13 +145,14 @@ def doctor(arguments: argparse.Namespace) -> None:
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         lines.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"))
-    reason = _target.why_not(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    reason = _target.why_not(torch.device("cpu") if _target.interpreted() else torch.device("cuda", 0))
     lines.append(("Triton kernels", reason or "can run"))
     for name, value in lines:
         print(f"{name + ':':16}{value}")
-    print("\nop                cpu                   cuda")
+    print("\nop                cpu                       cuda")
     for op, forms in FORMS.items():
-        print(f"{op:18}{_source(forms['cpu']):22}{_source('reference' if reason else forms['cuda'])}")
+        cuda = _source("fastdistil.reference" if reason else forms["cuda"].__module__)
+        print(f"{op:18}{_source(forms['cpu'].__module__):26}{cuda if torch.cuda.is_available() else 'no device'}")
 
 
 def _source(module: str) -> str:

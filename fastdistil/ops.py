@@ -187,6 +187,11 @@ def set_batch_invariant(on: bool) -> None:
     _configs.modes.batch_invariant = bool(on)
 
 
+def why_eager(device: torch.device) -> str | None:
+    """Why the ops run eager torch on a device, in words, or None where they run Triton kernels."""
+    return _target.why_not(device)
+
+
 def launch_modes() -> tuple:
     """What decides, beside the arguments, which kernels run: a captured graph has it fixed inside."""
     modes = _configs.modes

@@ -107,9 +107,14 @@ class Embedder:
         """Device, dtype and where the ops' code comes from, in words."""
         device = self.model.device
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({_threads()})"
-        forms = sorted({forms[device.type].removeprefix("fastdistil.") for forms in FORMS.values()})
-        kind = "Triton" if any(f.startswith("kernels") for f in forms) else "eager torch"
-        return f"{device}{name}, {str(self.model.dtype).removeprefix('torch.')}, {kind} ops ({', '.join(forms)})"
+        modules = sorted({forms[device.type].__module__.removeprefix("fastdistil.") for forms in FORMS.values()})
+        kernels = [m.removeprefix("kernels.") for m in modules if m.startswith("kernels")]
+        why = ops.why_eager(device)
+        if kernels and why is None:
+            runs = f"Triton kernels ({', '.join(kernels)})"
+        else:
+            runs = f"eager torch ops ({why if kernels else ', '.join(modules)})"
+        return f"{device}{name}, {str(self.model.dtype).removeprefix('torch.')}, {runs}"
 
     def encode(
         self,

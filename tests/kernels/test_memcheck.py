@@ -1,0 +1,45 @@
+"""One pass of every kernel under NVIDIA's memory checker."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PASS = """
+import torch
+from fastdistil import ops
+from fastdistil.testing import cu_seqlens
+
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for lengths in ([1], [3, 0, 16, 9], [40, 64, 5], [130, 513], [128] * 6):
+        rows, cu, d = sum(lengths), cu_seqlens(lengths, "cuda"), 96
+        r = lambda *s: torch.randn(*s, device="cuda", dtype=dtype)
+        ids = torch.arange(rows + 5, device="cuda") % 50
+        x = ops.embed_layer_norm(ids, ids, r(50, d), r(50, d), r(d), r(d), 1e-12, cu)
+        qkv = ops.qkv_projection(x, r(3 * d, d), r(3 * d), cu)
+        y = ops.linear(ops.attention(qkv, cu, max(lengths), 3, r(3)), r(d, d), r(d), cu)
+        x = ops.add_layer_norm(y, x, r(d), r(d), 1e-12, cu)
+        h = ops.bias_gelu(x, r(4 * d, d), r(4 * d), "gelu", cu)
+        ops.pool(ops.linear(h, r(d, 4 * d), r(d), cu), cu, "mean", True)
+        ops.linear(r(rows, 33), r(17, 33), r(17))  # no stride of 16 bytes
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+def test_no_illegal_access():
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    done = subprocess.run(
+        [tool, "--tool", "memcheck", "--error-exitcode", "7", sys.executable, "-c", PASS],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": "."},
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
