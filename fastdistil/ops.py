@@ -281,6 +281,9 @@ def _op(
             return definition(*args)
         if launch is None:  # Triton is imported only where it is used
             launch = getattr(importlib.import_module(f"fastdistil.kernels.{module}"), definition.__name__)
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):  # Triton launches on the current device, whatever the tensors' is
+                return launch(*args)
         return launch(*args)
 
     kernel.__module__ = f"fastdistil.kernels.{module}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdistil.kernels._target import interpreted
 
-FEW, SOME = 64, 512  # rows: up to FEW a GEMM waits for its weights, above SOME it fills the chip
+FEW = 64  # rows up to which a GEMM waits for its weights
 
 
 @dataclass
@@ -146,9 +146,11 @@ def _row_kernel(op: str, dim: int, kind: str, arch: int) -> Rows:
     return Rows(rows, block, warps=min(8, max(4, block // 1_024)))
 
 
-def gemm(op: str, m: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> GemmLaunch:
+def gemm(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> GemmLaunch:
     """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need."""
-    size = "many" if m > SOME or modes.batch_invariant else "some" if m > FEW else "few"
+    # many: large tiles, 128 x 128, occupy at least half of the chip
+    many = m > FEW and 2 * cdiv(m, 128) * cdiv(n, 128) >= processors(device)
+    size = "many" if many or modes.batch_invariant else "some" if m > FEW else "few"
     precision = matmul_precision() if dtype is torch.float32 else "half"
     return _gemm(op, architecture(device), size, k > LONG_K, precision, aligned, modes.exact_gelu, device)
 

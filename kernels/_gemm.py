@@ -142,7 +142,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     size = x.element_size()
     aligned = K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight, y))
-    launch = _configs.gemm(op, M, K, x.dtype, x.device, aligned)
+    launch = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned)
     c = launch.config
     common = dict(
         ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,

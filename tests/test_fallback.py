@@ -89,3 +89,11 @@ def test_the_definition_runs_instead(monkeypatch):
     wide = torch.randn(2, ops.WIDEST_ROW + 1)
     result = FORMS["add_layer_norm"]["cuda"](wide, wide, wide[0], wide[0], 1e-12)
     torch.testing.assert_close(result, ops.reference.add_layer_norm(wide, wide, wide[0], wide[0], 1e-12))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current():
+    x, w, b = (torch.randn(*s, device="cuda:1") for s in ((5, 8), (6, 8), (6,)))
+    torch.testing.assert_close(ops.linear(x, w, b), torch.nn.functional.linear(x, w, b))
+    assert torch.cuda.current_device() == 0

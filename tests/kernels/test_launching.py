@@ -102,8 +102,8 @@ def test_one_kernel_whatever_the_batch():
             compile_gate.pooling.pool(x, cu)
         return {entry.key for entry in launches}
 
-    assert launched(513, 1) == launched(4096, 16) == launched(16_897, 33)
-    assert launched(65, 1) == launched(512, 16)
+    assert launched(1500, 1) == launched(4096, 16) == launched(16_897, 33)
+    assert launched(65, 1) == launched(1280, 16)
     assert launched(1, 1) == launched(16, 16) == launched(64, 3)
 
 
@@ -124,10 +124,10 @@ def test_batch_invariant_launches_are_the_same_for_every_size(modes):
 def test_recorded_configurations_come_first():
     device, mine = torch.device("meta"), _configs.Gemm("pointer", 32, 32, 32, warps=2, stages=2)
     with patch.dict(_configs.RECORDED, {(90, "linear", "half/many"): mine}), compile_gate.recorded(90):
-        assert _configs.gemm("linear", 4096, 768, torch.float16, device, True).config is mine
-        assert _configs.gemm("bias_gelu", 4096, 768, torch.float16, device, True).config is not mine
+        assert _configs.gemm("linear", 4096, 768, 768, torch.float16, device, True).config is mine
+        assert _configs.gemm("bias_gelu", 4096, 768, 768, torch.float16, device, True).config is not mine
     with compile_gate.recorded(80):
-        assert _configs.gemm("linear", 4096, 768, torch.float16, device, True).config.family == "pointer"
+        assert _configs.gemm("linear", 4096, 768, 768, torch.float16, device, True).config.family == "pointer"
 
 
 COMPILE = """
