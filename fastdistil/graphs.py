@@ -62,6 +62,7 @@ class Graphs:
                 # the graphs read memory that the model no longer owns
                 self._captured.clear()
                 self._weights = _Weights(model)
+                self._pool = self._done = None  # they belong to a device, which the model may have left
             key = (size, fixed)
             if key not in self._captured:
                 if len(self._captured) >= self.most:
@@ -71,13 +72,15 @@ class Graphs:
             return None if graph is None else self._replay(graph, input_ids, keep)
 
     def _capture(self, forward: Callable, size: tuple[int, int], device: torch.device) -> "_Graph | None":
-        ids = torch.zeros(size, dtype=torch.int64, device=device)
-        keep = torch.ones(size, dtype=torch.bool, device=device)
-        try:
-            replay, out, self._pool = capture(lambda: forward(ids, keep), device, self._pool)
-        except RuntimeError as error:
-            warnings.warn(f"no CUDA graph of a batch of {size[0]} x {size[1]}: {error}", stacklevel=4)
-            return None
+        # tensors made in inference mode could not be written to outside it
+        with torch.inference_mode(False), torch.no_grad():
+            ids = torch.zeros(size, dtype=torch.int64, device=device)
+            keep = torch.ones(size, dtype=torch.bool, device=device)
+            try:
+                replay, out, self._pool = capture(lambda: forward(ids, keep), device, self._pool)
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph of a batch of {size[0]} x {size[1]}: {error}", stacklevel=4)
+                return None
         return _Graph(ids, keep, replay, out)
 
     def _replay(self, graph: "_Graph", input_ids: Tensor, keep: Tensor | None) -> Tensor:
@@ -134,6 +137,6 @@ def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             out = run()
     return graph.replay, out, graph.pool() if pool is None else pool

@@ -6,6 +6,7 @@ training mode, attentions or a 4-D mask is asked for. Both give hidden states th
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,13 @@ class MultiHeadSelfAttention(nn.Module):
         ):
             return
         buffers = []
-        for name in ("weight", "bias"):
-            buffer = torch.cat([getattr(part, name).data for part in parts])
-            for part, piece in zip(parts, buffer.chunk(3), strict=True):
-                getattr(part, name).data = torch.from_dlpack(piece)
-            buffers.append(buffer)
+        device = tensors[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # from_dlpack wants it current
+            for name in ("weight", "bias"):
+                buffer = torch.cat([getattr(part, name).data for part in parts])
+                for part, piece in zip(parts, buffer.chunk(3), strict=True):
+                    getattr(part, name).data = torch.from_dlpack(piece)
+                buffers.append(buffer)
         self._qkv = (buffers[0], buffers[1])
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
@@ -575,23 +578,23 @@ class DistilBertModel(PreTrainedModel):
 
         A graph is captured when a batch of its size comes first, sizes rounded up (batch to a power of two, length to a
         multiple of 32), at most `most` of them. Everything else runs as before by itself: CPU, large batches, given
-        positions, head masks or embeddings, hidden states, attentions, gradients. Changed weights are noticed.
+        positions, head masks or embeddings, hidden states, attentions, gradients, autocast. Changed weights are
+        noticed.
         """
         self.__dict__["_graphs"] = Graphs(most) if on else None
         return self
 
     def _replayed(self, input_ids: Tensor | None, keep: Tensor | None) -> list[Tensor] | None:
         assert input_ids is not None and self._graphs is not None
-        kind = input_ids.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if torch.is_autocast_enabled(input_ids.device.type):
+            return None  # autocast frees the weights it has cast, which a graph would go on reading
         longest = self.config.max_position_embeddings
 
         def forward(ids: Tensor, keep: Tensor) -> Tensor:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-            with torch.no_grad():
-                return self._packed(ids, None, keep, positions, None, every=False)[0]
+            return self._packed(ids, None, keep, positions, None, every=False)[0]
 
-        hidden = self._graphs(self, forward, input_ids, keep, longest, (autocast, *ops.launch_modes()))
+        hidden = self._graphs(self, forward, input_ids, keep, longest, ops.launch_modes())
         return None if hidden is None else [hidden]
 
     def forward_packed(

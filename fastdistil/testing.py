@@ -38,12 +38,19 @@ def poison(rows: Tensor, dead: int) -> Tensor:
 
 
 def hold_to_definition(
-    op: str, *args: Any, live: int | None = None, dead: int = 0, rows: Sequence[int] = (0,), form: Any = None
+    op: str,
+    *args: Any,
+    live: int | None = None,
+    dead: int = 0,
+    rows: Sequence[int] = (0,),
+    form: Any = None,
+    eps: float | None = None,
 ) -> Tensor:
     """Assert that an op's result obeys the error law against its float64 definition, and return it.
 
     args: without dead rows; those at the places in `rows` get `dead` poisoned rows more before the op sees them.
-    live: how many rows of the result to compare, by default all. form: what runs, by default `ops.<op>`.
+    live: how many rows of the result to compare, by default all. form: what runs, by default `ops.<op>`. eps: the
+    machine epsilon to allow for, by default the arguments' dtype's.
     """
     eager = getattr(reference, op)(*args)[:live]
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
@@ -51,5 +58,5 @@ def hold_to_definition(
     given = [poison(a, dead) if i in rows and dead else a for i, a in enumerate(args)]
     result = (form or getattr(ops, op))(*given)
     dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
-    error_law(result[:live], eager, truth, eps=torch.finfo(dtype).eps)
+    error_law(result[:live], eager, truth, eps=torch.finfo(dtype).eps if eps is None else eps)
     return result

@@ -80,14 +80,14 @@ class Attention:
 RECORDED: dict[tuple[int, str, str], Gemm | Attention | Rows] = {}
 
 SMALL = {  # every architecture
-    ("half", "few"): Gemm("pointer", 16, 32, 128, warps=4, stages=3, group=1),
+    ("half", "few"): Gemm("pointer", 16, 32, 128, warps=4, stages=5, group=1),
     ("half", "some"): Gemm("pointer", 64, 64, 64, warps=4, stages=4),
     ("tf32", "few"): Gemm("pointer", 16, 32, 64, warps=4, stages=3, group=1),
     ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4),
     ("tf32", "many"): Gemm("pointer", 128, 64, 32, warps=8, stages=3),
     ("ieee", "few"): Gemm("pointer", 16, 32, 32, warps=2, stages=2, group=1),
     ("ieee", "some"): Gemm("pointer", 32, 64, 32, warps=4, stages=2),
-    ("ieee", "many"): Gemm("pointer", 64, 64, 16, warps=8, stages=2),
+    ("ieee", "many"): Gemm("pointer", 64, 64, 16, warps=8, stages=3),
 }
 AMPERE = SMALL | {("half", "many"): Gemm("pointer", 128, 128, 32, warps=8, stages=3)}
 # two programs of 128 x 128 share an SM, so one's epilogue overlaps the other's loop; a long K has no need of that
@@ -113,7 +113,7 @@ ATTENTION = {
         Attention("short", 64, warps=4, longest=32),
         Attention("single", 64, warps=4, longest=64),
         Attention("single", 128, warps=8, longest=128, widest=64),
-        Attention("looped", 128, warps=8, keys=64, stages=2),
+        Attention("looped", 128, warps=8, keys=64, stages=3),
     ),
     "tf32": (
         Attention("short", 64, warps=4, longest=16),
@@ -143,23 +143,30 @@ def _row_kernel(op: str, dim: int, kind: str, arch: int) -> Rows:
     if found := RECORDED.get((arch, op, f"{kind}/{block}")):
         return cast(Rows, found)
     rows = 16 if block <= 128 else 8 if block == 256 else 4 if block <= 1_024 else max(1, 4_096 // block)
-    return Rows(rows, block, warps=min(8, max(4, block // 1_024)))
+    if op == "pool":  # one program reads all of a sequence: more loads in flight
+        return Rows(2 * rows, block, warps=8)
+    return Rows(max(1, rows // 2) if kind == "float32" else rows, block, warps=min(8, max(4, block // 1_024)))
 
 
 def gemm(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> GemmLaunch:
     """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need."""
-    # many: large tiles, 128 x 128, occupy at least half of the chip
-    many = m > FEW and 2 * cdiv(m, 128) * cdiv(n, 128) >= processors(device)
-    size = "many" if many or modes.batch_invariant else "some" if m > FEW else "few"
+    # many: tiles of 128 x 128 occupy at least half of the chip; long: those of 128 x 256, of which a deep K needs fewer
+    # bytes a product, all of it. The batch-invariant mode goes by the layer alone.
+    fixed, tall = modes.batch_invariant, 0 if m <= FEW else cdiv(m, 128)
+    if k > LONG_K and n % 256 == 0 and (fixed or tall * (n // 256) >= processors(device)):
+        size = "long"
+    elif fixed or 2 * tall * cdiv(n, 128) >= processors(device):
+        size = "many"
+    else:
+        size = "some" if m > FEW else "few"
     precision = matmul_precision() if dtype is torch.float32 else "half"
-    return _gemm(op, architecture(device), size, k > LONG_K, precision, aligned, modes.exact_gelu, device)
+    return _gemm(op, architecture(device), size, precision, aligned, modes.exact_gelu, device)
 
 
 @functools.cache
 def _gemm(
-    op: str, arch: int, size: str, long: bool, precision: str, aligned: bool, exact: bool, device: torch.device
+    op: str, arch: int, size: str, precision: str, aligned: bool, exact: bool, device: torch.device
 ) -> GemmLaunch:
-    size = "long" if size == "many" and long else size
     table = GEMM[arch] if aligned else AMPERE
     config = table.get((precision, size)) or table[precision, "many"]
     if aligned:

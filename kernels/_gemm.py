@@ -20,6 +20,16 @@ from fastdistil.kernels import _configs
 
 
 @triton.jit
+def accumulate(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b. IEEE float32 products are a chain of additions over K: a chain a block, summed, errs far less than
+    one over all of K. The fma keeps the compiler from joining them again."""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        return tl.fma(tl.full(acc.shape, 1.0, tl.float32), tl.dot(a, b, input_precision="ieee"), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
 
@@ -88,7 +98,7 @@ def gemm_pointer(
                 left = K - step * BLOCK_K
                 x = tl.load(x_at, mask=k[None, :] < left, other=0.0)
                 weight = tl.load(weight_at, mask=k[:, None] < left, other=0.0)
-            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            acc = accumulate(x, weight, acc, PRECISION)
             x_at += BLOCK_K
             weight_at += BLOCK_K
         bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
@@ -116,7 +126,7 @@ def gemm_tma(
             # past the edge the hardware fills in zeros
             x = x_desc.load([row, step * BLOCK_K])
             weight = weight_desc.load([column, step * BLOCK_K])
-            acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
+            acc = accumulate(x, weight.T, acc, PRECISION)
         # half a tile at a time: half the registers and half the staging memory of the store
         if HALVES == 2:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
@@ -141,7 +151,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
         return y
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     size = x.element_size()
-    aligned = K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight, y))
+    aligned = K > 0 and K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight, y))
     launch = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned)
     c = launch.config
     common = dict(

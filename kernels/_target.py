@@ -40,9 +40,11 @@ def why_not(device: torch.device) -> str | None:
 @functools.cache
 def missing_compiler() -> str | None:
     """Triton builds its launcher with the C compiler and Python's headers at the first call."""
-    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
         return "no C compiler found; install gcc or clang, or set CC"
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # where Debian keeps the headers, and Triton looks
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
     return None if header.is_file() else f"{header} is missing; install Python's development headers"
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels import _configs
+from fastdistil.kernels._gemm import accumulate
 
 
 @triton.jit
@@ -73,8 +74,12 @@ def _short(
         v = _load(qkv_ptr, row, inside, (2 * heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
         scores = tl.dot(q, k.T, input_precision=PRECISION)  # [T, T]
         together = (start[:, None] == start[None, :]) & inside[None, :]
-        o = _softmax_v(tl.where(together, scores, float("-inf")), v, scale, PRECISION)
-        o = tl.where(too_long[:, None], float("nan"), o)
+        # another sequence's NaN or infinity must not reach this one through 0 * NaN; a sequence's own gives NaN
+        finite = tl.abs(v) < float("inf")
+        bad = tl.max(tl.where(finite, 0, 1), axis=1)
+        o = _softmax_v(tl.where(together, scores, float("-inf")), tl.where(finite, v, 0.0), scale, PRECISION)
+        spoilt = tl.max(tl.where(together, bad[None, :], 0), axis=1) > 0
+        o = tl.where((too_long | spoilt)[:, None], float("nan"), o)
         seen = row - start <= T - STEP  # rows of its sequence that a tile is sure to hold; the others go by their place
         own = inside & tl.where(seen, (start >= first) & (start < first + STEP), row < first + STEP)
         _save(o_ptr, head_scale_ptr, o, row, own, head, heads, HEAD, BLOCK_D)
@@ -114,10 +119,11 @@ def _looped(
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
     sequence = 0
-    for i in range(steps):
-        later = sequence + (1 << (steps - 1 - i))
-        begun = tl.load(cu_seqlens_ptr + later, mask=later < batch, other=2147483647) // T + later <= tile
-        sequence = tl.where(begun, later, sequence)
+    if tile < tl.load(cu_seqlens_ptr + batch) // T + batch:  # else there is no such tile
+        for i in range(steps):
+            later = sequence + (1 << (steps - 1 - i))
+            begun = tl.load(cu_seqlens_ptr + later, mask=later < batch, other=2147483647) // T + later <= tile
+            sequence = tl.where(begun, later, sequence)
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
     end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), rows)
     first = start + (tile - start // T - sequence) * T
@@ -137,7 +143,7 @@ def _looped(
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(p, axis=1)
             v = _load(qkv_ptr, at, at < end, (2 * heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
-            o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+            o = accumulate(p.to(v.dtype), v, o * shrink[:, None], PRECISION)
             top = new_top
         _save(o_ptr, head_scale_ptr, o / total[:, None], row, row < end, head, heads, HEAD, BLOCK_D)
 

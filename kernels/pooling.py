@@ -26,18 +26,19 @@ def _pool(
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
     if MEAN:
-        total = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(start, end, ROWS):
             row = first + tl.arange(0, ROWS)
             at = row.to(tl.int64)[:, None] * DIM + columns[None, :]
             mask = (row < end)[:, None] & inside[None, :]
-            total += tl.sum(tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32), axis=0)
-        y = total / tl.maximum(end - start, 1).to(tl.float32)
+            total += tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        y = tl.sum(total, axis=0) / tl.maximum(end - start, 1).to(tl.float32)
     else:
         at = start.to(tl.int64) * DIM + columns
         y = tl.load(x_ptr + at, mask=inside & (start < end), other=0.0).to(tl.float32)
     if NORMALIZE:
-        y = y / tl.maximum(tl.sqrt(tl.sum(y * y, axis=0)), 1e-12)
+        norm = tl.maximum(tl.sqrt_rn(tl.sum(y * y, axis=0)), 1e-12)
+        y = tl.div_rn(y, tl.broadcast_to(norm, y.shape))
     tl.store(y_ptr + sequence.to(tl.int64) * DIM + columns, y, mask=inside)
 
 

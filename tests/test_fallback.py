@@ -36,7 +36,7 @@ def no_compiler(monkeypatch):
 
 
 def no_headers(monkeypatch):
-    monkeypatch.setattr(_target.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    monkeypatch.setattr(_target.sysconfig, "get_paths", lambda *scheme: {"include": "/nowhere"})
 
 
 def no_triton(monkeypatch):

@@ -14,6 +14,9 @@ from fastdistil import DistilBertConfig, DistilBertModel, graphs, ops
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+pytestmark = pytest.mark.filterwarnings("error:no CUDA graph")
+
+
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     """With a count of captures and replays in `counts`."""
@@ -122,7 +125,7 @@ def test_changed_weights_are_noticed(model, device, counts):
     same(model, *args)
     model.transformer.layer[0].attention.q_lin.register_forward_hook(lambda m, i, o: o * 2)
     same(model, *args)
-    assert counts["captures"] == 5
+    assert counts["captures"] == 5 and counts["replays"] == 6
 
 
 def test_what_a_graph_cannot_serve_runs_without(model, device, counts):
@@ -153,7 +156,7 @@ def test_large_batches_run_without(model, device, counts, monkeypatch):
     assert counts["captures"] == 0
 
 
-def test_modes_and_autocast_have_graphs_of_their_own(model, device, counts):
+def test_modes_have_graphs_of_their_own_and_autocast_none(model, device, counts):
     model.cuda_graphs()
     args = batch(device)
     same(model, *args)
@@ -162,10 +165,23 @@ def test_modes_and_autocast_have_graphs_of_their_own(model, device, counts):
         same(model, *args)
     finally:
         ops.set_batch_invariant(False)
+    assert counts["captures"] == counts["replays"] == 2
     with torch.autocast(device, torch.bfloat16):
         ours, plain = both(model, *args)
-        assert ours[0].dtype is plain[0].dtype
-    assert counts["captures"] == 3
+        assert torch.equal(ours[0], plain[0])
+    assert counts["captures"] == counts["replays"] == 2  # autocast frees its weights: no graph may hold them
+
+
+def test_captured_in_inference_mode_and_replayed_outside(model, device, counts):
+    model.cuda_graphs()
+    args = batch(device)
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        first = model(*args)[0]
+    with torch.no_grad():
+        second = model(*args)[0]
+    assert torch.equal(model(*args)[0], second) and torch.equal(first, second) and not second.is_inference()
+    assert counts["captures"] == 1 and counts["replays"] == 3
 
 
 def test_a_failed_capture_warns_once_and_falls_back(model, device, monkeypatch):

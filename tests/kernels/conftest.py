@@ -45,6 +45,20 @@ def guarded(monkeypatch):
 
 
 @pytest.fixture
+def tf32(monkeypatch):
+    """tf32(on): whether torch and the kernels may round float32 operands to TF32; returns the epsilon to allow for."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+
+    def switch(on):
+        matmul.fp32_precision = "tf32" if on else "ieee"
+        return 2.0**-10 if on else None  # the kernels cut operands off to TF32's ten bits, a library may round them
+
+    yield switch
+    matmul.fp32_precision = before
+
+
+@pytest.fixture
 def modes(monkeypatch):
     """_configs.modes, whole again after the test."""
     for name in vars(_configs.modes):

@@ -54,13 +54,31 @@ def fits(kind, config, dtype, device):
     ("kind", "config"), CONFIGS, ids=lambda v: v if isinstance(v, str) else f"{v.form}-{v.tile}-{v.longest}"
 )
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_every_form(kind, config, lengths, dtype, device, force):
+def test_every_form(kind, config, lengths, dtype, device, force, tf32):
     fits(kind, config, dtype, device)
     force(config)
+    eps = tf32(kind == "tf32" and device == "cuda")
     if config.longest is not None:
         lengths = [min(n, config.longest) for n in lengths]
     qkv, cu = rows_of(lengths, 2, 32, dtype, device), cu_seqlens(lengths, device)
-    hold_to_definition("attention", qkv, cu, max(lengths), 2, live=sum(lengths), dead=140)
+    hold_to_definition("attention", qkv, cu, max(lengths), 2, live=sum(lengths), dead=140, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"), CONFIGS, ids=lambda v: v if isinstance(v, str) else f"{v.form}-{v.tile}-{v.longest}"
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
+def test_what_is_not_finite_stays_in_its_sequence(kind, config, value, where, dtype, device, force):
+    fits(kind, config, dtype, device)
+    force(config)
+    lengths = [5, 7, 8, 16, 3]
+    qkv, cu = rows_of(lengths, 2, 16, dtype, device), cu_seqlens(lengths, device)
+    expected = ops.attention(qkv, cu, 16, 2)
+    qkv[5:12, 32 * where : 32 * where + 32] = value
+    out = ops.attention(qkv, cu, 16, 2)
+    others = [*range(5), *range(12, 39)]
+    assert torch.equal(out[others], expected[others]) and not out[5:12].isfinite().any()
 
 
 @pytest.mark.parametrize(

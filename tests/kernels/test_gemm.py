@@ -75,7 +75,7 @@ def force(monkeypatch):
     ids=lambda v: v if isinstance(v, str) else f"{v.family}-{v.block_m}x{v.block_n}x{v.block_k}",
 )
 @pytest.mark.parametrize("rows", [1, 129, 300])
-def test_every_configuration(kind, config, rows, dtype, device, force, modes):
+def test_every_configuration(kind, config, rows, dtype, device, force, tf32):
     if device == "cuda":
         if (kind == "half") == (dtype is torch.float32):
             pytest.skip("the configuration is for another precision")
@@ -83,21 +83,10 @@ def test_every_configuration(kind, config, rows, dtype, device, force, modes):
             pytest.skip("no TMA")
     force(kind, config, dtype)
     x, w, b = arguments(rows, 200, 272, dtype, device)
-    with tf32(kind == "tf32" and device == "cuda"):
-        hold_to_definition("bias_gelu", x, w / 8, b, "gelu", cu_seqlens([rows], device), live=rows, dead=200)
-        hold_to_definition("linear", x, w, b)
-
-
-class tf32:
-    def __init__(self, on):
-        self.on = on
-
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if self.on else "ieee"
-
-    def __exit__(self, *_):
-        torch.backends.cuda.matmul.fp32_precision = self.before
+    eps = tf32(kind == "tf32" and device == "cuda")
+    cu = cu_seqlens([rows], device)
+    hold_to_definition("bias_gelu", x, w / 8, b, "gelu", cu, live=rows, dead=200, eps=eps)
+    hold_to_definition("linear", x, w, b, eps=eps)
 
 
 @pytest.mark.parametrize("family", ["pointer", "tma"])
@@ -147,6 +136,8 @@ def test_sizes_of_zero(device):
     for m, k, n in itertools.product((0, 3), (0, 5), (0, 4)):
         x, w, b = arguments(m, k, n, torch.float32, device)
         torch.testing.assert_close(ops.linear(x, w, b), x @ w.T + b)
+    x, w, b = arguments(700, 0, 640, torch.float16, device)  # many rows: not by tensor descriptors
+    torch.testing.assert_close(ops.linear(x, w, b), b.expand(700, 640))
 
 
 def test_in_the_batch_invariant_mode_a_row_has_the_same_bits_in_any_batch(dtype, device, modes, rows_alike):
