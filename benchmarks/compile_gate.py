@@ -6,8 +6,8 @@
 The launchers in kernels/ are called as the ops call them, with tensors on the meta device and a driver that only names
 its target; what they launch is recorded, compiled and disassembled. One row of the table is one kernel binary: its
 registers, spills (local loads and stores), shared memory, matrix instructions (HGMMA: Hopper's, HMMA: the others'), TMA
-transfers, asynchronous copies (LDGSTS) and 16-byte accesses. It is in benchmarks/results/compile/triton-<version>.csv,
-by a hash of kernel source, launch and Triton version.
+transfers, asynchronous copies (LDGSTS), 16-byte accesses, and pointers with 64-bit offsets. It is in
+benchmarks/results/compile/triton-<version>.csv, by a hash of kernel source, launch and Triton version.
 """
 
 import argparse
@@ -44,7 +44,7 @@ TABLE = ROOT / "results" / "compile" / f"triton-{triton.__version__}.csv"
 SAMPLE = 60
 WIDTHS = {384: 12, 768: 12, 1024: 16}  # MiniLM, DistilBERT-base, BERT-large: dim -> heads
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program
-FIGURES = ("registers", "spills", "shared", "hgmma", "hmma", "tma", "ldgsts", "wide")
+FIGURES = ("registers", "spills", "shared", "hgmma", "hmma", "tma", "ldgsts", "wide", "offsets64")
 FIELDS = ("key", "sm", "kernel", "launch", *FIGURES)
 INSTRUCTIONS = {
     "spills": re.compile(r"\b(?:LDL|STL)\b"),
@@ -174,11 +174,11 @@ def launch_all(full_precision: str) -> None:
                     bias_gelu.bias_gelu(x, rand(4 * dim, dim), rand(4 * dim), activation, live)
         odd = dim + 1  # no stride of 16 bytes: the pointer family on every architecture
         linear.linear(rand(16_896, odd), rand(odd, odd), rand(odd), cu)
-        heads_of = (heads, dim // 16, dim // 128) if dim == 768 else (heads,)
-        for longest, n, scaled in product((16, 32, 64, 128, 512), heads_of, (False, True)):
-            if scaled and n != heads:
+        sizes = {dim // heads} | ({1, 16, 24, 80, 96, 100, 128} if dim == 768 else set())
+        for longest, size, scaled in product((16, 32, 64, 128, 512), sorted(sizes), (False, True)):
+            if scaled and size != dim // heads:
                 continue
-            attention.attention(rand(16_896, 3 * dim), cu, longest, n, rand(n) if scaled else None)
+            attention.attention(rand(16_896, 3 * 8 * size), cu, longest, 8, rand(8) if scaled else None)
     if full_precision == "tf32":
         return
     for dim, dtype in [*product(WIDTHS, dtypes), *product((128, 4_096, 16_384), [torch.float16])]:
@@ -229,6 +229,7 @@ def compiled(entry: Entry) -> dict[str, Any]:
     assert registers, f"cuobjdump printed {usage!r}"
     figures = {name: len(pattern.findall(sass)) for name, pattern in INSTRUCTIONS.items()}
     figures |= {"registers": int(registers[1]), "shared": binary.metadata.shared}
+    figures["offsets64"] = len(re.findall(r"tt\.addptr .*, (?:tensor<[\dx]*)?i64>?", binary.asm["ttir"]))
     return {
         "key": entry.key,
         "sm": entry.arch,
@@ -252,16 +253,22 @@ def complaints(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['spills']} spills"
     if int(row["shared"]) > SHARED_LIMIT[sm]:
         yield f"{row['shared']} bytes of shared memory, sm_{sm} has {SHARED_LIMIT[sm]}"
+    if row["kernel"] != "gemm_tma" and int(row["offsets64"]) < 2:
+        yield "rows are not addressed by 64-bit offsets"
     if matrix and half and not int(row["hgmma"]) + int(row["hmma"]):
         yield "no matrix instruction"
     if matrix and half and sm == 90 and tile and int(tile[1]) >= 64 and not int(row["hgmma"]):
         yield "no HGMMA, though the tile has 64 rows"
     if row["kernel"] == "gemm_tma" and not int(row["tma"]):
         yield "no TMA transfer"
-    if not matrix and not int(row["wide"]) and "DIM=128" not in launch:
+    if half and sm in (90, 100) and "BLOCK_M=128" in launch and "EVEN_K=True" in launch:
+        yield "large tiles without tensor descriptors"
+    if not matrix and not int(row["wide"]) and "MEAN=False" not in launch:  # cls reads a single row
         yield "no 16-byte access"
     if "PRECISION=ieee" in launch and not half and int(row["hgmma"]) + int(row["hmma"]):
         yield "IEEE float32, but a matrix instruction rounds its operands"
+    if not half and int(row["tma"]):
+        yield "float32 by tensor descriptors, which no test covers"
 
 
 def load() -> dict[str, dict[str, Any]]:

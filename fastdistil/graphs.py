@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 MOST_TOKENS = 16_384  # a larger batch keeps the GPU busy for longer than its launches take
 LENGTH_STEP = 32
+PLAIN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList)
 
 
 def bucket(batch: int, length: int, longest: int) -> tuple[int, int]:
@@ -54,7 +55,7 @@ class Graphs:
         """
         batch, length = input_ids.shape
         size = bucket(batch, length, longest)
-        if size[0] * size[1] > MOST_TOKENS or not _can_capture(input_ids.device):
+        if size[0] * size[1] > MOST_TOKENS:
             return None
         with self._lock:
             weights = None if self._weights is None else self._weights.state()
@@ -63,6 +64,8 @@ class Graphs:
                 self._captured.clear()
                 self._weights = _Weights(model)
                 self._pool = self._done = None  # they belong to a device, which the model may have left
+            if not self._weights.is_plain():
+                return None
             key = (size, fixed)
             if key not in self._captured:
                 if len(self._captured) >= self.most:
@@ -105,25 +108,37 @@ class _Graph:
 
 
 class _Weights:
-    """Where a model's tensors lie, what modules it is made of and whether they have hooks: what a graph has fixed."""
+    """Where a model's tensors lie and what its modules compute: what a graph has fixed, compared at every call."""
 
     def __init__(self, model: nn.Module):
         self.parts = [(m, m._parameters, m._modules) for m in model.modules()]
         self.when_captured = self.state()
+
+    def is_plain(self) -> bool:
+        """Whether state() sees all that the model computes: only known modules, without hooks."""
+        return not any(
+            (type(m) not in PLAIN and not type(m).__module__.startswith("fastdistil."))
+            or m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or "forward" in m.__dict__
+            for m, _, _ in self.parts
+        )
 
     def state(self) -> tuple:
         return tuple(self._each())
 
     def _each(self) -> Iterator[Any]:
         for module, parameters, children in self.parts:
-            yield module._forward_hooks or module._forward_pre_hooks or None
+            yield len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__
+            yield getattr(module, "eps", None) or getattr(module, "activation", None)
             for child in children.values():
                 yield id(child)
             for parameter in parameters.values():
                 yield None if parameter is None else (parameter.data_ptr(), parameter.dtype)
 
 
-def _can_capture(device: torch.device) -> bool:
+def can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 

@@ -17,7 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
-from fastdistil import ops, reference
+from fastdistil import graphs, ops, reference
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
 from fastdistil.graphs import Graphs
@@ -578,15 +578,15 @@ class DistilBertModel(PreTrainedModel):
 
         A graph is captured when a batch of its size comes first, sizes rounded up (batch to a power of two, length to a
         multiple of 32), at most `most` of them. Everything else runs as before by itself: CPU, large batches, given
-        positions, head masks or embeddings, hidden states, attentions, gradients, autocast. Changed weights are
-        noticed.
+        positions, head masks or embeddings, hidden states, attentions, gradients, autocast, modules that are not the
+        model's own, hooks. Changed weights are noticed.
         """
         self.__dict__["_graphs"] = Graphs(most) if on else None
         return self
 
     def _replayed(self, input_ids: Tensor | None, keep: Tensor | None) -> list[Tensor] | None:
         assert input_ids is not None and self._graphs is not None
-        if torch.is_autocast_enabled(input_ids.device.type):
+        if not graphs.can_capture(input_ids.device) or torch.is_autocast_enabled(input_ids.device.type):
             return None  # autocast frees the weights it has cast, which a graph would go on reading
         longest = self.config.max_position_embeddings
 

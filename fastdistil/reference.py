@@ -111,8 +111,9 @@ def attention(
         out = out * head_scale.to(out.dtype)[:, None, None]
     out = out.transpose(1, 2).reshape(*live.shape, dim)
     row = torch.arange(rows, device=qkv.device)
-    sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(max=lengths.shape[0] - 1)
-    return out[sequence, (row - starts[sequence]).clamp(0, max_seqlen - 1)]
+    sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(0, lengths.shape[0] - 1)
+    out = out[sequence, (row - starts[sequence]).clamp(0, max_seqlen - 1)]
+    return out.masked_fill((lengths > max_seqlen)[sequence, None], float("nan"))  # nothing else could be right
 
 
 def pool(

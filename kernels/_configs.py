@@ -48,7 +48,6 @@ class GemmLaunch:
     config: Gemm
     precision: str
     near_gelu: bool
-    hardware_tanh: bool
     programs: int
 
 
@@ -75,8 +74,9 @@ class Attention:
     stages: int = 1
 
 
-# (architecture, op, shape class) -> configuration. Shape classes: of GEMMs "half/many" (precision, rows), of attention
-# "half/64/128" (head size as a power of two, longest sequence or any), of row kernels "half/1024" (width likewise)
+# (architecture, op, shape class) -> configuration. Shape classes: of GEMMs "half/many" (precision, size), of attention
+# "half/64/128" (head size, 256 if no power of two; longest sequence or any), of row kernels "half/1024" (width as a
+# power of two)
 RECORDED: dict[tuple[int, str, str], Gemm | Attention | Rows] = {}
 
 SMALL = {  # every architecture
@@ -85,7 +85,7 @@ SMALL = {  # every architecture
     ("tf32", "few"): Gemm("pointer", 16, 32, 64, warps=4, stages=3, group=1),
     ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4),
     ("tf32", "many"): Gemm("pointer", 128, 64, 32, warps=8, stages=3),
-    ("ieee", "few"): Gemm("pointer", 16, 32, 32, warps=2, stages=2, group=1),
+    ("ieee", "few"): Gemm("pointer", 16, 32, 32, warps=4, stages=2, group=1),
     ("ieee", "some"): Gemm("pointer", 32, 64, 32, warps=4, stages=2),
     ("ieee", "many"): Gemm("pointer", 64, 64, 16, warps=8, stages=3),
 }
@@ -106,7 +106,8 @@ GEMM: dict[int, dict[tuple[str, str], Gemm]] = {
 LONG_K = 1_024
 
 # The first that serves. Up to 32 rows a tile of 64 is shared block-diagonally; one of 128 for up to 64 rows would
-# compute more scores than a tile a sequence does. What is missing from a list spills: wide heads, IEEE float32.
+# compute more scores than a tile a sequence does. What is missing from a list spills: wide heads, TF32, IEEE float32.
+ANY_HEAD = 256  # `widest` of a form that also serves head sizes that are no power of two, whose masks take registers
 ATTENTION = {
     "half": (
         Attention("short", 64, warps=4, longest=16),
@@ -114,16 +115,18 @@ ATTENTION = {
         Attention("single", 64, warps=4, longest=64),
         Attention("single", 128, warps=8, longest=128, widest=64),
         Attention("looped", 128, warps=8, keys=64, stages=3),
+        Attention("looped", 32, warps=4, keys=32, widest=ANY_HEAD),
     ),
     "tf32": (
-        Attention("short", 64, warps=4, longest=16),
-        Attention("short", 64, warps=4, longest=32),
+        Attention("short", 64, warps=4, longest=16, widest=32),
+        Attention("short", 64, warps=4, longest=32, widest=32),
         Attention("looped", 64, warps=8, keys=32),
+        Attention("looped", 32, warps=8, keys=32, widest=ANY_HEAD),
     ),
     "ieee": (
         Attention("short", 32, warps=4, longest=16, widest=64),
-        Attention("looped", 32, warps=4, keys=32, widest=64),
-        Attention("looped", 16, warps=4, keys=16),
+        Attention("looped", 32, warps=8, keys=16, widest=64),
+        Attention("looped", 16, warps=8, keys=16, stages=2, widest=ANY_HEAD),
     ),
 }
 
@@ -175,7 +178,6 @@ def _gemm(
         config,
         precision="tf32" if precision == "tf32" else "ieee",
         near_gelu=precision == "half" and not exact,
-        hardware_tanh=not interpreted(),
         programs=processors(device) * config.per_sm,
     )
 
@@ -183,7 +185,8 @@ def _gemm(
 def attention(max_seqlen: int, head_size: int, dtype: torch.dtype, device: torch.device) -> Attention:
     longest = None if modes.batch_invariant else next((n for n in (16, 32, 64, 128) if max_seqlen <= n), None)
     kind = matmul_precision() if dtype is torch.float32 else "half"
-    return _attention(longest, power_of_two(head_size), kind, architecture(device))
+    block = power_of_two(head_size)
+    return _attention(longest, block if block == head_size else ANY_HEAD, kind, architecture(device))
 
 
 @functools.cache

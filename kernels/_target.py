@@ -40,7 +40,9 @@ def why_not(device: torch.device) -> str | None:
 @functools.cache
 def missing_compiler() -> str | None:
     """Triton builds its launcher with the C compiler and Python's headers at the first call."""
-    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
+    if (cc := os.environ.get("CC")) and not shutil.which(cc):
+        return f"CC is {cc!r}, which is no program; unset it or set it to gcc or clang"
+    if not (cc or any(map(shutil.which, ("gcc", "clang")))):
         return "no C compiler found; install gcc or clang, or set CC"
     scheme = sysconfig.get_default_scheme()
     scheme = "posix_prefix" if scheme == "posix_local" else scheme  # where Debian keeps the headers, and Triton looks

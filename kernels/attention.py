@@ -68,6 +68,7 @@ def _short(
             begun = tl.load(cu_seqlens_ptr + later, mask=later < batch, other=2147483647) <= row
             sequence = tl.where(begun, later, sequence)
         start = tl.load(cu_seqlens_ptr + sequence)
+        inside = inside & (row >= start)  # no sequence may start below the first
         too_long = tl.load(cu_seqlens_ptr + sequence + 1) - start > T - STEP + 1
         q = _load(qkv_ptr, row, inside, head * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
         k = _load(qkv_ptr, row, inside, (heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)

@@ -114,6 +114,10 @@ def test_dead_rows_are_left_alone_and_nonsense_stays_inside(config, device, forc
     qkv = rows_of([90], 2, 16, torch.float32, device)
     out = attention.attention(qkv, cu_seqlens(lengths, device), 16, 2)
     assert (out[28:] == 7.25).all() and guarded()
+    # rows below the first sequence belong to none
+    shifted = attention.attention(qkv, torch.tensor([5, 12, 20], dtype=torch.int32, device=device), 16, 2)
+    alone = attention.attention(qkv[5:], cu_seqlens([7, 8], device), 16, 2)
+    torch.testing.assert_close(shifted[5:20], alone[:15], rtol=0, atol=1e-5)
     for nonsense in ([0, 500, 30, 90], [-40, 20, 5, 70], [60, 10, 80, 2**30], [90, 0, -7, -90]):
         attention.attention(qkv, torch.tensor(nonsense, dtype=torch.int32, device=device), 16, 2)
         assert guarded()

@@ -50,6 +50,8 @@ def test_every_form_is_launched(entries):
             "gemm_pointer",
         }
         assert ("gemm_tma" in names) == (arch in (90, 100))
+        odd = [e for e in entries if e.arch == arch and "HEAD=96" in e.describe()]
+        assert {e.name for e in odd} == {"_looped"}
     text = " ".join(e.describe() for e in entries if e.arch == 90)
     tiles = {f"BLOCK_M={c.block_m} BLOCK_N={c.block_n} BLOCK_K={c.block_k}" for c in _configs.GEMM[90].values()}
     assert all(tile in text for tile in tiles)

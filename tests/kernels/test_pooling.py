@@ -25,6 +25,12 @@ def test_pool(lengths, dim, mode, normalize, dtype, device):
     assert (out[[n == 0 for n in lengths]] == 0).all()
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e-3, 1e10])
+def test_normalize_at_any_scale(scale, device):
+    x = torch.randn(9, 48, generator=torch.Generator().manual_seed(0)).to(device) * scale
+    hold_to_definition("pool", x, cu_seqlens([4, 5], device), "mean", True)
+
+
 @pytest.mark.parametrize("mode", ops.POOLING)
 def test_zeros_and_nonsense(mode, device, guarded):
     x = torch.zeros(5, 16, device=device)
