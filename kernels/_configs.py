@@ -86,7 +86,7 @@ SMALL = {  # every architecture
     ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4),
     ("tf32", "many"): Gemm("pointer", 128, 64, 32, warps=8, stages=3),
     ("ieee", "few"): Gemm("pointer", 16, 32, 32, warps=4, stages=2, group=1),
-    ("ieee", "some"): Gemm("pointer", 32, 64, 32, warps=4, stages=2),
+    ("ieee", "some"): Gemm("pointer", 32, 64, 32, warps=8, stages=2),
     ("ieee", "many"): Gemm("pointer", 64, 64, 16, warps=8, stages=3),
 }
 AMPERE = SMALL | {("half", "many"): Gemm("pointer", 128, 128, 32, warps=8, stages=3)}
