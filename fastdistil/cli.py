@@ -147,6 +147,9 @@ def doctor(arguments: argparse.Namespace) -> None:
         lines.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"))
     reason = _target.why_not(torch.device("cpu") if _target.interpreted() else torch.device("cuda", 0))
     lines.append(("Triton kernels", reason or "can run"))
+    for i in range(1, torch.cuda.device_count()):
+        if why := _target.why_not(torch.device("cuda", i)):
+            lines.append((f"  not on cuda:{i}", why))
     for name, value in lines:
         print(f"{name + ':':16}{value}")
     print("\nop                cpu                       cuda")
