@@ -218,8 +218,9 @@ def _check_dtypes(x: Tensor, *others: Tensor) -> None:
     if any(t.device != x.device for t in others):
         where = ", ".join(sorted({str(t.device) for t in others}))
         raise ValueError(f"one argument is on {x.device}, others are on {where}; move them to one device")
-    autocast = torch.is_autocast_enabled(x.device.type)  # it casts all but float64
-    if any(t.dtype != x.dtype and not (autocast and torch.float64 not in (t.dtype, x.dtype)) for t in others):
+    dtypes = {x.dtype, *(t.dtype for t in others)}
+    # autocast casts all but float64
+    if len(dtypes) > 1 and (torch.float64 in dtypes or not torch.is_autocast_enabled(x.device.type)):
         raise ValueError(
             f"the rows are {x.dtype}, the weights {', '.join(str(t.dtype) for t in others)}; cast one side"
         )
