@@ -116,7 +116,7 @@ class _Weights:
 
     def is_plain(self) -> bool:
         """Whether state() sees all that the model computes: only known modules, without hooks."""
-        return not any(
+        return not torch.nn.modules.module._has_any_global_hook() and not any(
             (type(m) not in PLAIN and not type(m).__module__.startswith("fastdistil."))
             or m._forward_hooks
             or m._forward_pre_hooks
@@ -131,11 +131,12 @@ class _Weights:
     def _each(self) -> Iterator[Any]:
         for module, parameters, children in self.parts:
             yield len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__
-            yield getattr(module, "eps", None) or getattr(module, "activation", None)
+            yield type(module).forward
+            yield from (getattr(module, name, None) for name in ("eps", "activation", "n_heads"))
             for child in children.values():
                 yield id(child)
             for parameter in parameters.values():
-                yield None if parameter is None else (parameter.data_ptr(), parameter.dtype)
+                yield None if parameter is None else (parameter.data_ptr(), parameter.dtype, parameter.stride())
 
 
 def can_capture(device: torch.device) -> bool:

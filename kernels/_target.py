@@ -40,7 +40,7 @@ def why_not(device: torch.device) -> str | None:
 @functools.cache
 def missing_compiler() -> str | None:
     """Triton builds its launcher with the C compiler and Python's headers at the first call."""
-    if (cc := os.environ.get("CC")) and not shutil.which(cc):
+    if (cc := os.environ.get("CC")) is not None and not shutil.which(cc):
         return f"CC is {cc!r}, which is no program; unset it or set it to gcc or clang"
     if not (cc or any(map(shutil.which, ("gcc", "clang")))):
         return "no C compiler found; install gcc or clang, or set CC"

@@ -128,6 +128,17 @@ def test_changed_weights_are_noticed(model, device, counts):
     model.transformer.layer[1].ffn.activation = "relu"
     same(model, *args)
     assert counts["captures"] == 6 and counts["replays"] == 7
+    weight = model.transformer.layer[0].attention.out_lin.weight
+    weight.data = weight.data.t()
+    same(model, *args)
+    for block in model.transformer.layer:
+        block.attention.n_heads, block.attention.attention_head_size = 6, 8
+    same(model, *args)
+    assert counts["captures"] == 8 and counts["replays"] == 9
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    same(model, *args)
+    hook.remove()
+    assert counts["captures"] == 8 and counts["replays"] == 9
 
 
 def test_what_is_not_the_models_own_runs_without_a_graph(model, device, counts):
