@@ -1,10 +1,10 @@
-"""Compiles every launch that can be chosen, for every architecture, on a machine without a GPU, and judges the result.
+"""Compiles every launch configuration, for every architecture, on a machine without a GPU, and judges the result.
 
     python -m benchmarks.compile_gate            # compile what the table lacks or what has changed, and write it
     python -m benchmarks.compile_gate --check    # CI: the same plus a rotating sample of 60, nothing written
 
-The launchers in kernels/ are called as the ops call them, with tensors on the meta device and a driver that only names
-its target; what they launch is recorded, compiled and disassembled. One row of the table is one kernel binary: its
+The launchers in kernels/ are called as the ops call them, with tensors on the meta device, at common widths; what
+they launch is recorded, compiled and disassembled. One row of the table is one kernel binary: its
 registers, spills (local loads and stores), shared memory, matrix instructions (HGMMA: Hopper's, HMMA: the others'), TMA
 transfers, asynchronous copies (LDGSTS), 16-byte accesses, and pointers with 64-bit offsets. It is in
 benchmarks/results/compile/triton-<version>.csv, by a hash of kernel source, launch and Triton version.
@@ -79,24 +79,24 @@ class Entry:
 
     def describe(self) -> str:
         names = [p.name for p in self.kernel.params]
-        types = sorted({t for t in self._types() if t.startswith(("*fp", "*bf", "tensordesc"))})
+        types = sorted({str(t) for _, t in self.signature if str(t).startswith(("*fp", "*bf", "tensordesc"))})
         fixed = [f"{names[path[0]]}={value}" for path, value in self.constants if value is not None]
         absent = [f"no {names[path[0]].removesuffix('_ptr')}" for path, value in self.constants if value is None]
         options = dict(self.options)
         return " ".join([*types, *fixed, *absent, f"warps={options['num_warps']}", f"stages={options['num_stages']}"])
 
-    def _types(self) -> list[str]:
-        return [str(kind) for _, kind in self.signature]
-
 
 def source_of(kernel: JITFunction) -> str:
-    """The kernel's source and that of all it calls, without the comments' and line numbers' changes."""
+    """The kernel's source and that of all it calls, but for comments, docstrings and places."""
     seen: dict[str, str] = {}
 
     def visit(function: JITFunction) -> None:
         if function.__name__ in seen:
             return
         tree = ast.parse(function.src)
+        body = tree.body[0].body
+        if ast.get_docstring(tree.body[0]) is not None:
+            del body[0]
         seen[function.__name__] = ast.dump(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and isinstance(callee := function.fn.__globals__.get(node.id), JITFunction):
@@ -107,15 +107,6 @@ def source_of(kernel: JITFunction) -> str:
 
 
 # --- what can be launched -----------------------------------------------------------------------------------------
-
-
-class _Driver:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, target: GPUTarget):
-        self.get_current_target = lambda: target
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
 
 
 @contextmanager
@@ -197,7 +188,7 @@ def launch_all(full_precision: str) -> None:
 
 
 def entries() -> list[Entry]:
-    """Every distinct kernel that can be launched, on every architecture."""
+    """Every distinct kernel that launch_all launches, on every architecture."""
     found: dict[Entry, None] = {}
     for arch, precision in product(_configs.GEMM, ("ieee", "tf32")):
         with recorded(arch) as launches, patch.object(_configs, "matmul_precision", lambda p=precision: p):
@@ -246,7 +237,7 @@ def _tool(name: str, *args: str) -> str:
 
 def complaints(row: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a row of the table."""
-    sm, launch, half = int(row["sm"]), row["launch"], "*fp32" not in row["launch"] and "fp32" not in row["launch"]
+    sm, launch, half = int(row["sm"]), row["launch"], "fp32" not in row["launch"]
     tile = re.search(r"\b(?:BLOCK_M|T)=(\d+)", launch)
     matrix = row["kernel"].startswith("gemm") or tile
     if int(row["spills"]):

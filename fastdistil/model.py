@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fastdistil import graphs, ops, reference
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
-from fastdistil.graphs import Graphs
 from fastdistil.outputs import BaseModelOutput
 from fastdistil.packing import Packing, find_rows
 
@@ -475,7 +474,7 @@ class DistilBertModel(PreTrainedModel):
     gradient could be asked for, the differentiable dense path runs instead.
     """
 
-    _graphs: Graphs | None = None
+    _graphs: graphs.Graphs | None = None
 
     def __init__(self, config: DistilBertConfig):
         super().__init__(config)
@@ -581,7 +580,7 @@ class DistilBertModel(PreTrainedModel):
         positions, head masks or embeddings, hidden states, attentions, gradients, autocast, modules that are not the
         model's own, hooks. Changed weights are noticed.
         """
-        self.__dict__["_graphs"] = Graphs(most) if on else None
+        self.__dict__["_graphs"] = graphs.Graphs(most) if on else None
         return self
 
     def _replayed(self, input_ids: Tensor | None, keep: Tensor | None) -> list[Tensor] | None:

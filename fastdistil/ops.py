@@ -170,7 +170,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
 
 
 def set_exact_gelu(on: bool) -> None:
-    """Whether the kernels compute gelu by erf in half precision too, at some cost in speed.
+    """Whether the kernels compute gelu by erf in half precision too, in half as many instructions again.
 
     Off by default: float16 and bfloat16 then use a form of it with a relative error of 3.4e-5, less than they resolve.
     float32 always uses erf. Holds for the whole process; CPU is not affected.
@@ -179,10 +179,11 @@ def set_exact_gelu(on: bool) -> None:
 
 
 def set_batch_invariant(on: bool) -> None:
-    """Whether a text's result on a GPU has the same bits alone and in any batch, at some cost in speed.
+    """Whether a text's result on a GPU has the same bits alone and in any batch.
 
     Each kernel then has one configuration, whatever the batch's size, and attention gives every sequence tiles of its
-    own. Off by default. Holds for the whole process; on CPU bits may differ with the batch.
+    own; what that costs was not measured yet. Off by default. Holds for the whole process; on CPU bits may differ with
+    the batch.
     """
     _configs.modes.batch_invariant = bool(on)
 

@@ -75,8 +75,8 @@ class Attention:
 
 
 # (architecture, op, shape class) -> configuration. Shape classes: of GEMMs "half/many" (precision, size), of attention
-# "half/64/128" (head size, 256 if no power of two; longest sequence or any), of row kernels "half/1024" (width as a
-# power of two)
+# "half/64/128" (head size, 256 if no power of two from 16 on; longest sequence or any), of row kernels "half/1024"
+# (width as a power of two)
 RECORDED: dict[tuple[int, str, str], Gemm | Attention | Rows] = {}
 
 SMALL = {  # every architecture
@@ -107,7 +107,9 @@ LONG_K = 1_024
 
 # The first that serves. Up to 32 rows a tile of 64 is shared block-diagonally; one of 128 for up to 64 rows would
 # compute more scores than a tile a sequence does. What is missing from a list spills: wide heads, TF32, IEEE float32.
-ANY_HEAD = 256  # `widest` of a form that also serves head sizes that are no power of two, whose masks take registers
+ANY_HEAD = (
+    256  # `widest` of a form that also serves head sizes that are no power of two from 16 on: masks take registers
+)
 ATTENTION = {
     "half": (
         Attention("short", 64, warps=4, longest=16),
