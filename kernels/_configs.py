@@ -107,9 +107,8 @@ LONG_K = 1_024
 
 # The first that serves. Up to 32 rows a tile of 64 is shared block-diagonally; one of 128 for up to 64 rows would
 # compute more scores than a tile a sequence does. What is missing from a list spills: wide heads, TF32, IEEE float32.
-ANY_HEAD = (
-    256  # `widest` of a form that also serves head sizes that are no power of two from 16 on: masks take registers
-)
+# `widest` of a form that also serves head sizes that are no power of two from 16 on, whose masks take registers
+ANY_HEAD = 256
 ATTENTION = {
     "half": (
         Attention("short", 64, warps=4, longest=16),
