@@ -43,11 +43,9 @@ def _save(
 
 
 @triton.jit
-def _softmax_v(scores, v, scale, PRECISION: tl.constexpr):
-    """softmax(scores * scale) @ v for a row's whole sequence at once; scores: [T, T], -inf where masked"""
-    top = tl.max(scores, axis=1) * scale
-    p = tl.exp2(scores * scale - top[:, None])
-    return tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / tl.sum(p, axis=1)[:, None]
+def _weights(scores, scale):
+    """softmax(scores * scale) of a row's whole sequence at once, before the division; scores: [T, T], -inf if masked"""
+    return tl.exp2(tl.fma(scores, scale, -tl.max(scores, axis=1)[:, None] * scale))
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "steps"])
@@ -75,12 +73,17 @@ def _short(
         v = _load(qkv_ptr, row, inside, (2 * heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
         scores = tl.dot(q, k.T, input_precision=PRECISION)  # [T, T]
         together = (start[:, None] == start[None, :]) & inside[None, :]
-        # another sequence's NaN or infinity must not reach this one through 0 * NaN; a sequence's own gives NaN
-        finite = tl.abs(v) < float("inf")
-        bad = tl.max(tl.where(finite, 0, 1), axis=1)
-        o = _softmax_v(tl.where(together, scores, float("-inf")), tl.where(finite, v, 0.0), scale, PRECISION)
-        spoilt = tl.max(tl.where(together, bad[None, :], 0), axis=1) > 0
-        o = tl.where((too_long | spoilt)[:, None], float("nan"), o)
+        p = _weights(tl.where(together, scores, float("-inf")), scale)
+        total = tl.sum(p, axis=1)[:, None]
+        p = p.to(v.dtype)
+        if tl.max(tl.where(tl.abs(v) < float("inf"), 0, 1)) == 0:
+            o = tl.dot(p, v, input_precision=PRECISION)
+        else:  # one sequence's NaN or infinity would reach the others by 0 * NaN
+            o = tl.zeros((T, BLOCK_D), tl.float32)
+            for one in range(tl.min(sequence), tl.max(sequence) + 1):
+                its = (sequence == one)[:, None]
+                o = tl.where(its, tl.dot(p, tl.where(its, v, 0.0), input_precision=PRECISION), o)
+        o = tl.where(too_long[:, None], float("nan"), o / total)
         seen = row - start <= T - STEP  # rows of its sequence that a tile is sure to hold; the others go by their place
         own = inside & tl.where(seen, (start >= first) & (start < first + STEP), row < first + STEP)
         _save(o_ptr, head_scale_ptr, o, row, own, head, heads, HEAD, BLOCK_D)
@@ -102,7 +105,8 @@ def _single(
         k = _load(qkv_ptr, row, inside, (heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
         v = _load(qkv_ptr, row, inside, (2 * heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
         scores = tl.dot(q, k.T, input_precision=PRECISION)  # [T, T]
-        o = _softmax_v(tl.where(inside[None, :], scores, float("-inf")), v, scale, PRECISION)
+        p = _weights(tl.where(inside[None, :], scores, float("-inf")), scale)
+        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / tl.sum(p, axis=1)[:, None]
         if end - start > T:
             o = tl.full((T, BLOCK_D), float("nan"), tl.float32)
             for rest in range(start + T, end, T):
@@ -140,7 +144,7 @@ def _looped(
             scores = tl.dot(q, k.T, input_precision=PRECISION)  # [T, KEYS]
             scores = tl.where((at < end)[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
-            p = tl.exp2(scores * scale - new_top[:, None])
+            p = tl.exp2(tl.fma(scores, scale, -new_top[:, None]))
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(p, axis=1)
             v = _load(qkv_ptr, at, at < end, (2 * heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)

@@ -146,6 +146,28 @@ def test_equal_scores_and_great_ones(dtype, device):
     hold_to_definition("attention", qkv, cu, 130, 2)
 
 
+@pytest.mark.parametrize("lengths", [[16] * 120, [60] * 30, [130] * 10], ids=lambda v: str(v[0]))
+def test_great_scores_err_no_more_than_in_eager(lengths, dtype, device):
+    # two scores nearly alike decide a row, so one sequence tells nothing; many do
+    qkv, cu = rows_of(lengths, 2, 32, dtype, device) * 20, cu_seqlens(lengths, device)
+    if dtype is torch.float16:
+        qkv /= 8
+    hold_to_definition("attention", qkv, cu, max(lengths), 2)
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 16], [20, 32, 7], [50, 3], [140, 9]], ids=lambda v: str(max(v)))
+def test_where_a_result_is_not_finite(lengths, dtype, device):
+    """An infinity or NaN goes where the definition lets it go, element by element, in every form."""
+    g = torch.Generator().manual_seed(len(lengths))
+    cu, n = cu_seqlens(lengths, device), sum(lengths)
+    for value in (float("inf"), -float("inf"), float("nan")):
+        qkv = rows_of(lengths, 2, 16, dtype, device)
+        qkv[torch.randint(n, (3,), generator=g), torch.randint(96, (3,), generator=g)] = value
+        ours, theirs = ops.attention(qkv, cu, max(lengths), 2), ops.reference.attention(qkv, cu, max(lengths), 2)
+        for of in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(of(ours), of(theirs))
+
+
 def test_in_the_batch_invariant_mode_a_text_has_the_same_bits_in_any_batch(dtype, device, modes, rows_alike):
     modes.batch_invariant = True
     lengths = [7, 130, 16, 1, 70]

@@ -67,8 +67,20 @@ MUTANTS = {
     "attention: a neighbour's NaN": (
         "attention",
         "attention::not_finite",
-        "tl.where(finite, v, 0.0)",
-        "v",
+        'float("inf"), 0, 1)) == 0',
+        'float("inf"), 0, 1)) >= 0',
+    ),
+    "attention: its own infinity": (
+        "attention",
+        "attention::not_finite",
+        "tl.where(its, v, 0.0)",
+        'tl.where(its & (tl.abs(v) < float("inf")), v, 0.0)',
+    ),
+    "attention: the last sequence of those with an infinity": (
+        "attention",
+        "attention::not_finite",
+        "tl.max(sequence) + 1",
+        "tl.max(sequence)",
     ),
     "attention: rows below the first sequence": (
         "attention",
