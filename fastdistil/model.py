@@ -7,6 +7,7 @@ training mode, attentions or a 4-D mask is asked for. Both give hidden states th
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,13 @@ class MultiHeadSelfAttention(nn.Module):
         self.register_load_state_dict_post_hook(_after_load)
         self._lay_side_by_side()
 
-    def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None, only: Tensor | None = None) -> Tensor:
+        """only: [n], the rows to answer for, by default all; every row is attended to. -> [rows or n, dim]"""
         qkv = self.project(x, at.live)  # [rows, 3 * dim]
         context = ops.attention(qkv, at.cu_seqlens, at.max_seqlen, self.n_heads, head_scale)  # [rows, dim]
-        return apply_linear(self.out_lin, context, at.live)  # [rows, dim]
+        if only is not None:
+            return apply_linear(self.out_lin, context[only], None)
+        return apply_linear(self.out_lin, context, at.live)
 
     def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
         """x: [B, L, dim]; mask: bool (True attends) or additive, broadcast to [B, heads, L, L]; head_mask: [heads]"""
@@ -219,9 +223,12 @@ class TransformerBlock(nn.Module):
         self.ffn = FFN(config)
         self.output_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None = None) -> Tensor:  # [rows, dim]
-        x = apply_add_norm(self.sa_layer_norm, self.attention(x, at, head_scale), x, at.live)
-        return apply_add_norm(self.output_layer_norm, self.ffn(x, at.live), x, at.live)
+    def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None = None, only: Tensor | None = None) -> Tensor:
+        """x: [rows, dim] -> [rows, dim], or of the rows in `only` [n] -> [n, dim]"""
+        context = self.attention(x, at, head_scale, only)
+        x, live = (x, at.live) if only is None else (x[only], None)
+        x = apply_add_norm(self.sa_layer_norm, context, x, live)
+        return apply_add_norm(self.output_layer_norm, self.ffn(x, live), x, live)
 
     def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
         context, weights = self.attention.dense(x, mask, head_mask, probabilities)
@@ -236,15 +243,18 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.checkpointing_options: dict[str, Any] = {}
 
-    def forward(self, x: Tensor, at: Packing, head_mask: Tensor | None, every: bool) -> list[Tensor]:
-        """x: [rows, dim] -> the last block's rows, or with `every` the input's and each block's"""
+    def forward(
+        self, x: Tensor, at: Packing, head_mask: Tensor | None, every: bool, only: Tensor | None = None
+    ) -> list[Tensor]:
+        """x: [rows, dim] -> the last block's rows, all or `only` [n]; with `every` the input's and each block's"""
         states = [x]
         for i, block in enumerate(self.layer):
-            x = block(x, at, None if head_mask is None else head_mask[i])
+            last = i == len(self.layer) - 1
+            x = block(x, at, None if head_mask is None else head_mask[i], only if last else None)
             states.append(x)
             if not every:
                 states = [x]
-        return states
+        return states if self.layer or only is None else [x[only]]
 
     def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
         states, attentions = [x], []
@@ -326,6 +336,8 @@ class PreTrainedModel(nn.Module):
     def materialize(self, fresh: set[str], untied: set[str]) -> None:
         """Allocate a model built on the meta device and give initial values to the parameters named in `fresh`."""
         self.to_empty(device=self.__dict__.pop("_load_device", "cpu"))
+        if not untied:
+            self.tie_weights()
         owners = {}
         for prefix, module in self.named_modules():
             for name, _ in module.named_parameters(prefix, recurse=False):
@@ -399,6 +411,9 @@ class PreTrainedModel(nn.Module):
     def get_output_embeddings(self) -> nn.Module | None:
         return None
 
+    def tie_weights(self) -> None:
+        """Share what the configuration says is shared; only a masked-LM head shares anything."""
+
     def get_position_embeddings(self) -> nn.Embedding:
         return self._embeddings.position_embeddings
 
@@ -424,7 +439,7 @@ class PreTrainedModel(nn.Module):
             raise ValueError(f"new_num_tokens is {n}; a vocabulary has at least one token")
         new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
         if n > len(old) and mean_resizing:
-            new[len(old) :] = _around_mean(old, n - len(old))
+            new[len(old) :] = mean_rows(old, n - len(old))
         new[: len(old)] = old[:n]
         words.weight = nn.Parameter(new, requires_grad=old.requires_grad)
         words.num_embeddings = self.config.vocab_size = n
@@ -467,6 +482,20 @@ class PreTrainedModel(nn.Module):
         return self.base_model.transformer.gradient_checkpointing
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder hands to a head.
+
+    hidden: [rows, dim], packed as `at` tells; where at is None, padded [batch, length, dim], or [n, dim] of the tokens
+    asked for. states, attentions: as in BaseModelOutput.
+    """
+
+    hidden: Tensor
+    at: Packing | None
+    states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
 class DistilBertModel(PreTrainedModel):
     """The DistilBERT encoder (Sanh et al., 2019, arXiv:1910.01108), equal to HF's `DistilBertModel` at real positions.
 
@@ -502,10 +531,41 @@ class DistilBertModel(PreTrainedModel):
         [L], [1, L] or [B, L], by default the column. token_type_ids are accepted for BERT's callers.
         output_attentions and output_hidden_states add `attentions` and `hidden_states`. Raises ValueError.
         """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        encoded = self.encode(
+            input_ids,
+            attention_mask,
+            head_mask,
+            inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+            position_ids,
+            token_type_ids,
+        )
+        hidden = encoded.hidden if encoded.at is None else encoded.at.unpack(encoded.hidden)
+        out = BaseModelOutput(hidden, encoded.states, encoded.attentions)
+        return out if return_dict else out.to_tuple()
+
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        only: Tensor | str | None = None,
+    ) -> "Encoded":
+        """`forward` for heads: the last hidden states stay packed where they are.
+
+        only: "first", the first token of each sequence, or int64 [n, 2], the (row, column) of chosen tokens; then the
+        last block answers for these alone.
+        """
         config = self.config
         want_attentions = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return_dict = config.return_dict if return_dict is None else return_dict
         for name, value in (
             ("attention_mask", attention_mask),
             ("head_mask", head_mask),
@@ -525,30 +585,49 @@ class DistilBertModel(PreTrainedModel):
         heads = self._head_mask(head_mask)
         if input_ids is not None:
             self._check_ids(input_ids, keep)
+        if isinstance(only, Tensor):
+            _check_only(only, batch, length, device)
 
-        attentions: tuple | None = None
-        states: list[Tensor] | None
         if self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0:
-            if input_ids is not None and keep is not None:
-                input_ids = input_ids.where(keep, 0)  # what lies in the padding is never looked up
-            elif inputs_embeds is not None and keep is not None:
-                inputs_embeds = inputs_embeds.masked_fill(~keep.unsqueeze(-1), 0)
-            x = self.embeddings.dense(input_ids, inputs_embeds, positions)  # [B, L, dim]
-            if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
-                mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
-            dense_states, weights = self.transformer.dense(x, mask, heads, bool(want_attentions))
-            padded = None if keep is None else ~keep.unsqueeze(-1)
-            states = [x if padded is None else x.masked_fill(padded, 0) for x in dense_states]
-            attentions = tuple(weights) if want_attentions else None
-        else:
-            states = None
-            if self._graphs is not None and inputs_embeds is None and position_ids is None and heads is None:
-                states = None if want_states else self._replayed(input_ids, keep)
-            if states is None:
-                states = self._packed(input_ids, inputs_embeds, keep, positions, heads, bool(want_states))
+            states, weights = self._dense(input_ids, inputs_embeds, keep, mask, positions, heads, bool(want_attentions))
+            return Encoded(
+                _pick(states[-1], keep, only),
+                None,
+                tuple(states) if want_states else None,
+                tuple(weights) if want_attentions else None,
+            )
+        if want_states:  # shown padded
+            at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, every=True)
+            states = [at.unpack(x) for x in states]
+            return Encoded(_pick(states[-1], keep, only), None, tuple(states), None)
+        if self._graphs is not None and inputs_embeds is None and position_ids is None and heads is None:
+            hidden = self._replayed(input_ids, keep)
+            if hidden is not None:
+                return Encoded(_pick(hidden, keep, only), None, None, None)
+        at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, only=only)
+        return Encoded(states[-1], at if only is None else None, None, None)
 
-        out = BaseModelOutput(states[-1], tuple(states) if want_states else None, attentions)
-        return out if return_dict else out.to_tuple()
+    def _dense(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        keep: Tensor | None,
+        mask: Tensor | None,
+        positions: Tensor,
+        heads: Tensor | None,
+        want_attentions: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """[B, L] -> hidden states n_layers + 1 times [B, L, dim], and attentions"""
+        if input_ids is not None and keep is not None:
+            input_ids = input_ids.where(keep, 0)  # what lies in the padding is never looked up
+        elif inputs_embeds is not None and keep is not None:
+            inputs_embeds = inputs_embeds.masked_fill(~keep.unsqueeze(-1), 0)
+        x = self.embeddings.dense(input_ids, inputs_embeds, positions)  # [B, L, dim]
+        if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
+            mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
+        states, weights = self.transformer.dense(x, mask, heads, want_attentions)
+        padded = None if keep is None else ~keep.unsqueeze(-1)
+        return [x if padded is None else x.masked_fill(padded, 0) for x in states], weights
 
     def _packed(
         self,
@@ -557,9 +636,11 @@ class DistilBertModel(PreTrainedModel):
         keep: Tensor | None,
         positions: Tensor,
         heads: Tensor | None,
-        every: bool,
-    ) -> list[Tensor]:
-        """[B, L] -> the last hidden states [B, L, dim], or with `every` the embeddings' and each block's"""
+        every: bool = False,
+        only: Tensor | str | None = None,
+    ) -> tuple[Packing, list[Tensor]]:
+        """[B, L] -> the last hidden states [rows, dim], or with `every` the embeddings' and each block's, or those of
+        the tokens in `only` [n, dim]"""
         given = input_ids if inputs_embeds is None else inputs_embeds
         assert given is not None
         batch, length = given.shape[:2]
@@ -570,7 +651,13 @@ class DistilBertModel(PreTrainedModel):
             table = inputs_embeds.reshape(batch * length, -1)
             ids = torch.arange(batch * length, device=given.device) if at.source is None else at.source
         x = self.embeddings(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
-        return [at.unpack(x) for x in self.transformer(x, at, heads, every)]
+        if only is None:
+            return at, self.transformer(x, at, heads, every)
+        if len(x) == 0:  # nothing is real
+            return at, [x.new_zeros(batch if isinstance(only, str) else len(only), x.shape[1])]
+        rows, there = at.first() if isinstance(only, str) else at.find(only[:, 0] * length + only[:, 1])
+        chosen = self.transformer(x, at, heads, every, rows)[-1]
+        return at, [chosen if there is None else chosen.masked_fill(~there[:, None], 0)]
 
     def cuda_graphs(self, on: bool = True, most: int = 64) -> "DistilBertModel":
         """Replay captured CUDA graphs in `forward`, which saves its launches; returns the model.
@@ -583,7 +670,7 @@ class DistilBertModel(PreTrainedModel):
         self.__dict__["_graphs"] = graphs.Graphs(most) if on else None
         return self
 
-    def _replayed(self, input_ids: Tensor | None, keep: Tensor | None) -> list[Tensor] | None:
+    def _replayed(self, input_ids: Tensor | None, keep: Tensor | None) -> Tensor | None:
         assert input_ids is not None and self._graphs is not None
         if not graphs.can_capture(input_ids.device) or torch.is_autocast_enabled(input_ids.device.type):
             return None  # autocast frees the weights it has cast, which a graph would go on reading
@@ -591,10 +678,10 @@ class DistilBertModel(PreTrainedModel):
 
         def forward(ids: Tensor, keep: Tensor) -> Tensor:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-            return self._packed(ids, None, keep, positions, None, every=False)[0]
+            at, (hidden,) = self._packed(ids, None, keep, positions, None)
+            return at.unpack(hidden)
 
-        hidden = self._graphs(self, forward, input_ids, keep, longest, ops.launch_modes())
-        return None if hidden is None else [hidden]
+        return self._graphs(self, forward, input_ids, keep, longest, ops.launch_modes())
 
     def forward_packed(
         self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor | None = None
@@ -720,6 +807,28 @@ def _masks(attention_mask: Tensor | None, batch: int, length: int, heads: int) -
     return (attention_mask != 0).expand(batch, length), None
 
 
+def _check_only(only: Tensor, batch: int, length: int, device: torch.device) -> None:
+    if only.dim() != 2 or only.shape[1] != 2 or only.dtype is not torch.int64:
+        raise ValueError(f"positions must be int64 [n, 2] of (row, column), got {only.dtype} {list(only.shape)}")
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        for row, column in only.tolist():
+            if not (0 <= row < batch and 0 <= column < length):
+                raise ValueError(f"positions hold ({row}, {column}), outside the batch of [{batch}, {length}]")
+
+
+def _pick(hidden: Tensor, keep: Tensor | None, only: Tensor | str | None) -> Tensor:
+    """The tokens of padded hidden states [B, L, dim] that `only` names, [n, dim]; all as they are without it."""
+    if only is None:
+        return hidden
+    if isinstance(only, Tensor):
+        return hidden[only[:, 0], only[:, 1]]
+    if hidden.shape[1] == 0:
+        return hidden.new_zeros(len(hidden), hidden.shape[2])
+    if keep is None:
+        return hidden[:, 0]
+    return hidden[torch.arange(len(hidden), device=hidden.device), keep.to(torch.int8).argmax(1)]
+
+
 class _WithoutInit(TorchFunctionMode):
     """Skips torch.nn.init: on the meta device its random numbers would cost the import of torch's compiler, 2 s."""
 
@@ -765,7 +874,7 @@ def sinusoidal_positions(positions: int, dim: int) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def _around_mean(rows: Tensor, n: int) -> Tensor:
+def mean_rows(rows: Tensor, n: int) -> Tensor:
     """n draws from a normal with the rows' mean and 1e-9 of their covariance; the mean where that is degenerate."""
     x = rows.float()
     mean = x.mean(0)

@@ -37,16 +37,35 @@ class Packing:
         flat = x.reshape(self.batch * self.length, *x.shape[2:])
         return flat if self.source is None else flat[self.source]
 
-    def unpack(self, rows: Tensor) -> Tensor:
-        """[rows, ...] -> [batch, length, ...], exactly 0 at padded positions."""
+    def unpack(self, rows: Tensor, fill: Tensor | None = None) -> Tensor:
+        """[rows, ...] -> [batch, length, ...]; at padded positions exactly 0, or `fill` [1, ...]."""
         shape = (self.batch, self.length, *rows.shape[1:])
         if self.source is None:
             return rows.view(shape)
+        n = self.batch * self.length
         if self.target is None:  # every row is live
-            out = rows.new_zeros(self.batch * self.length, *rows.shape[1:])
+            out = rows.new_zeros(n, *rows.shape[1:]) if fill is None else fill.repeat(n, *[1] * (rows.dim() - 1))
             return out.index_copy_(0, self.source, rows).view(shape)
         padded = (self.target < 0).view(-1, *[1] * (rows.dim() - 1))
-        return rows[self.target.clamp(min=0)].masked_fill(padded, 0).view(shape)
+        out = rows[self.target.clamp(min=0)]
+        return (out.masked_fill(padded, 0) if fill is None else out.where(~padded, fill)).view(shape)
+
+    def first(self) -> tuple[Tensor, Tensor | None]:
+        """The row of each sequence's first token, and where there is one (None: everywhere); [batch] each."""
+        starts = self.cu_seqlens[:-1].long()
+        if self.source is None:
+            return starts, None
+        return starts.clamp(max=max(len(self.source) - 1, 0)), self.cu_seqlens.diff() > 0
+
+    def find(self, flat: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows of flat padded positions [n], and which of them hold a token (None: all); [n] each."""
+        if self.source is None:
+            return flat, None
+        if self.target is not None:
+            row = self.target[flat]
+            return row.clamp(min=0), row >= 0
+        row = torch.searchsorted(self.source, flat).clamp(max=max(len(self.source) - 1, 0))
+        return row, self.source[row] == flat
 
 
 def find_rows(keep: Tensor | None, batch: int, length: int, device: torch.device) -> Packing:

@@ -26,11 +26,12 @@ ALLOWED = {
     "ops": {"_register", "kernels", "cpu", "reference"},
     "checkpoint": {"config"},
     "model": {"ops", "reference", "packing", "graphs", "config", "outputs", "checkpoint"},
+    "heads": {"model", "config", "outputs"},
     "tokenizer": {"checkpoint"},
     "engine": {"engine", "model", "tokenizer", "checkpoint", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
     "cli": {"jobs", "engine", "kernels", "_register", "ops", ""},
-    "__init__": {"config", "engine", "model", "ops", "tokenizer"},
+    "__init__": {"config", "engine", "heads", "model", "ops", "tokenizer"},
 }
 
 

@@ -1,0 +1,420 @@
+"""The heads against transformers, on random models, inputs and labels, and what is our own about them."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+
+import fastdistil
+from fastdistil import DistilBertConfig
+
+transformers = pytest.importorskip("transformers")
+
+NAMES = [
+    "DistilBertForMaskedLM",
+    "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification",
+    "DistilBertForQuestionAnswering",
+    "DistilBertForMultipleChoice",
+]
+TOLERANCE = 1e-5
+TINY = dict(vocab_size=60, dim=24, n_heads=2, hidden_dim=32, n_layers=2, max_position_embeddings=20)
+
+
+def pair(name, seed=0, attn="eager", **settings):
+    """One seed, both libraries, in eval mode."""
+    torch.manual_seed(seed)
+    theirs = getattr(transformers, name)._from_config(
+        transformers.DistilBertConfig(**settings), attn_implementation=attn
+    )
+    torch.manual_seed(seed)
+    ours = getattr(fastdistil, name)(DistilBertConfig(**settings))
+    return ours.eval(), theirs.eval()
+
+
+class Case:
+    """A random head, configuration, batch and labels."""
+
+    def __init__(self, seed):
+        r = random.Random(seed)
+        g = torch.Generator().manual_seed(seed)
+        self.seed, self.name = seed, NAMES[seed % len(NAMES)]
+        heads = r.choice([1, 2, 3, 4])
+        self.settings = dict(
+            vocab_size=r.choice([40, 61]),
+            dim=heads * r.choice([4, 7, 8, 16]),
+            n_heads=heads,
+            hidden_dim=r.choice([16, 33]),
+            n_layers=r.choice([1, 2, 3]),
+            max_position_embeddings=r.choice([16, 21]),
+            activation=r.choice(["gelu", "relu", "gelu_new", "silu"]),
+            sinusoidal_pos_embds=r.random() < 0.2,
+            initializer_range=r.choice([0.02, 0.2]),
+        )
+        self.attn = r.choice(["eager", "sdpa"])
+        self.problem = None
+        labels = 2
+        if self.name.endswith(("SequenceClassification", "TokenClassification")):
+            labels = r.choice([1, 2, 5]) if "Sequence" in self.name else r.choice([2, 7])
+            self.settings["num_labels"] = labels
+        if self.name.endswith("SequenceClassification"):
+            given = [None, "regression"] if labels == 1 else [None, "regression", "single_label_classification"]
+            self.problem = r.choice([*given, "multi_label_classification"])
+            self.settings["problem_type"] = self.problem
+        elif self.name.endswith("MaskedLM"):
+            self.settings["tie_word_embeddings"] = r.random() < 0.7
+        batch, length, choices = r.choice([1, 3, 4]), r.choice([1, 5, 16]), r.choice([1, 3])
+        self.multiple = self.name.endswith("MultipleChoice")
+        shape = (batch, choices, length) if self.multiple else (batch, length)
+        ids = torch.randint(0, self.settings["vocab_size"], shape, generator=g)
+        kind = r.choice(["none", "full", "right", "holes"])
+        keep = torch.ones(shape, dtype=torch.bool)
+        if kind == "right":
+            lengths = torch.randint(1, length + 1, shape[:-1], generator=g)
+            keep = torch.arange(length) < lengths[..., None]
+        elif kind == "holes":
+            keep = torch.rand(shape, generator=g) < 0.7
+            keep[..., 0] = True
+        self.keep = keep
+        self.inputs = {"input_ids": ids}
+        if kind != "none":
+            self.inputs["attention_mask"] = keep.to(r.choice([torch.int64, torch.float32]))
+        if r.random() < 0.3:
+            self.inputs["position_ids"] = torch.randint(0, 16, (1, length), generator=g)
+        self.labels = {} if r.random() < 0.2 else self._labels(batch, choices, labels, g)
+        self.return_dict = r.random() < 0.6
+        self.inputs["output_hidden_states"] = r.random() < 0.3
+        if self.attn == "eager":
+            self.inputs["output_attentions"] = r.random() < 0.3
+
+    def _labels(self, batch, choices, n, g):
+        length = self.keep.shape[-1]
+        if self.multiple:
+            return {"labels": torch.randint(0, choices, (batch,), generator=g)}
+        if self.name.endswith("QuestionAnswering"):
+            if not self.keep.all():
+                return {}  # logits at padded positions take part in transformers' loss
+            return {
+                name: torch.randint(-1, length + 2, (batch,), generator=g)
+                for name in ("start_positions", "end_positions")
+            }
+        if self.name.endswith("SequenceClassification"):
+            if self.problem == "multi_label_classification" or (self.problem is None and n > 1 and batch > 1):
+                return {"labels": torch.randint(0, 2, (batch, n), generator=g).float()}
+            if self.problem == "regression" or n == 1:
+                return {"labels": torch.randn(batch, n, generator=g) if n > 1 else torch.randn(batch, generator=g)}
+            return {"labels": torch.randint(0, n, (batch,), generator=g)}
+        n = self.settings["vocab_size"] if self.name.endswith("MaskedLM") else n
+        labels = torch.randint(0, n, self.keep.shape, generator=g)
+        labels[torch.rand(self.keep.shape, generator=g) < 0.3] = -100
+        labels[:, 0] = 0  # a mean over nothing is NaN
+        return {"labels": labels.where(self.keep, -100)}
+
+    def compare(self, ours, theirs, keys):
+        assert len(ours) == len(theirs) == len(keys)
+        for key, a, b in zip(keys, ours, theirs, strict=True):
+            if isinstance(b, tuple):  # of hidden states, or attentions
+                assert len(a) == len(b)
+                keep = self.keep.flatten(0, -2)
+                for x, y in zip(a, b, strict=True):
+                    x, y = (x, y) if key == "hidden_states" else (x.transpose(1, 2), y.transpose(1, 2))
+                    torch.testing.assert_close(x[keep], y[keep], rtol=0, atol=TOLERANCE)
+                continue
+            assert a.shape == b.shape, key
+            if a.dim() > 1 and a.shape[:2] == self.keep.shape and not self.multiple and "logits" in key:
+                first = self.name.endswith("SequenceClassification")
+                a, b = (a, b) if first else (a[self.keep], b[self.keep])
+            torch.testing.assert_close(
+                a, b, rtol=1e-5, atol=TOLERANCE, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+@pytest.mark.parametrize("seed", range(400))
+def test_equal_to_transformers(seed):
+    case = Case(seed)
+    ours, theirs = pair(case.name, seed, case.attn, **case.settings)
+    state = theirs.state_dict()
+    assert list(ours.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+    expected = theirs(**case.inputs, **case.labels)
+    keys, values = list(expected.keys()), expected.to_tuple()
+    for grad in (True, False):  # dense and packed
+        with torch.inference_mode(not grad):
+            got = ours(**case.inputs, **case.labels, return_dict=case.return_dict)
+        assert isinstance(got, tuple) is not case.return_dict
+        if case.return_dict:
+            assert list(got.keys()) == keys
+        case.compare(got if isinstance(got, tuple) else got.to_tuple(), values, keys)
+        if grad and case.labels:
+            got[0].backward()
+    assert ours.config.problem_type == theirs.config.problem_type
+    if case.labels:
+        expected.loss.backward()
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None), name
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def inputs(batch=4, length=9):
+    ids = torch.randint(1, 60, (batch, length))
+    return ids, torch.arange(length) < torch.tensor([length, 3, 1, 0])[:batch, None]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_says_nothing_and_an_empty_text_is_finite(name):
+    ours, _ = pair(name, **TINY)
+    ids, keep = inputs()
+    if name.endswith("Choice"):
+        ids, keep = ids.view(2, 2, 9), keep.view(2, 2, 9)
+    with torch.inference_mode():
+        packed = ours(ids, keep)
+        other = ours(ids.where(keep, 7), keep)
+    dense = ours(ids, keep)
+    for a, b, c in zip(packed.to_tuple(), other.to_tuple(), dense.to_tuple(), strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+        torch.testing.assert_close(a, c, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_left_padding_reads_the_first_real_token(name):
+    ours, _ = pair(name, **TINY)
+    ids = torch.randint(1, 60, (2, 3, 9))
+    shift = torch.zeros(2, 3, 9, dtype=torch.bool)
+    shift[..., 4:] = True
+    where = torch.arange(9).sub(4).clamp(min=0)[None]
+    if not name.endswith("Choice"):
+        ids, shift = ids.flatten(0, 1), shift.flatten(0, 1)
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            alone = ours(ids[..., 4:])
+            padded = ours(ids, shift, position_ids=where)
+        for a, b in zip(alone.to_tuple(), padded.to_tuple(), strict=True):
+            b = b if a.shape == b.shape else b[:, 4:]
+            torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_logits_at_chosen_tokens():
+    ours, _ = pair("DistilBertForMaskedLM", **TINY)
+    ids, keep = inputs()
+    at = torch.tensor([[0, 8], [1, 2], [0, 0], [2, 0]])
+    padding = torch.tensor([[1, 5], [3, 0]])
+    whole = ours(ids, keep).logits
+    seen = []
+    ours.distilbert.transformer.layer[-1].ffn.register_forward_hook(lambda m, args, out: seen.append(out.shape[0]))
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            out = ours(ids, keep, logits_at=at, labels=torch.tensor([3, -100, 1, 59]))
+            torch.testing.assert_close(out.logits, whole[at[:, 0], at[:, 1]], rtol=0, atol=TOLERANCE)
+            assert out.loss.isfinite()
+            zeros = ours(ids, keep, logits_at=padding).logits
+            torch.testing.assert_close(zeros, whole[padding[:, 0], padding[:, 1]], rtol=0, atol=TOLERANCE)
+            full = ours(ids[:2], logits_at=at[:2]).logits
+            torch.testing.assert_close(full, ours(ids[:2]).logits[at[:2, 0], at[:2, 1]], rtol=0, atol=TOLERANCE)
+            assert ours(ids, keep, logits_at=at[:0]).logits.shape == (0, 60)
+    assert seen[:2] == [4, 2], "the last block answers for the chosen tokens alone"
+
+
+def test_a_classifier_reads_the_first_token_alone_in_the_last_block():
+    ours, _ = pair("DistilBertForSequenceClassification", **TINY)
+    seen = []
+    for block in ours.distilbert.transformer.layer:
+        block.ffn.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
+    with torch.inference_mode():
+        ours(*inputs())
+    assert seen == [(13, 24), (4, 24)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_save_by_either_loads_in_the_other(name, tied, tmp_path):
+    _, theirs = pair(name, **TINY, tie_word_embeddings=tied)
+    ids = torch.randint(1, 60, (2, 2, 9) if name.endswith("Choice") else (2, 9))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        expected = theirs(ids).to_tuple()
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded, report = getattr(fastdistil, name).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(report.values())
+    loaded.save_pretrained(tmp_path / "ours")
+    back, report = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values())
+    base = fastdistil.DistilBertModel.from_pretrained(tmp_path / "ours")
+    with torch.inference_mode():
+        for a, b, c in zip(expected, loaded(ids).to_tuple(), back(ids).to_tuple(), strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(c, a, rtol=0, atol=TOLERANCE)
+        flat = ids.flatten(0, -2)
+        assert torch.equal(base(flat)[0], loaded.distilbert(flat)[0])
+    if name.endswith("LM"):
+        words = loaded.get_input_embeddings().weight
+        assert (loaded.get_output_embeddings().weight is words) is tied
+
+
+def test_tied_weights(tmp_path):
+    ours, _ = pair("DistilBertForMaskedLM", **TINY)
+    key, words = "vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"
+    assert ours.vocab_projector.weight is ours.get_input_embeddings().weight
+    assert {key, words} < set(ours.state_dict())
+    ours.save_pretrained(tmp_path)
+    with fastdistil.checkpoint.Weights(tmp_path, None) as weights:
+        assert key not in weights.shapes and words in weights.shapes
+    state = ours.state_dict()
+    for missing in (key, words):
+        part = {k: v for k, v in state.items() if k != missing}
+        loaded, report = type(ours).from_pretrained(None, config=ours.config, state_dict=part, output_loading_info=True)
+        assert not any(report.values()) and loaded.vocab_projector.weight is loaded.get_input_embeddings().weight
+        assert torch.equal(loaded.vocab_projector.weight, ours.vocab_projector.weight)
+    other = type(ours).from_pretrained(None, config=ours.config, state_dict=state | {key: state[key] + 1})
+    assert other.vocab_projector.weight is not other.get_input_embeddings().weight
+    assert torch.equal(other.vocab_projector.weight, state[key] + 1)
+    other.save_pretrained(tmp_path / "untied")
+    again = type(ours).from_pretrained(tmp_path / "untied")
+    assert torch.equal(again.vocab_projector.weight, state[key] + 1)
+    assert torch.equal(again.get_input_embeddings().weight, state[key])
+    for clone in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), ours.to(torch.float64)):
+        assert clone.vocab_projector.weight is clone.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_vocabulary(tied):
+    ours, theirs = pair("DistilBertForMaskedLM", **TINY, tie_word_embeddings=tied)
+    for n in (50, 71):
+        words = ours.resize_token_embeddings(n, mean_resizing=False)
+        theirs.resize_token_embeddings(n, mean_resizing=False)
+        out = ours.get_output_embeddings()
+        assert words is ours.get_input_embeddings() and ours.config.vocab_size == n == out.out_features
+        assert out.weight.shape == (n, 24) and out.bias.shape == (n,) and (out.weight is words.weight) is tied
+        assert ours(torch.ones(1, 3, dtype=torch.int64)).logits.shape == (1, 3, n)
+        kept = min(n, 50)
+        assert torch.equal(out.weight[:kept], theirs.get_output_embeddings().weight[:kept])
+    assert ours.resize_token_embeddings(71).weight is words.weight
+
+
+def test_a_bert_masked_lm_converts_exactly(tmp_path):
+    torch.manual_seed(0)
+    bert = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=60, hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32,
+            max_position_embeddings=20,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for p in bert.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    bert.save_pretrained(tmp_path)
+    ours, report = fastdistil.DistilBertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    ids, keep = inputs(3)
+    with torch.inference_mode():
+        a, b = ours(ids, keep).logits, bert(ids, keep.long()).logits
+    torch.testing.assert_close(a[keep], b[keep], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_exports_and_trains_with_a_frozen_encoder(name):
+    ours, _ = pair(name, **TINY)
+    ids, keep = inputs(3)
+    if name.endswith("Choice"):
+        ids, keep = ids[:2, None].expand(2, 2, 9), keep[:2, None].expand(2, 2, 9)
+    key = "start_logits" if name.endswith("Answering") else "logits"
+    with torch.inference_mode():
+        expected = ours(ids, keep)[key]
+    with torch.no_grad():
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids, keep)[key], expected, rtol=0, atol=TOLERANCE)
+        program = torch.export.export(ours, (ids, keep), strict=False).module()
+        torch.testing.assert_close(program(ids, keep)[key], expected, rtol=0, atol=TOLERANCE)
+    ours.distilbert.requires_grad_(False)
+    out = ours(ids, keep)[key]
+    torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE)
+    out.square().sum().backward()
+    for parameter, p in ours.named_parameters():
+        assert (p.grad is not None) is p.requires_grad, parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision(name, dtype):
+    ours, _ = pair(name, **TINY)
+    ids, keep = inputs(3)
+    if name.endswith("Choice"):
+        ids, keep = ids[:, None], keep[:, None]
+    with torch.inference_mode():
+        expected = ours(ids, keep).to_tuple()
+        with torch.autocast("cpu", dtype):
+            cast = ours(ids, keep).to_tuple()
+        half = ours.to(dtype)(ids, keep).to_tuple()
+    for a, b, c in zip(expected, cast, half, strict=True):
+        assert c.dtype is dtype
+        torch.testing.assert_close(b.float(), a, rtol=0, atol=0.02)
+        torch.testing.assert_close(c.float(), a, rtol=0, atol=0.02)
+
+
+def test_the_first_labels_fix_the_problem_type():
+    config = DistilBertConfig(**TINY, num_labels=3)
+    ours = fastdistil.DistilBertForSequenceClassification(config).eval()
+    ids, _ = inputs(2)
+    assert ours(ids).loss is None and config.problem_type is None
+    ours(ids, labels=torch.tensor([0, 2], dtype=torch.int32))  # transformers refuses int32
+    assert config.problem_type == "single_label_classification"
+    with pytest.raises(ValueError, match="labels must be 2 integers"):
+        ours(ids, labels=torch.zeros(2, 3))
+
+
+def test_a_callers_labels_are_left_as_they_are():
+    ours, _ = pair("DistilBertForQuestionAnswering", **TINY)
+    ids, _ = inputs(2)
+    start, end = torch.tensor([-3, 100]), torch.tensor([[5], [2]])
+    ours(ids, start_positions=start, end_positions=end)
+    assert start.tolist() == [-3, 100] and end.tolist() == [[5], [2]]
+    assert ours(ids, start_positions=start).loss is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "error"),
+    [
+        (
+            "DistilBertForSequenceClassification",
+            {"labels": torch.tensor([0, 2])},
+            r"labels\[1\] is 2, but there are 2 classes",
+        ),
+        ("DistilBertForSequenceClassification", {"labels": torch.tensor([0])}, "labels must be 2 integers"),
+        ("DistilBertForSequenceClassification", {"labels": torch.zeros(2, 3)}, "labels must hold 4 values"),
+        ("DistilBertForTokenClassification", {"labels": torch.full((2, 9), -1)}, r"labels\[0, 0\] is -1"),
+        ("DistilBertForTokenClassification", {"labels": torch.zeros(2, 9)}, "labels must be 18 integers"),
+        ("DistilBertForMaskedLM", {"labels": torch.full((2, 9), 60)}, r"labels\[0, 0\] is 60"),
+        ("DistilBertForMaskedLM", {"logits_at": torch.tensor([[0, 9]])}, r"\(0, 9\), outside the batch of \[2, 9\]"),
+        ("DistilBertForMaskedLM", {"logits_at": torch.tensor([0, 1])}, r"must be int64 \[n, 2\]"),
+        (
+            "DistilBertForQuestionAnswering",
+            {"start_positions": torch.zeros(3).long(), "end_positions": torch.zeros(2).long()},
+            "start_positions must be 2 integers",
+        ),
+        (
+            "DistilBertForQuestionAnswering",
+            {"start_positions": torch.zeros(2).long(), "end_positions": torch.zeros(2)},
+            "end_positions must be 2 integers",
+        ),
+        ("DistilBertForMultipleChoice", {}, r"\[batch, choices, length\], or inputs_embeds, got \[2, 9\]"),
+    ],
+)
+def test_bad_input(name, kwargs, error):
+    ours, _ = pair(name, **TINY)
+    with pytest.raises(ValueError, match=error):
+        ours(inputs(2)[0], **kwargs)
+    with pytest.raises(ValueError, match="num_labels is 3"):
+        fastdistil.DistilBertForQuestionAnswering(DistilBertConfig(**TINY, num_labels=3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_text_at_all(name):
+    ours, _ = pair(name, **TINY)
+    shape = (0, 2, 5) if name.endswith("Choice") else (0, 5)
+    with torch.inference_mode():
+        out = ours(torch.zeros(shape, dtype=torch.int64))
+    assert len(out[0]) == 0
