@@ -4,17 +4,20 @@ from fastdistil import ops
 from fastdistil.config import DistilBertConfig
 from fastdistil.engine import Embedder
 from fastdistil.heads import (
+    DistilBertAdapterModel,
     DistilBertForMaskedLM,
     DistilBertForMultipleChoice,
     DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification,
     DistilBertForTokenClassification,
+    DistilBertModelWithHeads,
 )
 from fastdistil.model import DistilBertModel
 from fastdistil.tokenizer import DistilBertTokenizer
 
 __version__ = "0.1.0"
 __all__ = [
+    "DistilBertAdapterModel",
     "DistilBertConfig",
     "DistilBertForMaskedLM",
     "DistilBertForMultipleChoice",
@@ -22,6 +25,7 @@ __all__ = [
     "DistilBertForSequenceClassification",
     "DistilBertForTokenClassification",
     "DistilBertModel",
+    "DistilBertModelWithHeads",
     "DistilBertTokenizer",
     "Embedder",
     "ops",

@@ -121,6 +121,24 @@ def find(
         ) from error
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; an empty one where it is missing."""
+    values = read_json(path)
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object")
+    return values or {}
+
+
 def read_config(directory: Path, **overrides: Any) -> DistilBertConfig:
     path = directory / "config.json"
     if not path.is_file():
@@ -173,6 +191,15 @@ class Weights:
         for path in _weight_files(directory, use_safetensors):
             for name, shape, dtype, read in self._pickled(path) if use_safetensors is False else self._safe(path):
                 self.add(name, shape, dtype, read)
+
+    @classmethod
+    def of_file(cls, safe: Path, pickled: Path) -> "Weights":
+        """One file's tensors: `safe`, or where it is missing, `pickled`."""
+        self = cls.from_tensors({})
+        self.where = safe if safe.is_file() or not pickled.is_file() else pickled
+        for found in self._safe(safe) if self.where == safe else self._pickled(pickled):
+            self.add(*found)
+        return self
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Weights":
@@ -241,6 +268,7 @@ def model_names(names: Iterable[str], model: nn.Module) -> dict[str, str]:
         new = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
         for pattern, replacement in BERT_NAMES if is_bert else ():
             new = re.sub(pattern, replacement, new)
+        new = model.renamed(new)  # type: ignore[operator]
         bare = new.removeprefix(BASE_PREFIX)
         if bare in expected:
             new = bare

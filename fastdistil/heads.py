@@ -4,17 +4,24 @@
 where it is packed, and pads its logits at the end. At padded positions logits are those of a hidden state of zeros.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastdistil.checkpoint import Weights, read_object
 from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
-from fastdistil.model import DistilBertModel, Encoded, PreTrainedModel, apply_linear, mean_rows
+from fastdistil.model import DistilBertModel, Encoded, PreTrainedModel, apply_linear, mean_rows, pick
 from fastdistil.outputs import (
+    BaseModelOutput,
     MaskedLMOutput,
     ModelOutput,
     MultipleChoiceModelOutput,
@@ -23,12 +30,17 @@ from fastdistil.outputs import (
     TokenClassifierOutput,
 )
 
+logger = logging.getLogger("fastdistil")
+
 IGNORED = -100  # a label that counts for nothing
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_new": lambda: nn.GELU(approximate="tanh"),
     "relu": nn.ReLU,
     "silu": nn.SiLU,
+    "tanh": nn.Tanh,  # the rest in flexible heads only
+    "sigmoid": nn.Sigmoid,
+    "leakyrelu": nn.LeakyReLU,
 }
 
 
@@ -82,19 +94,67 @@ def _check_labels(labels: Tensor, classes: int) -> None:
 
 @dataclass(frozen=True)
 class HeadType:
-    """output: what a model returns. loss(logits, labels, problem_type). first: reads a sequence's first token only."""
+    """One kind of head.
+
+    output: what a model returns. loss(logits, labels, problem_type). settings: a flexible head's, with their defaults.
+    first: reads each sequence's first token only. static: transformers' class around it, and `parts`, what that class
+    calls the layers, by their place in a flexible head.
+    """
 
     output: Callable[..., ModelOutput]
     loss: Callable[[Tensor, Any, str], Tensor]
+    settings: dict[str, Any]
     first: bool = False
+    static: str | None = None
+    parts: dict[str, int] = field(default_factory=dict)
 
 
+_ONE = {"num_labels": 2, "layers": 1, "activation_function": "tanh", "label2id": None, "dropout_prob": None}
+_TWO = _ONE | {"layers": 2, "use_pooler": False}
 HEADS = {
-    "classification": HeadType(SequenceClassifierOutput, sequence_loss, first=True),
-    "tagging": HeadType(TokenClassifierOutput, token_loss),
-    "question_answering": HeadType(QuestionAnsweringModelOutput, span_loss),
-    "multiple_choice": HeadType(MultipleChoiceModelOutput, token_loss, first=True),
-    "masked_lm": HeadType(MaskedLMOutput, token_loss),
+    "classification": HeadType(
+        SequenceClassifierOutput,
+        sequence_loss,
+        _TWO | {"bias": True},
+        first=True,
+        static="DistilBertForSequenceClassification",
+        parts={"pre_classifier": 1, "classifier": 4},
+    ),
+    "multilabel_classification": HeadType(SequenceClassifierOutput, sequence_loss, _TWO | {"bias": True}, first=True),
+    "tagging": HeadType(
+        TokenClassifierOutput, token_loss, _ONE, static="DistilBertForTokenClassification", parts={"classifier": 1}
+    ),
+    "question_answering": HeadType(
+        QuestionAnsweringModelOutput,
+        span_loss,
+        _ONE,
+        static="DistilBertForQuestionAnswering",
+        parts={"qa_outputs": 1},
+    ),
+    "multiple_choice": HeadType(
+        MultipleChoiceModelOutput,
+        token_loss,
+        {"num_choices" if k == "num_labels" else k: v for k, v in _TWO.items()},
+        first=True,
+        static="DistilBertForMultipleChoice",
+        parts={"pre_classifier": 1, "classifier": 4},
+    ),
+    "masked_lm": HeadType(
+        MaskedLMOutput,
+        token_loss,
+        {
+            "vocab_size": None,
+            "embedding_size": None,
+            "layers": 2,
+            "activation_function": "gelu",
+            "layer_norm": True,
+            "bias": True,
+            "shift_labels": False,
+            "label2id": None,
+        },
+        static="DistilBertForMaskedLM",
+        parts={"vocab_transform": 0, "vocab_layer_norm": 2, "vocab_projector": 3},
+    ),
 }
 
 
@@ -128,28 +188,74 @@ def finish(kind: str, logits: Tensor, labels: Any, problem_type: str, encoded: E
 # --- transformers' classes ------------------------------------------------------------------------------------------
 
 
-class _WithHead(PreTrainedModel):
-    """An encoder, `distilbert`, and one head. Subclasses make the head's layers and list them."""
-
-    head_type: ClassVar[str]
+class _Headed(PreTrainedModel):
+    """An encoder, `distilbert`, and what stands on it."""
 
     def __init__(self, config: DistilBertConfig):
         super().__init__(config)
         self.distilbert = DistilBertModel(config)
 
-    def layers(self) -> list[nn.Module]:
-        raise NotImplementedError
+    def projectors(self) -> dict[str, nn.Linear]:
+        """The Linears onto the vocabulary, by name; the configuration ties them to the word embeddings."""
+        return {}
 
     def post_init(self) -> None:
         if self.device.type != "meta":  # the encoder has had its own
             for name, module in self.named_children():
                 if name != "distilbert":
                     module.apply(self._init_weights)
+        self.tie_weights()
 
     def cuda_graphs(self, on: bool = True, most: int = 64) -> Any:
         """As `DistilBertModel.cuda_graphs`, for the encoder; returns the model."""
         self.distilbert.cuda_graphs(on, most)
         return self
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        if not self.config.tie_word_embeddings:
+            return {}
+        words = self.get_input_embeddings().weight.shape
+        fit = (name for name, projector in self.projectors().items() if projector.weight.shape == words)
+        return {f"{name}.weight": "distilbert.embeddings.word_embeddings.weight" for name in fit}
+
+    def tie_weights(self, but: Collection[str] = ()) -> None:
+        for key in self._tied_weights_keys.keys() - set(but):
+            self.get_submodule(key.removesuffix(".weight")).weight = self.get_input_embeddings().weight
+
+    @torch.no_grad()
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in the encoder; the projectors onto the vocabulary follow, with a bias of 0 for new entries."""
+        words = self.get_input_embeddings()
+        before, count = words.weight, words.num_embeddings
+        words = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        n = words.num_embeddings
+        for projector in self.projectors().values():
+            old, bias = projector.weight, projector.bias
+            if old is before:
+                projector.weight = words.weight
+            elif n != len(old) == count:
+                new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
+                if n > len(old) and mean_resizing:
+                    new[len(old) :] = mean_rows(old, n - len(old))
+                new[: len(old)] = old[:n]
+                projector.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+            projector.out_features = len(projector.weight)
+            if bias is not None and len(bias) != projector.out_features:
+                padded = F.pad(bias.data, (0, projector.out_features - len(bias)))
+                projector.bias = nn.Parameter(padded, requires_grad=bias.requires_grad)
+        return words
+
+
+class _WithHead(_Headed):
+    """One head, whose layers a subclass makes and lists."""
+
+    head_type: ClassVar[str]
+
+    def layers(self) -> list[nn.Module]:
+        raise NotImplementedError
 
     def forward(
         self,
@@ -201,7 +307,6 @@ class DistilBertForMaskedLM(_WithHead):
         self.vocab_projector = nn.Linear(config.dim, config.vocab_size)
         self.activation = ACTIVATIONS[ACTIVATION_ALIASES[config.activation]]()
         self.post_init()
-        self.tie_weights()
 
     def layers(self) -> list[nn.Module]:
         return [self.vocab_transform, self.activation, self.vocab_layer_norm, self.vocab_projector]
@@ -235,43 +340,14 @@ class DistilBertForMaskedLM(_WithHead):
         )
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
-    @property
-    def _tied_weights_keys(self) -> dict[str, str]:
-        if not self.config.tie_word_embeddings:
-            return {}
-        return {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"}
-
-    def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings:
-            self.vocab_projector.weight = self.get_input_embeddings().weight
+    def projectors(self) -> dict[str, nn.Linear]:
+        return {"vocab_projector": self.vocab_projector}
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.vocab_projector
 
     def set_output_embeddings(self, projector: nn.Linear) -> None:
         self.vocab_projector = projector
-
-    @torch.no_grad()
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """As in the encoder; the projector follows, with a bias of 0 for new entries."""
-        tied = self.vocab_projector.weight is self.get_input_embeddings().weight
-        words = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        projector, n = self.vocab_projector, words.num_embeddings
-        old = projector.weight
-        if tied:
-            projector.weight = words.weight
-        elif n != len(old):
-            new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
-            if n > len(old) and mean_resizing:
-                new[len(old) :] = mean_rows(old, n - len(old))
-            new[: len(old)] = old[:n]
-            projector.weight = nn.Parameter(new, requires_grad=old.requires_grad)
-        bias = projector.bias
-        projector.bias = nn.Parameter(F.pad(bias.data, (0, n - len(bias))), requires_grad=bias.requires_grad)
-        projector.out_features = n
-        return words
 
 
 class DistilBertForSequenceClassification(_WithHead):
@@ -421,3 +497,542 @@ class DistilBertForMultipleChoice(_WithHead):
             only="first",
         )
         return self._answer(encoded, read(self.layers(), encoded).view(-1, choices), labels, return_dict)
+
+
+# --- flexible heads -------------------------------------------------------------------------------------------------
+
+HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
+STATIC = {head.static: kind for kind, head in HEADS.items() if head.static}
+
+
+@dataclass
+class MultiHeadOutput:
+    """What several heads gave. head_outputs: one output each, also by number and in a loop. loss: their losses' sum, if
+    labels were given by head name."""
+
+    head_outputs: list[Any]
+    loss: Tensor | None = None
+
+    def __getitem__(self, key: int | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.head_outputs[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.head_outputs)
+
+    def __len__(self) -> int:
+        return len(self.head_outputs)
+
+
+def complete(settings: dict[str, Any], config: DistilBertConfig) -> dict[str, Any]:
+    """A flexible head's settings with defaults filled in, checked: they may come from a file."""
+    settings = dict(settings)
+    kind = settings.pop("head_type", None)
+    if kind not in HEADS:
+        raise ValueError(f"head_type {kind!r} is not one of {', '.join(HEADS)}")
+    id2label = settings.pop("id2label", None)
+    if id2label is not None:
+        settings["label2id"] = {label: int(i) for i, label in id2label.items()}
+    unknown = settings.keys() - HEADS[kind].settings.keys() - {"bias", "dropout_prob"}
+    if unknown:
+        raise ValueError(f"a {kind} head has no setting {sorted(unknown)[0]!r}")
+    settings = {"head_type": kind} | HEADS[kind].settings | settings
+    if kind == "masked_lm":
+        settings["vocab_size"] = settings["vocab_size"] or config.vocab_size
+        settings["embedding_size"] = settings["embedding_size"] or config.dim
+    for name in ("num_labels", "num_choices", "layers", "vocab_size", "embedding_size"):
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**24:
+            raise ValueError(f"a head's {name} must be an integer of 1 or more, got {value!r}")
+    activation = settings["activation_function"]
+    if activation is not None and _activation(activation) not in ACTIVATIONS:
+        raise ValueError(f"activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if settings.get("use_pooler") or settings.get("shift_labels"):
+        raise ValueError("use_pooler and shift_labels are not for DistilBERT's heads, which have neither")
+    probability = settings.get("dropout_prob")
+    if probability is not None and not (isinstance(probability, (int, float)) and 0 <= probability <= 1):
+        raise ValueError(f"a head's dropout_prob must be from 0 to 1, got {probability!r}")
+    count = settings.get("num_labels", settings.get("num_choices"))
+    if count is not None:
+        labels = settings["label2id"] or {f"LABEL_{i}": i for i in range(count)}
+        if not isinstance(labels, dict) or set(labels.values()) != set(range(count)):
+            raise ValueError(f"a head of {count} labels needs names for 0 to {count - 1}, got {labels}")
+        settings["label2id"] = labels
+    return settings
+
+
+def _activation(name: Any) -> str:
+    return ACTIVATION_ALIASES.get(name, name) if isinstance(name, str) else ""
+
+
+def build(settings: dict[str, Any], config: DistilBertConfig) -> nn.Sequential:
+    """The layers of a flexible head, numbered as adapters (Poth et al., 2023, arXiv:2311.11077) does."""
+    layers: list[nn.Module] = []
+    bias, activation = settings.get("bias", True), settings["activation_function"]
+
+    def add(width: int, out: int, last: bool) -> None:
+        layers.append(nn.Linear(width, out, bias=bias if last else True))
+        if not last and activation:
+            layers.append(ACTIVATIONS[_activation(activation)]())
+
+    depth = settings["layers"]
+    if settings["head_type"] == "masked_lm":
+        width = config.dim
+        for _ in range(depth - 1):
+            add(width, width := settings["embedding_size"], last=False)
+            if settings["layer_norm"]:
+                layers.append(nn.LayerNorm(width, eps=1e-12))
+        add(width, settings["vocab_size"], last=True)
+        return nn.Sequential(*layers)
+    probability = settings["dropout_prob"]
+    for i in range(depth):
+        layers.append(nn.Dropout(config.seq_classif_dropout if probability is None else probability))
+        add(config.dim, settings.get("num_labels", 1) if i == depth - 1 else config.dim, last=i == depth - 1)
+    return nn.Sequential(*layers)
+
+
+class DistilBertModelWithHeads(_Headed):
+    """An encoder with any number of named heads, which can be added, switched, saved and loaded one by one.
+
+    `DistilBertAdapterModel` of the adapters library, formerly DistilBertModelWithHeads. Heads are described in
+    config.prediction_heads and saved with the model. A checkpoint of one of transformers' classes loads as head
+    "default"; `to_static` goes the other way.
+    """
+
+    def __init__(self, config: DistilBertConfig):
+        super().__init__(config)
+        self.heads = nn.ModuleDict()
+        self._active: list[str] = []
+        config.prediction_heads = dict(getattr(config, "prediction_heads", None) or {})
+        for name, settings in config.prediction_heads.items():
+            self.add_prediction_head_from_config(name, settings, overwrite_ok=True)
+
+    @classmethod
+    def _for_checkpoint(cls, config: DistilBertConfig) -> DistilBertConfig:
+        """The head that a checkpoint of one of transformers' classes has, as head "default"."""
+        kind = STATIC.get((config.architectures or [None])[0])
+        if kind is None:
+            return config
+        settings: dict[str, Any] = {"head_type": kind}
+        if kind == "masked_lm":
+            settings |= {"activation_function": config.activation}
+        elif kind == "multiple_choice":
+            settings |= {"activation_function": "relu"}
+        else:
+            two = kind == "classification"
+            dropout = {"tagging": config.dropout, "question_answering": config.qa_dropout}.get(kind)
+            settings |= {
+                "num_labels": config.num_labels,
+                "activation_function": "relu" if two else None,
+                "id2label": config.id2label,
+                "dropout_prob": dropout,
+            }
+            if two and config.problem_type == "multi_label_classification":
+                settings["head_type"] = "multilabel_classification"
+        config.prediction_heads = dict(getattr(config, "prediction_heads", None) or {}) | {"default": settings}
+        return config
+
+    def renamed(self, name: str) -> str:
+        """What a parameter of one of transformers' classes is called here."""
+        if "default" in self.heads and not name.startswith(("heads.", "distilbert.")):
+            part, _, rest = name.rpartition(".")
+            place = HEADS[_static_kind(self.heads_config["default"])].parts.get(part)
+            if place is not None:
+                return f"heads.default.{place}.{rest}"
+        return name
+
+    # --- adding and choosing ------------------------------------------------------------------------------------
+
+    @property
+    def heads_config(self) -> dict[str, dict[str, Any]]:
+        return self.config.prediction_heads
+
+    def get_prediction_heads_config(self) -> dict[str, dict[str, Any]]:
+        return dict(self.heads_config)
+
+    def add_prediction_head_from_config(
+        self, head_name: str, config: dict[str, Any], overwrite_ok: bool = False, set_active: bool = True
+    ) -> None:
+        """config: head_type and its settings, as in config.prediction_heads. Raises ValueError."""
+        if not isinstance(head_name, str) or not head_name or "." in head_name or hasattr(nn.ModuleDict, head_name):
+            raise ValueError(f"a head cannot be named {head_name!r}")
+        if head_name in self.heads and not overwrite_ok:
+            raise ValueError(f"there is a head {head_name!r}; pass overwrite_ok=True to replace it")
+        settings = complete(config, self.config)
+        head = build(settings, self.config)
+        if self.device.type != "meta":
+            head.apply(self._init_weights).to(self.device, self.dtype)
+        self.heads[head_name] = head.train(self.training)
+        self.heads_config[head_name] = settings
+        self.tie_weights(but=[k for k in self._tied_weights_keys if not k.startswith(f"heads.{head_name}.")])
+        if set_active:
+            self.active_head = head_name
+
+    def add_classification_head(
+        self,
+        head_name: str,
+        num_labels: int = 2,
+        layers: int = 2,
+        activation_function: str | None = "tanh",
+        overwrite_ok: bool = False,
+        multilabel: bool = False,
+        id2label: dict[int, str] | None = None,
+        use_pooler: bool = False,
+    ) -> None:
+        """Classes of a text; one label is a regression; multilabel: any number of the labels may hold."""
+        kind = "multilabel_classification" if multilabel else "classification"
+        self._add(
+            kind, head_name, overwrite_ok, num_labels, layers, activation_function, id2label, use_pooler=use_pooler
+        )
+
+    def add_multiple_choice_head(
+        self,
+        head_name: str,
+        num_choices: int = 2,
+        layers: int = 2,
+        activation_function: str | None = "tanh",
+        overwrite_ok: bool = False,
+        id2label: dict[int, str] | None = None,
+        use_pooler: bool = False,
+    ) -> None:
+        self._add(
+            "multiple_choice",
+            head_name,
+            overwrite_ok,
+            None,
+            layers,
+            activation_function,
+            id2label,
+            num_choices=num_choices,
+            use_pooler=use_pooler,
+        )
+
+    def add_tagging_head(
+        self,
+        head_name: str,
+        num_labels: int = 2,
+        layers: int = 1,
+        activation_function: str | None = "tanh",
+        overwrite_ok: bool = False,
+        id2label: dict[int, str] | None = None,
+    ) -> None:
+        self._add("tagging", head_name, overwrite_ok, num_labels, layers, activation_function, id2label)
+
+    def add_qa_head(
+        self,
+        head_name: str,
+        num_labels: int = 2,
+        layers: int = 1,
+        activation_function: str | None = "tanh",
+        overwrite_ok: bool = False,
+        id2label: dict[int, str] | None = None,
+    ) -> None:
+        self._add("question_answering", head_name, overwrite_ok, num_labels, layers, activation_function, id2label)
+
+    def add_masked_lm_head(
+        self,
+        head_name: str,
+        activation_function: str | None = "gelu",
+        layers: int = 2,
+        overwrite_ok: bool = False,
+    ) -> None:
+        self._add("masked_lm", head_name, overwrite_ok, None, layers, activation_function, None)
+
+    def _add(
+        self,
+        kind: str,
+        head_name: str,
+        overwrite_ok: bool,
+        num_labels: int | None,
+        layers: int,
+        activation_function: str | None,
+        id2label: dict[int, str] | None,
+        **more: Any,
+    ) -> None:
+        settings = {"head_type": kind, "layers": layers, "activation_function": activation_function} | more
+        if num_labels is not None:
+            settings["num_labels"] = num_labels
+        if id2label is not None:
+            settings["id2label"] = id2label
+        self.add_prediction_head_from_config(head_name, settings, overwrite_ok)
+
+    def delete_head(self, head_name: str) -> None:
+        self._known(head_name)
+        del self.heads[head_name], self.heads_config[head_name]
+        self._active = [name for name in self._active if name != head_name]
+
+    @property
+    def active_head(self) -> str | list[str] | None:
+        """The head or heads that answer when a call names none: the one added last, or what was set here."""
+        return self._active[0] if len(self._active) == 1 else list(self._active) or None
+
+    @active_head.setter
+    def active_head(self, names: str | Sequence[str] | None) -> None:
+        self._active = self._names(names)
+        if len(self._active) == 1:
+            labels = self.get_labels_dict(self._active[0])
+            if labels is not None:  # a masked-LM head has none
+                self.config.id2label = labels
+                self.config.label2id = {label: i for i, label in labels.items()}
+
+    def _names(self, names: str | Sequence[str] | None) -> list[str]:
+        return [self._known(name) for name in ([names] if isinstance(names, str) else names or [])]
+
+    def _known(self, name: str) -> str:
+        if name not in self.heads:
+            raise ValueError(f"there is no head {name!r}; there are {', '.join(self.heads) or 'none'}")
+        return name
+
+    def get_labels_dict(self, head_name: str | None = None) -> dict[int, str] | None:
+        """Number -> name of a head's labels, by default the active one's."""
+        name = self.active_head if head_name is None else head_name
+        if not isinstance(name, str):
+            raise ValueError(f"name one head; the active ones are {name}")
+        label2id = self.heads_config[self._known(name)]["label2id"]
+        return None if label2id is None else {i: label for label, i in label2id.items()}
+
+    def get_labels(self, head_name: str | None = None) -> list[str] | None:
+        labels = self.get_labels_dict(head_name)
+        return None if labels is None else [labels[i] for i in sorted(labels)]
+
+    def projectors(self) -> dict[str, nn.Linear]:
+        found = {}
+        for name, settings in self.heads_config.items():
+            if settings["head_type"] == "masked_lm" and name in self.heads:
+                head: Any = self.heads[name]
+                found[f"heads.{name}.{len(head) - 1}"] = head[-1]
+        return found
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        active = self._active[0] if len(self._active) == 1 else ""
+        return next((p for name, p in self.projectors().items() if name.startswith(f"heads.{active}.")), None)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        words = super().resize_token_embeddings(*args, **kwargs)
+        for name, projector in self.projectors().items():
+            self.heads_config[name.split(".")[1]]["vocab_size"] = projector.out_features
+        return words
+
+    # --- answering ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        head: str | Sequence[str] | None = None,
+        labels: Tensor | dict[str, Any] | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Any:
+        """Inputs as in `DistilBertModel.forward`, or with choices, [batch, choices, length]. head: the name of the head
+        to answer, or a list of names, by default the active ones; without any, the encoder's output.
+
+        labels: for one head as in the classes above (question answering: start_positions and end_positions); for
+        several a dictionary by head name, a pair for question answering. Several heads give a `MultiHeadOutput`.
+        logits_at: as in `DistilBertForMaskedLM`, for masked-LM heads.
+        """
+        names = self._names(self._active if head is None else head)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        kinds = [self.heads_config[name]["head_type"] for name in names]
+        if logits_at is not None and set(kinds) != {"masked_lm"}:
+            raise ValueError(f"logits_at is for masked-LM heads, not for {', '.join(kinds) or 'the encoder alone'}")
+        only = "first" if names and all(HEADS[kind].first for kind in kinds) else logits_at
+        mask = _flat(attention_mask, 2)
+        encoded = self.distilbert.encode(
+            _flat(input_ids, 2),
+            mask,
+            head_mask,
+            _flat(inputs_embeds, 3),
+            output_attentions,
+            output_hidden_states,
+            _flat(position_ids, 2),
+            _flat(token_type_ids, 2),
+            only=only,
+        )
+        if not names:
+            hidden = encoded.hidden if encoded.at is None else encoded.at.unpack(encoded.hidden)
+            whole = BaseModelOutput(hidden, encoded.states, encoded.attentions)
+            return whole if return_dict else whole.to_tuple()
+        spans = None if start_positions is None or end_positions is None else (start_positions, end_positions)
+        outputs, losses = [], []
+        for name in names:
+            given = labels.get(name) if isinstance(labels, dict) else labels
+            if self.heads_config[name]["head_type"] == "question_answering" and not isinstance(labels, dict):
+                given = spans
+            out = self._answer(name, encoded, given, mask)
+            outputs.append(out if return_dict else out.to_tuple())
+            losses.append(getattr(out, "loss", None))
+        if len(outputs) == 1:
+            return outputs[0]
+        summed = [loss for loss in losses if loss is not None] if isinstance(labels, dict) else []
+        return MultiHeadOutput(outputs, torch.stack(summed).sum() if summed else None)
+
+    def _answer(self, name: str, encoded: Encoded, labels: Any, mask: Tensor | None) -> ModelOutput:
+        head: Any = self.heads[name]
+        settings = self.heads_config[name]
+        kind = settings["head_type"]
+        if HEADS[kind].first:
+            encoded = replace(encoded, hidden=_first(encoded, mask), at=None)
+        logits = read(list(head), encoded)
+        problem_type = "single_label_classification"
+        if kind == "multiple_choice":
+            if len(logits) % settings["num_choices"]:
+                raise ValueError(
+                    f"head {name!r} has {settings['num_choices']} choices, which {len(logits)} texts do not divide into"
+                )
+            logits = logits.view(-1, settings["num_choices"])
+        elif kind == "multilabel_classification":
+            problem_type = "multi_label_classification"
+        elif kind == "classification" and settings["num_labels"] == 1:
+            problem_type = "regression"
+        elif kind == "tagging" and labels is not None and mask is not None and mask.dim() == 2:
+            labels = labels.where(mask.expand(labels.shape) == 1, IGNORED)
+        return finish(kind, logits, labels, problem_type, encoded)
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def save_head(self, save_directory: str | Path, head_name: str | None = None) -> None:
+        """Write head_config.json and model_head.safetensors, which adapters reads, too."""
+        name = self.active_head if head_name is None else head_name
+        if not isinstance(name, str):
+            raise ValueError(f"name the head to save; the active ones are {name}")
+        self._known(name)
+        directory = Path(save_directory)
+        if directory.exists() and not directory.is_dir():
+            raise NotADirectoryError(f"{directory} is a file; give a directory to save into")
+        directory.mkdir(parents=True, exist_ok=True)
+        description = {
+            "config": self.heads_config[name],
+            "hidden_size": self.config.dim,
+            "model_class": "DistilBertModelWithHeads",
+            "model_name": "",
+            "model_type": self.config.model_type,
+            "name": name,
+            "version": "fastdistil",
+        }
+        (directory / HEAD_CONFIG).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        state = {f"heads.{name}.{k}": v.contiguous().clone() for k, v in self.heads[name].state_dict().items()}
+        save_file(state, directory / HEAD_WEIGHTS, metadata={"format": "pt"})
+
+    def save_all_heads(self, save_directory: str | Path) -> None:
+        """`save_head` of every head, each into a directory of its name."""
+        for name in self.heads:
+            self.save_head(Path(save_directory) / name, name)
+
+    def load_head(
+        self, save_directory: str | Path, load_as: str | None = None, id2label: dict[int, str] | None = None
+    ) -> tuple[str, str]:
+        """Add (or replace) and activate a saved head, of this library or of adapters; returns (directory, name).
+
+        load_as: another name for it. id2label: other names for its labels. model_head.safetensors is read, or
+        pytorch_model_head.bin with weights_only=True. Raises OSError for files, ValueError for what is in them.
+        """
+        directory = Path(save_directory)
+        if not (directory / HEAD_CONFIG).is_file():
+            raise FileNotFoundError(f"{directory} holds no {HEAD_CONFIG}; give the directory of a saved head")
+        description = read_object(directory / HEAD_CONFIG)
+        settings, name = description.get("config"), load_as or description.get("name")
+        if not isinstance(settings, dict) or not isinstance(name, str):
+            raise ValueError(f"{directory / HEAD_CONFIG} describes no flexible head (its config and its name)")
+        if id2label is not None:
+            settings = settings | {"id2label": id2label}
+        try:
+            if description.get("hidden_size", self.config.dim) != self.config.dim:
+                raise ValueError(f"hidden_size is {description['hidden_size']}, but the model's is {self.config.dim}")
+            settings = complete(settings, self.config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{directory / HEAD_CONFIG}: {error}") from error
+        head = build(settings, self.config)
+        with Weights.of_file(directory / HEAD_WEIGHTS, directory / HEAD_PICKLE) as weights:
+            prefix = f"heads.{description.get('name')}."
+            expected = {k: tuple(v.shape) for k, v in head.state_dict().items()}
+            found = {k.removeprefix(prefix): shape for k, shape in weights.shapes.items() if k.startswith(prefix)}
+            for key in sorted(expected.keys() | found.keys()):
+                if expected.get(key) != found.get(key):
+                    raise ValueError(
+                        f"{weights.where}: {prefix}{key} should be {expected.get(key, 'absent')} by {HEAD_CONFIG}, "
+                        f"but is {found.get(key, 'absent')}"
+                    )
+            state = {key: weights.read(prefix + key) for key in expected}
+        self.add_prediction_head_from_config(name, settings, overwrite_ok=True)
+        added: Any = self.heads[name]
+        words, last = self.get_input_embeddings().weight, f"{len(added) - 1}.weight"
+        if added[-1].weight is words and not torch.equal(state[last].to(words), words):
+            logger.warning("%s: %s%s is not this model's word embeddings: they are not tied", directory, prefix, last)
+            added[-1].weight = nn.Parameter(words.detach().clone())
+        added.load_state_dict(state)
+        return str(directory), name
+
+    def to_static(self, head_name: str | None = None) -> _WithHead:
+        """One of transformers' classes with the encoder's and a head's weights (copies). ValueError if none computes
+        what the head computes."""
+        name = self.active_head if head_name is None else head_name
+        if not isinstance(name, str):
+            raise ValueError(f"name the head to export; the active ones are {name}")
+        settings = self.heads_config[self._known(name)]
+        kind = _static_kind(settings)
+        head = HEADS[kind]
+        assert head.static is not None
+        config = copy.deepcopy(self.config)
+        del config.prediction_heads
+        config.architectures, config.problem_type = [head.static], None
+        if settings["label2id"] is not None and kind != "multiple_choice":
+            config.id2label, config.label2id = self.get_labels_dict(name) or {}, dict(settings["label2id"])
+        if settings["head_type"] == "multilabel_classification":
+            config.problem_type = "multi_label_classification"
+        given = settings.get("dropout_prob")
+        probability = config.seq_classif_dropout if given is None else given
+        field_name = {"tagging": "dropout", "question_answering": "qa_dropout"}.get(kind, "seq_classif_dropout")
+        if kind != "tagging":  # whose dropout is the encoder's
+            setattr(config, field_name, probability)
+        wanted = self._for_checkpoint(copy.deepcopy(config)).prediction_heads["default"]
+        wanted = complete(wanted, self.config)
+        for setting in ("layers", "activation_function", "bias", "layer_norm", "embedding_size", "vocab_size"):
+            if settings.get(setting) != wanted.get(setting) and not (
+                setting == "activation_function" and settings["layers"] == 1
+            ):
+                raise ValueError(
+                    f"head {name!r} has {setting} {settings.get(setting)!r}, but {head.static} has "
+                    f"{wanted.get(setting)!r}"
+                )
+        model = next(cls for cls in _WithHead.__subclasses__() if cls.__name__ == head.static)(config)
+        own = self.state_dict()
+        state = {k: v for k, v in own.items() if k.startswith("distilbert.")}
+        for part, place in head.parts.items():
+            for end in ("weight", "bias"):
+                state[f"{part}.{end}"] = own[f"heads.{name}.{place}.{end}"]
+        model.to(self.device, self.dtype).load_state_dict(state)
+        return model.train(self.training)
+
+
+DistilBertAdapterModel = DistilBertModelWithHeads
+
+
+def _static_kind(settings: dict[str, Any]) -> str:
+    kind = settings["head_type"]
+    return "classification" if kind == "multilabel_classification" else kind
+
+
+def _flat(x: Tensor | None, dim: int) -> Tensor | None:
+    """[batch, choices, ...] -> [batch * choices, ...]; what has `dim` dimensions stays."""
+    return x.flatten(0, 1) if isinstance(x, Tensor) and x.dim() == dim + 1 else x
+
+
+def _first(encoded: Encoded, mask: Tensor | None) -> Tensor:
+    """Each sequence's first token, [batch, dim]."""
+    hidden, at = encoded.hidden, encoded.at
+    if hidden.dim() == 2 and at is None:
+        return hidden
+    keep = None if mask is None or mask.dim() != 2 else mask != 0
+    if at is None:
+        return pick(hidden, None if keep is None else keep.expand(hidden.shape[:2]), "first")
+    rows, there = at.first()
+    first = hidden[rows]
+    return first if there is None else first.masked_fill(~there[:, None], 0)

@@ -5,7 +5,7 @@ Two ways through the same weights. Packed: padding is dropped once at the embedd
 training mode, attentions or a 4-D mask is asked for. Both give hidden states that are 0 at padded positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,6 +317,7 @@ class PreTrainedModel(nn.Module):
             extra = ("pytorch_model*.bin", "pytorch_model.bin.index.json") if use_safetensors is False else ()
             directory = find(path_or_repo, revision=revision, local_files_only=local_files_only, extra_files=extra)
             config = read_config(directory, **overrides) if config is None else config
+        config = cls._for_checkpoint(config)
         if state_dict is not None:
             weights = Weights.from_tensors(state_dict)
         else:
@@ -333,11 +334,19 @@ class PreTrainedModel(nn.Module):
         model.eval()
         return (model, report.as_dict()) if output_loading_info else model
 
+    @classmethod
+    def _for_checkpoint(cls, config: DistilBertConfig) -> DistilBertConfig:
+        """The configuration to build a model from that a checkpoint with `config` is to fill."""
+        return config
+
+    def renamed(self, name: str) -> str:
+        """What a checkpoint's parameter is called here."""
+        return name
+
     def materialize(self, fresh: set[str], untied: set[str]) -> None:
         """Allocate a model built on the meta device and give initial values to the parameters named in `fresh`."""
         self.to_empty(device=self.__dict__.pop("_load_device", "cpu"))
-        if not untied:
-            self.tie_weights()
+        self.tie_weights(untied)
         owners = {}
         for prefix, module in self.named_modules():
             for name, _ in module.named_parameters(prefix, recurse=False):
@@ -411,8 +420,8 @@ class PreTrainedModel(nn.Module):
     def get_output_embeddings(self) -> nn.Module | None:
         return None
 
-    def tie_weights(self) -> None:
-        """Share what the configuration says is shared; only a masked-LM head shares anything."""
+    def tie_weights(self, but: Collection[str] = ()) -> None:
+        """Share what the configuration says is shared, but for the named; only a masked-LM head shares anything."""
 
     def get_position_embeddings(self) -> nn.Embedding:
         return self._embeddings.position_embeddings
@@ -591,7 +600,7 @@ class DistilBertModel(PreTrainedModel):
         if self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0:
             states, weights = self._dense(input_ids, inputs_embeds, keep, mask, positions, heads, bool(want_attentions))
             return Encoded(
-                _pick(states[-1], keep, only),
+                pick(states[-1], keep, only),
                 None,
                 tuple(states) if want_states else None,
                 tuple(weights) if want_attentions else None,
@@ -599,11 +608,11 @@ class DistilBertModel(PreTrainedModel):
         if want_states:  # shown padded
             at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, every=True)
             states = [at.unpack(x) for x in states]
-            return Encoded(_pick(states[-1], keep, only), None, tuple(states), None)
+            return Encoded(pick(states[-1], keep, only), None, tuple(states), None)
         if self._graphs is not None and inputs_embeds is None and position_ids is None and heads is None:
             hidden = self._replayed(input_ids, keep)
             if hidden is not None:
-                return Encoded(_pick(hidden, keep, only), None, None, None)
+                return Encoded(pick(hidden, keep, only), None, None, None)
         at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, only=only)
         return Encoded(states[-1], at if only is None else None, None, None)
 
@@ -816,7 +825,7 @@ def _check_only(only: Tensor, batch: int, length: int, device: torch.device) -> 
                 raise ValueError(f"positions hold ({row}, {column}), outside the batch of [{batch}, {length}]")
 
 
-def _pick(hidden: Tensor, keep: Tensor | None, only: Tensor | str | None) -> Tensor:
+def pick(hidden: Tensor, keep: Tensor | None, only: Tensor | str | None) -> Tensor:
     """The tokens of padded hidden states [B, L, dim] that `only` names, [n, dim]; all as they are without it."""
     if only is None:
         return hidden

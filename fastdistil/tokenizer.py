@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from fastdistil.checkpoint import find
+from fastdistil.checkpoint import find, read_object
 
 logger = logging.getLogger("fastdistil")
 
@@ -143,7 +143,7 @@ class DistilBertTokenizer:
     ) -> "DistilBertTokenizer":
         """From a directory or hub id holding tokenizer.json or vocab.txt, with tokenizer_config.json's settings."""
         directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
-        settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
+        settings = read_object(directory / "special_tokens_map.json") | read_object(directory / "tokenizer_config.json")
         given: dict[str, Any] = {
             name: value.get("content") if isinstance(value, dict) else value
             for name, value in settings.items()
@@ -487,18 +487,6 @@ def _copy(tokenizer: Tokenizer | None) -> Tokenizer:
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"tokenizer must be a tokenizers.Tokenizer, got {type(tokenizer).__name__}")
     return Tokenizer.from_str(tokenizer.to_str())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object")
-    return values
 
 
 def _check_text(text: Any, name: str) -> str:

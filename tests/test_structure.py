@@ -26,7 +26,7 @@ ALLOWED = {
     "ops": {"_register", "kernels", "cpu", "reference"},
     "checkpoint": {"config"},
     "model": {"ops", "reference", "packing", "graphs", "config", "outputs", "checkpoint"},
-    "heads": {"model", "config", "outputs"},
+    "heads": {"model", "config", "outputs", "checkpoint"},
     "tokenizer": {"checkpoint"},
     "engine": {"engine", "model", "tokenizer", "checkpoint", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},

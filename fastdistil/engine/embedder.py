@@ -1,6 +1,5 @@
 """Embedder: texts in, one vector each out, with the checkpoint's own pooling, normalisation and maximum length."""
 
-import json
 import logging
 import sys
 import threading
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from fastdistil import ops
 from fastdistil._register import FORMS
-from fastdistil.checkpoint import find
+from fastdistil.checkpoint import find, read_json, read_object
 from fastdistil.engine.scheduler import TOKENIZE, WINDOW, Window, batches
 from fastdistil.model import DistilBertModel, as_device
 from fastdistil.tokenizer import DistilBertTokenizer
@@ -233,7 +232,7 @@ def _threads() -> str:
 def read_settings(directory: Path) -> dict[str, Any]:
     """Embedder's arguments as sentence-transformers' files state them; what we cannot compute is an error."""
     settings: dict[str, Any] = {}
-    modules = _json(directory / "modules.json")
+    modules = read_json(directory / "modules.json")
     for module in modules if isinstance(modules, list) else []:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1] if isinstance(module, dict) else ""
         if kind == "Transformer" and module.get("path", "") != "":
@@ -244,12 +243,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
             settings["normalize"] = True
         elif kind != "Transformer":
             raise ValueError(f"{directory}/modules.json asks for the module {kind or module!r}, which is not supported")
-    sentence = _object(directory / "sentence_bert_config.json")
+    sentence = read_object(directory / "sentence_bert_config.json")
     if isinstance(sentence.get("max_seq_length"), int):
         settings["max_length"] = sentence["max_seq_length"]
     if sentence.get("do_lower_case"):
         settings["lower_case"] = True
-    prompts = _object(directory / "config_sentence_transformers.json")
+    prompts = read_object(directory / "config_sentence_transformers.json")
     if name := prompts.get("default_prompt_name"):
         if name not in (prompts.get("prompts") or {}):
             raise ValueError(f"{directory}/config_sentence_transformers.json has no prompt {name!r}")
@@ -259,15 +258,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _object(path: Path) -> dict[str, Any]:
-    values = _json(path)
-    if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object")
-    return values or {}
-
-
 def _pooling(path: Path) -> str:
-    config = _json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise FileNotFoundError(f"{path} is missing, though modules.json asks for pooling")
     if "pooling_mode" in config:
@@ -287,12 +279,3 @@ def _inside(directory: Path, name: str) -> Path:
     if not path.is_relative_to(directory.resolve()):
         raise ValueError(f"{directory}/modules.json names {name!r}, which is outside its directory")
     return directory / name
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error

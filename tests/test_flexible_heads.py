@@ -1,0 +1,309 @@
+"""Named heads: against frozen outputs of the adapters library, and their life: added, chosen, saved, converted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import fastdistil
+from fastdistil import DistilBertConfig, DistilBertModelWithHeads
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-5
+TINY = dict(vocab_size=60, dim=24, n_heads=2, hidden_dim=32, n_layers=2, max_position_embeddings=20)
+HEADS = ["sentiment", "topics", "score", "tags", "answer", "choice", "words"]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "adapters.safetensors")
+
+
+@pytest.fixture
+def adapters_model(golden):
+    """The model that adapters saved."""
+    with safe_open(GOLDEN / "adapters.safetensors", "pt") as file:
+        config = DistilBertConfig.from_dict(json.loads(file.metadata()["config"]))
+    state = {k.removeprefix("model."): v for k, v in golden.items() if k.startswith("model.")}
+    model, report = DistilBertModelWithHeads.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True
+    )
+    # a second name that adapters has for the word embeddings
+    assert report.pop("unexpected_keys") == {"distilbert.prompt_tuning.base_model_embeddings.weight"}
+    assert not any(report.values())
+    return model
+
+
+def model_with_heads(**settings):
+    torch.manual_seed(0)
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY, **settings)).eval()
+    model.add_classification_head("sentiment", num_labels=3)
+    model.add_tagging_head("tags", num_labels=5, id2label=dict(enumerate("abcde")))
+    model.add_qa_head("answer")
+    model.add_multiple_choice_head("choice")
+    model.add_masked_lm_head("words")
+    return model
+
+
+def inputs(batch=4, length=9):
+    ids = torch.randint(1, 60, (batch, length))
+    return ids, torch.arange(length) < torch.tensor([length, 3, 1, 0])[:batch, None]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_equal_to_adapters(name, adapters_model, golden):
+    """Logits, loss and a gradient."""
+    given = {
+        k: golden[f"{name}.{k}"] for k in ("labels", "start_positions", "end_positions") if f"{name}.{k}" in golden
+    }
+    before = {k: v.clone() for k, v in given.items()}
+    expected = {k.removeprefix(f"{name}.out."): v for k, v in golden.items() if k.startswith(f"{name}.out.")}
+    ids = golden["ids"]
+    with torch.inference_mode():
+        packed = adapters_model(ids, torch.ones_like(ids), head=name, **given)
+    dense = adapters_model(ids, torch.ones_like(ids), head=name, **given)
+    for out in (packed, dense):
+        assert set(out.keys()) == set(expected)
+        for key, value in expected.items():
+            torch.testing.assert_close(out[key], value, rtol=1e-5, atol=TOLERANCE, msg=lambda m, k=key: f"{k}: {m}")
+    dense.loss.backward()
+    gradient = adapters_model.distilbert.transformer.layer[0].ffn.lin1.weight.grad
+    torch.testing.assert_close(gradient, golden[f"{name}.gradient"], rtol=1e-4, atol=TOLERANCE)
+    assert all(torch.equal(given[k], v) for k, v in before.items()), "a caller's labels are not written to"
+
+
+def test_a_tagging_loss_leaves_out_the_padding(adapters_model, golden):
+    keep = golden["padded"].bool()
+    out = adapters_model(golden["ids"], golden["padded"], head="tags", labels=golden["tags.labels"])
+    torch.testing.assert_close(out.loss, golden["padded.loss"], rtol=1e-5, atol=TOLERANCE)
+    torch.testing.assert_close(out.logits[keep], golden["padded.logits"][keep], rtol=1e-5, atol=TOLERANCE)
+
+
+def test_a_head_saved_by_adapters_loads(adapters_model, golden, tmp_path):
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY)).eval()
+    model.distilbert.load_state_dict(adapters_model.distilbert.state_dict())
+    assert model.load_head(GOLDEN / "adapters_head") == (str(GOLDEN / "adapters_head"), "sentiment")
+    assert model.active_head == "sentiment"
+    torch.testing.assert_close(model(golden["ids"]).logits, golden["sentiment.out.logits"], rtol=1e-5, atol=TOLERANCE)
+    model.load_head(GOLDEN / "adapters_head", load_as="mood", id2label={0: "bad", 1: "so so", 2: "good"})
+    assert model.active_head == "mood" and model.get_labels() == ["bad", "so so", "good"]
+    assert torch.equal(model(golden["ids"]).logits, model(golden["ids"], head="sentiment").logits)
+    model.save_all_heads(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mood", "sentiment"]
+    other = DistilBertModelWithHeads(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    torch.nn.init.zeros_(other.heads["mood"][4].weight)
+    other.load_head(tmp_path / "mood")
+    assert torch.equal(other(golden["ids"]).logits, model(golden["ids"]).logits)
+    with safe_open(tmp_path / "mood" / "model_head.safetensors", "pt") as file:
+        assert sorted(file.keys()) == [f"heads.mood.{k}" for k in ("1.bias", "1.weight", "4.bias", "4.weight")]
+
+
+def test_heads_are_added_chosen_and_deleted():
+    model = model_with_heads()
+    ids, keep = inputs()
+    assert model.active_head == "words" and model(ids, keep).logits.shape == (4, 9, 60)
+    assert model.get_labels("tags") == list("abcde") and model.get_labels("words") is None
+    model.active_head = "sentiment"
+    assert model.config.num_labels == 3 and model.get_labels() == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert model(ids, keep).logits.shape == (4, 3)
+    assert model(ids, keep, head="choice").logits.shape == (2, 2)
+    assert model(ids.view(2, 2, 9), keep.view(2, 2, 9), head="choice").logits.shape == (2, 2)
+    assert isinstance(model(ids, keep, return_dict=False), tuple)
+    model.delete_head("sentiment")
+    assert model.active_head is None and "sentiment" not in model.config.prediction_heads
+    assert torch.equal(model(ids, keep)[0], model.distilbert(ids, keep)[0])
+    model.add_classification_head("sentiment", num_labels=2)
+    with pytest.raises(ValueError, match="there is a head 'sentiment'"):
+        model.add_classification_head("sentiment")
+    model.add_classification_head("sentiment", num_labels=6, overwrite_ok=True)
+    assert model(ids, keep).logits.shape == (4, 6)
+
+
+@pytest.mark.parametrize("names", [["sentiment", "choice"], ["sentiment", "tags", "answer"], ["words", "sentiment"]])
+def test_several_heads_answer_from_one_pass(names):
+    model = model_with_heads()
+    ids, keep = inputs()
+    calls = []
+    model.distilbert.embeddings.register_forward_hook(lambda *a: calls.append(1))
+    labels = {
+        "sentiment": torch.tensor([0, 1, 2, 0]),
+        "tags": torch.randint(0, 5, (4, 9)),
+        "answer": (torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 2, 3])),
+    }
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            model.active_head = names
+            assert model.active_head == names
+            out = model(ids, keep)
+            assert len(calls) == (1 if mode is torch.inference_mode else 0)
+            assert len(out) == len(names) and out.loss is None and out["head_outputs"] is out.head_outputs
+            for name, part in zip(names, out, strict=True):
+                alone = model(ids, keep, head=name)
+                for a, b in zip(part.to_tuple(), alone.to_tuple(), strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+            both = model(ids, keep, labels=labels)
+            torch.testing.assert_close(both.loss, sum(p.loss for p in both if p.loss is not None))
+            calls.clear()
+
+
+def test_saved_with_the_model(tmp_path):
+    model = model_with_heads(sinusoidal_pos_embds=True)
+    ids, keep = inputs()
+    model.save_pretrained(tmp_path)
+    again, report = DistilBertModelWithHeads.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert again.heads["words"][3].weight is again.get_input_embeddings().weight is again.get_output_embeddings().weight
+    assert again.config.prediction_heads == model.config.prediction_heads
+    for name in model.heads:
+        for a, b in zip(model(ids, keep, head=name).to_tuple(), again(ids, keep, head=name).to_tuple(), strict=True):
+            assert torch.equal(a, b)
+    base = fastdistil.DistilBertModel.from_pretrained(tmp_path)
+    assert torch.equal(base(ids, keep)[0], model.distilbert(ids, keep)[0])
+
+
+STATIC = {
+    "DistilBertForSequenceClassification": {"num_labels": 3},
+    "DistilBertForTokenClassification": {"num_labels": 4, "id2label": dict(enumerate("wxyz"))},
+    "DistilBertForQuestionAnswering": {"qa_dropout": 0.3},
+    "DistilBertForMultipleChoice": {},
+    "DistilBertForMaskedLM": {"activation": "relu"},
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_checkpoint_becomes_head_default_and_goes_back(name, tmp_path):
+    torch.manual_seed(0)
+    static = getattr(fastdistil, name)(DistilBertConfig(**TINY, **STATIC[name])).eval()
+    with torch.no_grad():
+        for p in static.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    static.save_pretrained(tmp_path)
+    model, report = DistilBertModelWithHeads.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()) and list(model.heads) == ["default"] and model.active_head == "default"
+    ids, keep = inputs()
+    if name.endswith("Choice"):
+        ids, keep = ids.view(2, 2, 9), keep.view(2, 2, 9)
+    back = model.to_static()
+    assert type(back) is type(static) and not back.training
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            expected = static(ids, keep).to_tuple()
+            for other in (model, back):
+                for a, b in zip(expected, other(ids, keep).to_tuple(), strict=True):
+                    assert torch.equal(a, b)
+    assert [m.p for m in back.layers() if isinstance(m, torch.nn.Dropout)] == [
+        m.p for m in static.layers() if isinstance(m, torch.nn.Dropout)
+    ]
+    assert back.config.id2label == static.config.id2label
+    model.save_pretrained(tmp_path / "flexible")
+    again = DistilBertModelWithHeads.from_pretrained(tmp_path / "flexible")
+    assert torch.equal(again(ids, keep)[0], model(ids, keep)[0])
+
+
+def test_what_no_static_class_computes_is_not_exported():
+    model = model_with_heads()
+    model.add_classification_head("relu", num_labels=3, activation_function="relu")
+    assert type(model.to_static("relu")).__name__ == "DistilBertForSequenceClassification"
+    model.add_classification_head("many", multilabel=True, activation_function="relu")
+    assert model.to_static("many").config.problem_type == "multi_label_classification"
+    with pytest.raises(ValueError, match="has activation_function 'tanh', but DistilBertForSequenceClassification"):
+        model.to_static("sentiment")
+    model.add_tagging_head("deep", layers=2)
+    with pytest.raises(ValueError, match="has layers 2, but DistilBertForTokenClassification has 1"):
+        model.to_static("deep")
+
+
+def test_tied_heads_follow_the_vocabulary(tmp_path):
+    model = model_with_heads()
+    model.save_head(tmp_path, "words")
+    words = model.resize_token_embeddings(70)
+    assert model.heads["words"][-1].weight is words.weight and model.heads["words"][-1].bias.shape == (70,)
+    assert model.config.prediction_heads["words"]["vocab_size"] == 70
+    other = model_with_heads()
+    torch.nn.init.normal_(other.get_input_embeddings().weight)
+    before = other.get_input_embeddings().weight.clone()
+    other.load_head(tmp_path, load_as="theirs")  # made for other embeddings, which stay as they are
+    assert torch.equal(other.get_input_embeddings().weight, before)
+    assert other.heads["theirs"][-1].weight is not other.get_input_embeddings().weight
+    other.add_tagging_head("more")
+    assert other.heads["theirs"][-1].weight is not other.get_input_embeddings().weight
+    other.save_pretrained(tmp_path / "model")
+    again = DistilBertModelWithHeads.from_pretrained(tmp_path / "model")
+    ids, keep = inputs()
+    for name in ("theirs", "words"):
+        assert torch.equal(again(ids, keep, head=name).logits, other(ids, keep, head=name).logits)
+
+
+def test_logits_at_chosen_tokens():
+    model = model_with_heads()
+    ids, keep = inputs()
+    at = torch.tensor([[1, 2], [0, 0]])
+    with torch.inference_mode():
+        out = model(ids, keep, logits_at=at).logits
+        torch.testing.assert_close(out, model(ids, keep).logits[at[:, 0], at[:, 1]], rtol=0, atol=TOLERANCE)
+        with pytest.raises(ValueError, match="logits_at is for masked-LM heads, not for tagging"):
+            model(ids, keep, head="tags", logits_at=at)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda m: m.add_classification_head("a.b"), "cannot be named 'a.b'"),
+        (lambda m: m.add_classification_head("keys"), "cannot be named 'keys'"),
+        (lambda m: m.add_classification_head("x", num_labels=0), "num_labels must be an integer of 1 or more, got 0"),
+        (lambda m: m.add_classification_head("x", activation_function="maybe"), "'maybe' is not one of gelu"),
+        (lambda m: m.add_classification_head("x", use_pooler=True), "use_pooler"),
+        (lambda m: m.add_classification_head("x", id2label={0: "a"}), "a head of 2 labels needs names for 0 to 1"),
+        (lambda m: m.add_prediction_head_from_config("x", {"head_type": "causal_lm"}), "'causal_lm' is not one of"),
+        (lambda m: m.add_prediction_head_from_config("x", {"head_type": "tagging", "b": 1}), "no setting 'b'"),
+        (lambda m: setattr(m, "active_head", "x"), "there is no head 'x'; there are sentiment, tags"),
+        (lambda m: m(torch.ones(1, 3).long(), head="x"), "there is no head 'x'"),
+        (lambda m: m(torch.ones(3, 3).long(), head="choice"), "2 choices, which 3 texts do not divide into"),
+        (lambda m: m.delete_head("x"), "there is no head 'x'"),
+        (lambda m: m.get_labels("x"), "there is no head 'x'"),
+        (lambda m: m.save_head("nowhere", "x"), "there is no head 'x'"),
+    ],
+)
+def test_bad_input(call, error):
+    model = model_with_heads()
+    names = list(model.heads)
+    with pytest.raises(ValueError, match=error):
+        call(model)
+    assert list(model.heads) == names == list(model.config.prediction_heads) and model.active_head == "words"
+
+
+def test_bad_files(tmp_path):
+    model = model_with_heads()
+    with pytest.raises(FileNotFoundError, match=r"holds no head_config.json"):
+        model.load_head(tmp_path)
+    model.save_head(tmp_path, "sentiment")
+    config = tmp_path / "head_config.json"
+    good = json.loads(config.read_text())
+    bad = {
+        "hidden_size is 25": good | {"hidden_size": 25},
+        "'dependency_parsing' is not one of": good | {"config": {"head_type": "dependency_parsing"}},
+        "describes no flexible head": good | {"config": None},
+        r"heads.sentiment.4.bias should be \(9,\) by head_config.json, but is \(3,\)": good
+        | {"config": good["config"] | {"num_labels": 9, "label2id": None}},
+        "heads.other.1.bias should be": good | {"name": "other"},
+    }
+    for error, description in bad.items():
+        config.write_text(json.dumps(description))
+        with pytest.raises(ValueError, match=error):
+            model.load_head(tmp_path)
+    config.write_text("[")
+    with pytest.raises(ValueError, match="not a JSON file"):
+        model.load_head(tmp_path)
+    config.write_text(json.dumps(good))
+    (tmp_path / "model_head.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(OSError, match="not a readable safetensors file"):
+        model.load_head(tmp_path)
+    (tmp_path / "model_head.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model_head.safetensors"):
+        model.load_head(tmp_path)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        model.save_head(config, "sentiment")
