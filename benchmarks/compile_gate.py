@@ -44,6 +44,17 @@ TABLE = ROOT / "results" / "compile" / f"triton-{triton.__version__}.csv"
 SAMPLE = 60
 WIDTHS = {384: 12, 768: 12, 1024: 16}  # MiniLM, DistilBERT-base, BERT-large: dim -> heads
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program
+# pointers into [rows, width] of each kernel: past 2^31 elements only a 64-bit offset is right. Descriptors need none.
+OFFSETS64 = {
+    "add_layer_norm": 3,
+    "embed_layer_norm": 3,
+    "gemm_pointer": 3,
+    "gemm_tma": 0,
+    "looped": 3,
+    "pool": 2,
+    "short": 2,
+    "single": 3,
+}
 FIGURES = ("registers", "spills", "shared", "hgmma", "hmma", "tma", "ldgsts", "wide", "offsets64")
 FIELDS = ("key", "sm", "kernel", "launch", *FIGURES)
 INSTRUCTIONS = {
@@ -83,7 +94,10 @@ class Entry:
         fixed = [f"{names[path[0]]}={value}" for path, value in self.constants if value is not None]
         absent = [f"no {names[path[0]].removesuffix('_ptr')}" for path, value in self.constants if value is None]
         options = dict(self.options)
-        return " ".join([*types, *fixed, *absent, f"warps={options['num_warps']}", f"stages={options['num_stages']}"])
+        launch = [f"warps={options['num_warps']}", f"stages={options['num_stages']}"]
+        if options["maxnreg"]:
+            launch.append(f"registers={options['maxnreg']}")
+        return " ".join([*types, *fixed, *absent, *launch])
 
 
 def source_of(kernel: JITFunction) -> str:
@@ -127,7 +141,7 @@ def recorded(arch: int) -> Iterator[list[Entry]]:
                 tuple(signature.items()),
                 tuple(constants.items()),
                 tuple((path, tuple(map(tuple, value))) for path, value in attributes.items()),
-                (("num_warps", parsed.num_warps), ("num_stages", parsed.num_stages)),
+                tuple((name, getattr(parsed, name)) for name in ("num_warps", "num_stages", "maxnreg")),
             )
         )
 
@@ -165,7 +179,8 @@ def launch_all(full_precision: str) -> None:
                     bias_gelu.bias_gelu(x, rand(4 * dim, dim), rand(4 * dim), activation, live)
         odd = dim + 1  # no stride of 16 bytes: the pointer family on every architecture
         linear.linear(rand(16_896, odd), rand(odd, odd), rand(odd), cu)
-        sizes = {dim // heads} | ({1, 16, 24, 80, 96, 100, 128} if dim == 768 else set())
+        # beside the widths' own: powers of two, multiples of 8 and of 4, and those whose loads and masks cost most
+        sizes = {dim // heads} | ({1, 8, 16, 24, 33, 65, 80, 96, 100, 127, 128} if dim == 768 else set())
         for longest, size, scaled in product((16, 32, 64, 128, 512), sorted(sizes), (False, True)):
             if scaled and size != dim // heads:
                 continue
@@ -244,8 +259,10 @@ def complaints(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['spills']} spills"
     if int(row["shared"]) > SHARED_LIMIT[sm]:
         yield f"{row['shared']} bytes of shared memory, sm_{sm} has {SHARED_LIMIT[sm]}"
-    if row["kernel"] != "gemm_tma" and int(row["offsets64"]) < 2:
-        yield "rows are not addressed by 64-bit offsets"
+    if int(row["offsets64"]) < OFFSETS64[row["kernel"]]:
+        yield f"{row['offsets64']} pointers have 64-bit offsets, not {OFFSETS64[row['kernel']]}"
+    if "BLOCK_M=128 BLOCK_N=128" in launch and row["kernel"] == "gemm_tma" and int(row["registers"]) > 128:
+        yield "two programs of 256 threads do not fit a multiprocessor's registers"
     if matrix and half and not int(row["hgmma"]) + int(row["hmma"]):
         yield "no matrix instruction"
     if matrix and half and sm == 90 and tile and int(tile[1]) >= 64 and not int(row["hgmma"]):

@@ -45,7 +45,7 @@ def embed_layer_norm(
 ) -> Tensor:
     try:
         x = F.embedding(input_ids, word_embeddings).add_(F.embedding(position_ids, position_embeddings))
-    except IndexError:
+    except (IndexError, RuntimeError):  # RuntimeError: an empty table
         _raise_outside("input_ids", input_ids, word_embeddings)
         _raise_outside("position_ids", position_ids, position_embeddings)
         raise

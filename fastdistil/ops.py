@@ -44,10 +44,13 @@ def embed_layer_norm(
     CUDA. Source: `Embeddings` in HF's modeling_distilbert.py, Layer Normalization (Ba et al., 2016).
     """
     for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
         if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{name} must be int32 or int64 of shape [rows], got {ids.dtype} {list(ids.shape)}")
     if input_ids.shape != position_ids.shape:
         raise ValueError(f"{len(input_ids)} input_ids but {len(position_ids)} position_ids")
+    _check_tensors(word_embeddings=word_embeddings, position_embeddings=position_embeddings, weight=weight, bias=bias)
     if (
         word_embeddings.shape[1:] != position_embeddings.shape[1:]
         or word_embeddings.shape[1:] != weight.shape
@@ -111,6 +114,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """LayerNorm(x + residual) over the last dimension -> [rows, dim]. x, residual: [rows, dim]; weight, bias: [dim]."""
+    _check_tensors(x=x, residual=residual, weight=weight, bias=bias)
     if x.dim() != 2 or x.shape != residual.shape or x.shape[1:] != weight.shape or weight.shape != bias.shape:
         raise ValueError(
             f"x {list(x.shape)} and residual {list(residual.shape)} must be [rows, dim], "
@@ -133,6 +137,7 @@ def attention(
     head_mask). A sequence may be empty. Source: Attention Is All You Need (Vaswani et al., 2017); the variable-length
     layout is FlashAttention's (Dao et al., 2022).
     """
+    _check_tensors(qkv=qkv, cu_seqlens=cu_seqlens)
     if qkv.dim() != 2 or qkv.shape[1] % 3:
         raise ValueError(f"qkv must be [rows, 3 * dim], got {list(qkv.shape)}")
     dim = qkv.shape[1] // 3
@@ -161,9 +166,11 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
     """
     if mode not in POOLING:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(POOLING)}")
+    _check_tensors(x=x, cu_seqlens=cu_seqlens)
     if x.dim() != 2:
         raise ValueError(f"x must be [rows, dim], got {list(x.shape)}")
     check_cu_seqlens(cu_seqlens, x)
+    _check_dtypes(x)
     if _wants_grad(x):
         return reference.pool(x, cu_seqlens, mode, normalize)
     return _pool(x, cu_seqlens, mode, normalize)
@@ -203,7 +210,14 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _check_tensors(**given: Tensor) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> None:
+    _check_tensors(x=x, weight=weight, bias=bias)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"x {list(x.shape)} must be [rows, in], weight {list(weight.shape)} [out, in], "

@@ -101,11 +101,11 @@ def attention(
         return qkv.new_zeros(rows, dim)
     column = torch.arange(max_seqlen, device=qkv.device)
     live = column < lengths[:, None]  # [batch, max_seqlen]
-    padded = qkv[(starts[:, None] + column).where(live, 0)].masked_fill(~live[..., None], 0)
+    padded = qkv[(starts[:, None] + column).where(live, 0).clamp(max=rows - 1)].masked_fill(~live[..., None], 0)
     padded = padded.view(*live.shape, 3, num_heads, dim // num_heads).permute(2, 0, 3, 1, 4)
     q, k, v = padded.unbind(0)  # each [batch, num_heads, max_seqlen, head_size]
     scores = (q @ k.mT) * (dim // num_heads) ** -0.5
-    scores = scores.masked_fill(~live[:, None, None], torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~live[:, None, None], -torch.inf)
     out = scores.softmax(-1) @ v
     if head_scale is not None:
         out = out * head_scale.to(out.dtype)[:, None, None]
@@ -113,7 +113,8 @@ def attention(
     row = torch.arange(rows, device=qkv.device)
     sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(0, lengths.shape[0] - 1)
     out = out[sequence, (row - starts[sequence]).clamp(0, max_seqlen - 1)]
-    return out.masked_fill((lengths > max_seqlen)[sequence, None], float("nan"))  # nothing else could be right
+    wrong = (lengths > max_seqlen) | (cu_seqlens[1:] > rows)
+    return out.masked_fill(wrong[sequence, None], float("nan"))  # nothing else could be right
 
 
 def pool(
@@ -127,10 +128,11 @@ def pool(
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     if mode == "cls":
         empty = (lengths == 0)[:, None]
-        out = F.pad(x, (0, 0, 0, 1))[starts.where(lengths > 0, 0)].masked_fill(empty, 0)
+        out = F.pad(x, (0, 0, 0, 1))[starts.where(lengths > 0, 0).clamp(max=len(x))].masked_fill(empty, 0)
     else:
         # dead rows go to a bucket of their own behind the last sequence
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(len(x), device=x.device), right=True)
         sums = x.new_zeros(len(lengths) + 1, x.shape[1]).index_add(0, sequence, x)
         out = sums[:-1] / lengths.clamp(min=1)[:, None]
+    out = out.masked_fill((cu_seqlens[1:] > len(x))[:, None], float("nan"))  # of rows that nobody gave
     return F.normalize(out, dim=-1) if normalize else out

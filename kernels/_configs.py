@@ -39,6 +39,7 @@ class Gemm:
     group: int = 8
     halves: int = 1
     per_sm: int = 1  # programs that share a multiprocessor, for the persistent family
+    registers: int | None = None  # at most so many a thread, so that they can
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ SMALL = {  # every architecture
 AMPERE = SMALL | {("half", "many"): Gemm("pointer", 128, 128, 32, warps=8, stages=3)}
 # two programs of 128 x 128 share an SM, so one's epilogue overlaps the other's loop; a long K has no need of that
 TMA = SMALL | {
-    ("half", "many"): Gemm("tma", 128, 128, 64, warps=8, stages=3, halves=2, per_sm=2),
+    ("half", "many"): Gemm("tma", 128, 128, 64, warps=8, stages=3, halves=2, per_sm=2, registers=128),
     ("half", "long"): Gemm("tma", 128, 256, 64, warps=8, stages=3, halves=2),
 }
 GEMM: dict[int, dict[tuple[str, str], Gemm]] = {
@@ -116,13 +117,13 @@ ATTENTION = {
         Attention("single", 64, warps=4, longest=64),
         Attention("single", 128, warps=8, longest=128, widest=64),
         Attention("looped", 128, warps=8, keys=64, stages=3),
-        Attention("looped", 32, warps=4, keys=32, widest=ANY_HEAD),
+        Attention("looped", 32, warps=8, keys=16, widest=ANY_HEAD),
     ),
     "tf32": (
         Attention("short", 64, warps=4, longest=16, widest=32),
         Attention("short", 64, warps=4, longest=32, widest=32),
         Attention("looped", 64, warps=8, keys=32),
-        Attention("looped", 32, warps=8, keys=32, widest=ANY_HEAD),
+        Attention("looped", 32, warps=8, keys=16, widest=ANY_HEAD),
     ),
     "ieee": (
         Attention("short", 32, warps=4, longest=16, widest=64),
@@ -135,6 +136,12 @@ ATTENTION = {
 def live(cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
     """Where a kernel reads the live count: (cu_seqlens, its last index)."""
     return (None, 0) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x contiguous, from an address of a multiple of 16 bytes on: what 16-byte accesses and their registers go by."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def row_kernel(op: str, dim: int, dtype: torch.dtype, device: torch.device) -> Rows:

@@ -161,7 +161,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
         ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,
         PRECISION=launch.precision,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
-        num_warps=c.warps, num_stages=c.stages,
+        num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers,
     )  # fmt: skip
     tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
     if c.family == "tma":

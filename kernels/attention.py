@@ -4,8 +4,8 @@
 
 qkv: [rows, 3 * dim], a row's query, key and value side by side; cu_seqlens: int32 [batch + 1]; o: [rows, dim]. Scores
 and sums in float32; the exponential is exp2 with the scale folded into one multiply-add. Rows past the end of a
-sequence are read as zeros, because 0 * NaN would be NaN. A sequence longer than the host said gets NaN, never memory
-that nobody wrote.
+sequence are read as zeros, because 0 * NaN would be NaN. A sequence longer than the host said, or that ends past the
+last row, gets NaN, never memory that nobody wrote.
 
 Three forms, by the longest sequence. Short: a tile of T rows starts every T - longest + 1 rows and attends
 block-diagonally; it answers for the sequences that start within its step, so it needs no table of tiles. Single: a
@@ -45,10 +45,11 @@ def _save(
 @triton.jit
 def _weights(scores, scale):
     """softmax(scores * scale) of a row's whole sequence at once, before the division; scores: [T, T], -inf if masked"""
-    return tl.exp2(tl.fma(scores, scale, -tl.max(scores, axis=1)[:, None] * scale))
+    top = tl.max(scores, axis=1) * scale
+    return tl.exp2(scores * scale - top[:, None])
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "steps"])
+@triton.jit(do_not_specialize=["batch", "rows", "heads", "steps"])
 def _short(
     qkv_ptr, cu_seqlens_ptr, head_scale_ptr, o_ptr, batch, rows, heads, steps, scale,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -67,15 +68,12 @@ def _short(
             sequence = tl.where(begun, later, sequence)
         start = tl.load(cu_seqlens_ptr + sequence)
         inside = inside & (row >= start)  # no sequence may start below the first
-        too_long = tl.load(cu_seqlens_ptr + sequence + 1) - start > T - STEP + 1
         q = _load(qkv_ptr, row, inside, head * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
         k = _load(qkv_ptr, row, inside, (heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
         v = _load(qkv_ptr, row, inside, (2 * heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
         scores = tl.dot(q, k.T, input_precision=PRECISION)  # [T, T]
         together = (start[:, None] == start[None, :]) & inside[None, :]
-        p = _weights(tl.where(together, scores, float("-inf")), scale)
-        total = tl.sum(p, axis=1)[:, None]
-        p = p.to(v.dtype)
+        p = _weights(tl.where(together, scores, float("-inf")), scale).to(v.dtype)
         if tl.max(tl.where(tl.abs(v) < float("inf"), 0, 1)) == 0:
             o = tl.dot(p, v, input_precision=PRECISION)
         else:  # one sequence's NaN or infinity would reach the others by 0 * NaN
@@ -83,13 +81,16 @@ def _short(
             for one in range(tl.min(sequence), tl.max(sequence) + 1):
                 its = (sequence == one)[:, None]
                 o = tl.where(its, tl.dot(p, tl.where(its, v, 0.0), input_precision=PRECISION), o)
-        o = tl.where(too_long[:, None], float("nan"), o / total)
+        # a sequence longer than announced, or past the capacity
+        end = tl.load(cu_seqlens_ptr + sequence + 1)
+        wrong = (end - start > T - STEP + 1) | (end > rows)
+        o = tl.where(wrong[:, None], float("nan"), o / tl.sum(p.to(tl.float32), axis=1)[:, None])
         seen = row - start <= T - STEP  # rows of its sequence that a tile is sure to hold; the others go by their place
         own = inside & tl.where(seen, (start >= first) & (start < first + STEP), row < first + STEP)
         _save(o_ptr, head_scale_ptr, o, row, own, head, heads, HEAD, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "heads"])
 def _single(
     qkv_ptr, cu_seqlens_ptr, head_scale_ptr, o_ptr, rows, heads, scale,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,7 +98,8 @@ def _single(
     head = tl.program_id(0) % heads
     sequence = tl.program_id(0) // heads
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
-    end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), rows)
+    told = tl.load(cu_seqlens_ptr + sequence + 1)
+    end = tl.minimum(told, rows)
     if start < end:
         row = start + tl.arange(0, T)
         inside = row < end
@@ -107,7 +109,7 @@ def _single(
         scores = tl.dot(q, k.T, input_precision=PRECISION)  # [T, T]
         p = _weights(tl.where(inside[None, :], scores, float("-inf")), scale)
         o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / tl.sum(p, axis=1)[:, None]
-        if end - start > T:
+        if (end - start > T) | (told > rows):
             o = tl.full((T, BLOCK_D), float("nan"), tl.float32)
             for rest in range(start + T, end, T):
                 row = rest + tl.arange(0, T)
@@ -116,7 +118,7 @@ def _single(
         _save(o_ptr, head_scale_ptr, o, row, inside, head, heads, HEAD, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "steps"])
+@triton.jit(do_not_specialize=["batch", "rows", "heads", "steps"])
 def _looped(
     qkv_ptr, cu_seqlens_ptr, head_scale_ptr, o_ptr, batch, rows, heads, steps, scale,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
@@ -130,7 +132,8 @@ def _looped(
             begun = tl.load(cu_seqlens_ptr + later, mask=later < batch, other=2147483647) // T + later <= tile
             sequence = tl.where(begun, later, sequence)
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
-    end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), rows)
+    told = tl.load(cu_seqlens_ptr + sequence + 1)
+    end = tl.minimum(told, rows)
     first = start + (tile - start // T - sequence) * T
     if (first >= start) & (first < end):
         row = first + tl.arange(0, T)
@@ -144,12 +147,13 @@ def _looped(
             scores = tl.dot(q, k.T, input_precision=PRECISION)  # [T, KEYS]
             scores = tl.where((at < end)[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
-            p = tl.exp2(tl.fma(scores, scale, -new_top[:, None]))
+            p = tl.exp2(scores * scale - new_top[:, None])
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(p, axis=1)
             v = _load(qkv_ptr, at, at < end, (2 * heads + head) * HEAD, 3 * heads * HEAD, HEAD, BLOCK_D)
             o = accumulate(p.to(v.dtype), v, o * shrink[:, None], PRECISION)
             top = new_top
+        total = tl.where(told > rows, float("nan"), total)
         _save(o_ptr, head_scale_ptr, o / total[:, None], row, row < end, head, heads, HEAD, BLOCK_D)
 
 
@@ -160,7 +164,7 @@ def attention(
     o = torch.empty((rows, dim), dtype=qkv.dtype, device=qkv.device)
     if rows == 0 or batch == 0:
         return o
-    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
+    qkv, cu_seqlens = _configs.dense(qkv), cu_seqlens.contiguous()
     head_scale = None if head_scale is None else head_scale.contiguous()
     head_size = dim // num_heads
     c = _configs.attention(max_seqlen, head_size, qkv.dtype, qkv.device)

@@ -2,7 +2,8 @@
 
     mean  y[b] = sum(x[cu_seqlens[b] : cu_seqlens[b + 1]]) / length[b]
     cls   y[b] = x[cu_seqlens[b]]
-    then  y[b] / max(|y[b]|_2, 1e-12) when asked for; an empty sequence gives zeros
+    then  y[b] / max(|y[b]|_2, 1e-12) when asked for; an empty sequence gives zeros, one
+          that ends past the last row NaN
 
 x: [rows, dim]; cu_seqlens: int32 [batch + 1]; y: float32 [batch, dim]. One program takes one sequence.
 """
@@ -22,7 +23,8 @@ def _pool(
 ):  # fmt: skip
     sequence = tl.program_id(0)
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
-    end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), rows)
+    told = tl.load(cu_seqlens_ptr + sequence + 1)
+    end = tl.minimum(told, rows)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
     if MEAN:
@@ -36,6 +38,7 @@ def _pool(
     else:
         at = start.to(tl.int64) * DIM + columns
         y = tl.load(x_ptr + at, mask=inside & (start < end), other=0.0).to(tl.float32)
+    y = tl.where(told > rows, float("nan"), y)  # rows that nobody gave
     if NORMALIZE:
         norm = tl.maximum(tl.sqrt_rn(tl.sum(y * y, axis=0)), 1e-12)
         y = tl.div_rn(y, tl.broadcast_to(norm, y.shape))
@@ -49,7 +52,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
     if batch and dim:
         c = _configs.row_kernel("pool", dim, x.dtype, x.device)
         _pool[(batch,)](
-            x.contiguous(), cu_seqlens.contiguous(), y, rows,
+            _configs.dense(x), cu_seqlens.contiguous(), y, rows,
             MEAN=mode == "mean", NORMALIZE=normalize, DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
         )  # fmt: skip
     return y

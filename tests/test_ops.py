@@ -184,6 +184,31 @@ def test_attention_in_parts_is_the_same(monkeypatch, elements):
 
 
 @pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w, b, cu: ops.linear([[1.0]], w, b), "x must be a tensor, got list"),
+        (lambda x, w, b, cu: ops.bias_gelu(x, w, None), "bias must be a tensor, got NoneType"),
+        (lambda x, w, b, cu: ops.add_layer_norm(x, x, b, 1.0, 1e-5), "bias must be a tensor, got float"),
+        (lambda x, w, b, cu: ops.attention(x, None, 2, 1), "cu_seqlens must be a tensor, got NoneType"),
+        (lambda x, w, b, cu: ops.pool(x, [0, 2]), "cu_seqlens must be a tensor, got list"),
+        (lambda x, w, b, cu: ops.embed_layer_norm([0], cu, w, w, b, b, 1e-5), "input_ids must be a tensor, got list"),
+        (lambda x, w, b, cu: ops.embed_layer_norm(cu, cu, w, None, b, b, 1e-5), "position_embeddings must be a tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(torch.ones(2, 3), torch.ones(3, 3), torch.ones(3), cu_seqlens([2]))
+
+
+def test_scores_that_are_all_minus_infinity_give_nan_whatever_the_batch():
+    q, k = torch.full((2, 4), float("inf")), torch.full((2, 4), -float("inf"))
+    qkv = torch.cat([q, k, torch.ones(2, 4)], dim=1)
+    assert reference.attention(qkv, cu_seqlens([2]), 2, 1).isnan().all()
+    out = reference.attention(torch.cat([qkv, torch.ones(5, 12)]), cu_seqlens([2, 5]), 5, 1)
+    assert out[:2].isnan().all() and out[2:].isfinite().all()
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5), torch.ones(4)), r"x \[2, 3\]"),
@@ -194,6 +219,14 @@ def test_attention_in_parts_is_the_same(monkeypatch, elements):
         (lambda: ops.attention(torch.ones(2, 12), torch.tensor([0, 2]), 2, 2), "cu_seqlens must be int32"),
         (lambda: ops.attention(torch.ones(2, 12), cu_seqlens([2]), 2, 2, torch.ones(3)), "head_scale"),
         (lambda: ops.pool(torch.ones(2, 3), cu_seqlens([2]), "max"), "'max' is not one of"),
+        (lambda: ops.pool(torch.ones(2, 3).long(), cu_seqlens([2])), "the rows must be floating point"),
+        pytest.param(
+            lambda: ops.embed_layer_norm(
+                *torch.zeros(2, 1).long(), torch.ones(0, 3), torch.ones(4, 3), *torch.ones(2, 3), 1e-5
+            ),
+            r"input_ids\[0\] is 0, outside the table of 0 rows",
+            marks=on_cpu_forms,
+        ),
         (
             lambda: ops.add_layer_norm(torch.ones(2, 3), torch.ones(3, 3), torch.ones(3), torch.ones(3), 1e-5),
             "residual",

@@ -105,6 +105,16 @@ def test_a_sequence_longer_than_announced_is_nan_and_the_others_are_right(kind, 
     assert guarded()
 
 
+@pytest.mark.parametrize("longest", [16, 32, 64, 200])
+def test_a_sequence_that_ends_past_the_rows_is_nan(longest, device, guarded):
+    qkv = rows_of([60], 2, 16, torch.float16, device)
+    cu = torch.tensor([0, 10, 15, 70], dtype=torch.int32, device=device)
+    for form in (attention.attention, ops.reference.attention):
+        out = form(qkv, cu, longest, 2)
+        assert out[15:60].isnan().all() and out[:15].isfinite().all()
+    assert guarded()
+
+
 @pytest.mark.parametrize("config", [c for _, c in CONFIGS], ids=lambda v: f"{v.form}-{v.tile}-{v.longest}")
 def test_dead_rows_are_left_alone_and_nonsense_stays_inside(config, device, force, guarded):
     if device == "cuda" and config.tile * config.warps > 512:
@@ -134,6 +144,9 @@ def test_any_layout(layout, dtype, device):
     }[layout](qkv)
     hold_to_definition("attention", other, cu, 20, 2)
     hold_to_definition("attention", qkv, cu.repeat_interleave(2)[::2], 20, 2)
+    framed = torch.tensor([0, 5, 25, 0, 1, 2], dtype=torch.int32, device=device)  # what lies behind is not its
+    for longest in (20, 40, 200):
+        hold_to_definition("attention", qkv, framed[:3], longest, 2)
 
 
 def test_equal_scores_and_great_ones(dtype, device):

@@ -138,6 +138,22 @@ def test_any_layout(layout, dtype, device):
         hold_to_definition("bias_gelu", x_, w_, b_)
 
 
+def test_a_strided_count(dtype, device):
+    x, w, b = arguments(65, 64, 96, dtype, device)
+    cu = torch.tensor([0, 0, 40, 1, 65, 2], dtype=torch.int32, device=device)[::2]  # 0, 40, 65
+    hold_to_definition("linear", x, w, b, cu, live=65, dead=9)
+
+
+def test_results_past_two_billion_elements(device):
+    if device == "cpu":
+        pytest.skip("would take the interpreter hours; the compile gate counts 64-bit addresses")
+    rows, columns = 2**21 + 300, 1040
+    x, w, b = (torch.randn(*s, device=device, dtype=torch.float16) for s in ((rows, 16), (columns, 16), (columns,)))
+    odd = w[:1039], b[:1039]  # no stride of 16 bytes: the pointer family
+    for weight, bias in ((w, b), odd):
+        torch.testing.assert_close(ops.linear(x, weight, bias)[-300:], ops.linear(x[-300:], weight, bias))
+
+
 def test_sizes_of_zero(device):
     for m, k, n in itertools.product((0, 3), (0, 5), (0, 4)):
         x, w, b = arguments(m, k, n, torch.float32, device)

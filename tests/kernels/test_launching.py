@@ -117,10 +117,66 @@ def test_batch_invariant_launches_are_the_same_for_every_size(modes):
         with compile_gate.recorded(90) as launches:
             x = e(rows, 768, dtype=half)
             compile_gate.linear.linear(x, e(768, 768, dtype=half), e(768, dtype=half), e(9))
+            compile_gate.linear.linear(e(rows, 3072, dtype=half), e(768, 3072, dtype=half), e(768, dtype=half), e(9))
             compile_gate.attention.attention(e(rows, 2304, dtype=half), e(9), longest, 12)
         return [entry.key for entry in launches]
 
     assert launched(1, 1) == launched(64, 64) == launched(500, 128) == launched(16_896, 512)
+
+
+def test_the_memory_checked_pass_launches_every_kernel():
+    """What test_memcheck runs, recorded: on sm_90 it must meet every kernel, that of tensor descriptors too."""
+    from fastdistil import ops
+    from tests.kernels.test_memcheck import PASS
+
+    def dispatch(name, module):
+        return lambda *args, **kwargs: getattr(module, name)(*args, **kwargs)
+
+    g = compile_gate
+    modules = {
+        "embed_layer_norm": g.layer_norm,
+        "qkv_projection": g.qkv_projection,
+        "linear": g.linear,
+        "attention": g.attention,
+        "add_layer_norm": g.layer_norm,
+        "bias_gelu": g.bias_gelu,
+        "pool": g.pooling,
+    }
+    script = re.sub(
+        r"^torch.cuda.synchronize.*$|^    torch.cuda.synchronize.*$", "", PASS.replace('"cuda"', '"meta"'), flags=re.M
+    )
+    forms = {name: dispatch(name, module) for name, module in modules.items()}
+    with (
+        g.recorded(90) as launches,
+        patch.multiple(ops, **forms),
+        patch.object(_configs, "processors", lambda device: 132),
+    ):
+        exec(script, {})
+    assert {e.name for e in launches} == {e.name for e in g.entries() if e.arch == 90}
+
+
+def test_precision_and_gelu_are_those_asked_for(modes):
+    e = compile_gate.empty
+
+    def launched(dtype):
+        with compile_gate.recorded(90) as launches:
+            x, w, b = e(300, 768, dtype=dtype), e(768, 768, dtype=dtype), e(768, dtype=dtype)
+            compile_gate.bias_gelu.bias_gelu(x, w, b, "gelu")
+            compile_gate.attention.attention(e(300, 2304, dtype=dtype), e(9), 512, 12)
+        return [entry.describe() for entry in launches]
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            assert all(f"PRECISION={precision}" in text for text in launched(torch.float32))
+            assert "ACTIVATION=gelu " in launched(torch.float32)[0]
+    finally:
+        matmul.fp32_precision = before
+    for exact in (False, True):
+        modes.exact_gelu = exact
+        assert ("ACTIVATION=near_gelu" in launched(torch.float16)[0]) is not exact
 
 
 def test_recorded_configurations_come_first():

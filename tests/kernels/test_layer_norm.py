@@ -40,7 +40,7 @@ def test_embed_layer_norm(rows, dim, ids, dtype, device):
     hold_to_definition("embed_layer_norm", *args, form=form)
 
 
-@pytest.mark.parametrize(("word", "position"), [(211, 0), (-1, 0), (2**31 - 1, 0), (5, 37), (5, -1)])
+@pytest.mark.parametrize(("word", "position"), [(211, 0), (-1, 0), (2**31 - 1, 0), (2**32 + 3, 0), (5, 37), (5, -1)])
 def test_an_index_outside_its_table_is_nan_in_its_own_row(word, position, dtype, device):
     ids = torch.tensor([3, word, 7], device=device)
     positions = torch.tensor([0, position, 2], device=device)
@@ -69,6 +69,8 @@ def test_any_layout(dtype, device):
     for other in (x.T.contiguous().T, torch.cat([x, x], 1)[:, :48], x.repeat_interleave(2, 0)[::2]):
         hold_to_definition("add_layer_norm", other, r, w, b, 1e-12)
         hold_to_definition("add_layer_norm", r, other, w, b, 1e-12)
+    cu = torch.tensor([0, 0, 40, 1, 65, 2], dtype=torch.int32, device=device)[::2]  # 0, 40, 65
+    hold_to_definition("add_layer_norm", x, r, w, b, 1e-12, cu, live=65, dead=9, rows=(0, 1))
     hold_to_definition("add_layer_norm", x, r, w.repeat_interleave(2)[::2], b.repeat_interleave(2)[::2], 1e-12)
     misaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
     hold_to_definition("add_layer_norm", misaligned, r, w, b, 1e-12)
@@ -90,5 +92,9 @@ def test_rows_past_two_billion_elements(device):
     x = torch.zeros(rows, dim, dtype=torch.float16, device=device)
     x[-3:] = rand(3, dim, dtype=torch.float16, device=device)
     w = torch.ones(dim, dtype=torch.float16, device=device)
+    last = torch.arange(rows - 3, rows, device=device)
+    positions = torch.zeros(1, dim, dtype=torch.float16, device=device)
+    out = layer_norm.embed_layer_norm(last, last * 0, x, positions, w, w, 1e-12)
+    assert torch.equal(out, layer_norm.embed_layer_norm(last - last[0], last * 0, x[-3:], positions, w, w, 1e-12))
     out = layer_norm.add_layer_norm(x, x, w, w, 1e-12)
     assert torch.equal(out[-3:], layer_norm.add_layer_norm(x[-3:], x[-3:], w, w, 1e-12))

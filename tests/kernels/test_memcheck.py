@@ -11,6 +11,7 @@ import pytest
 PASS = """
 import torch
 from fastdistil import ops
+from fastdistil.kernels import _configs
 from fastdistil.testing import cu_seqlens
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -25,7 +26,12 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         h = ops.bias_gelu(x, r(4 * d, d), r(4 * d), "gelu", cu)
         ops.pool(ops.linear(h, r(d, 4 * d), r(d), cu), cu, "mean", True)
         ops.linear(r(rows, 33), r(17, 33), r(17))  # no stride of 16 bytes
-torch.cuda.synchronize()
+    # the tiles of many rows, by tensor descriptors where there are, each program taking several
+    _configs.processors = lambda device: 3
+    _configs._gemm.cache_clear()
+    for k, n in ((96, 136), (1056, 256)):
+        ops.bias_gelu(r(600, k), r(n, k), r(n), "gelu", cu_seqlens([300, 230], "cuda"))
+    torch.cuda.synchronize()
 """
 
 

@@ -82,6 +82,25 @@ MUTANTS = {
         "tl.max(sequence) + 1",
         "tl.max(sequence)",
     ),
+    "attention: past the rows, short": (
+        "attention",
+        "attention::past_the_rows",
+        "| (end > rows)",
+        "| (end > 2 * rows)",
+    ),
+    "attention: past the rows, single": ("attention", "attention::past_the_rows", "| (told > rows)", "| (rows < 0)"),
+    "attention: past the rows, looped": (
+        "attention",
+        "attention::past_the_rows",
+        "tl.where(told > rows, float(",
+        "tl.where(rows < 0, float(",
+    ),
+    "attention: a bound behind the last": (
+        "attention",
+        "attention::any_layout",
+        "mask=later < batch, other=2147483647) <= row",
+        "mask=later <= batch, other=2147483647) <= row",
+    ),
     "attention: rows below the first sequence": (
         "attention",
         "attention::dead_rows",
@@ -182,10 +201,29 @@ MUTANTS = {
         "(position >= 0)",
         "(position >= -1)",
     ),
+    "layer_norm: ids cut to 32 bits": (
+        "layer_norm",
+        "layer_norm::outside",
+        "mask=row < live, other=0).to(tl.int64)",
+        "mask=row < live, other=0).to(tl.int32).to(tl.int64)",
+    ),
+    "strided cu_seqlens": (
+        "_configs",
+        "gemm::strided_count",
+        "(cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1)",
+        "(cu_seqlens, cu_seqlens.shape[0] - 1)",
+    ),
     "pooling: one more": ("pooling", "pooling", "tl.maximum(end - start, 1)", "(end - start + 1)"),
     "pooling: mask off by one": ("pooling", "pooling", "(row < end)", "(row <= end)"),
     "pooling: norm without its root": ("pooling", "pooling", "tl.sqrt_rn(tl.sum(y * y, axis=0))", "tl.sum(y * y)"),
     "pooling: norm's floor": ("pooling", "pooling::any_scale", "1e-12", "1e-3"),
+    "pooling: rows before the first": (
+        "pooling",
+        "pooling::nonsense",
+        "tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)",
+        "tl.load(cu_seqlens_ptr + sequence)",
+    ),
+    "pooling: past the rows": ("pooling", "pooling::nonsense", "tl.where(told > rows,", "tl.where(rows < 0,"),
     "pooling: an empty sequence's first row": ("pooling", "pooling", "inside & (start < end)", "inside"),
 }
 

@@ -38,6 +38,12 @@ def test_zeros_and_nonsense(mode, device, guarded):
     for nonsense in ([0, 500, 3], [-40, 2, 1], [60, 2**30, 0]):
         pooling.pool(x, torch.tensor(nonsense, dtype=torch.int32, device=device), mode, True)
         assert guarded()
+    framed = torch.full((20, 16), 5.0, device=device)[8:13].copy_(torch.arange(5)[:, None])  # lies between other rows
+    cu = torch.tensor([-3, 2, 5, 9], dtype=torch.int32, device=device)
+    out = pooling.pool(framed, cu, mode)
+    assert (out[0] == (0.5 if mode == "mean" else 0)).all() and (out[1] == (3 if mode == "mean" else 2)).all()
+    assert out[2].isnan().all(), "a sequence that ends past the rows"
+    assert ops.reference.pool(framed, cu[2:], mode)[0].isnan().all()
 
 
 def test_any_layout(dtype, device):
