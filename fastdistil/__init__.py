@@ -13,6 +13,7 @@ from fastdistil.heads import (
     DistilBertModelWithHeads,
 )
 from fastdistil.model import DistilBertModel
+from fastdistil.pipelines import pipeline
 from fastdistil.tokenizer import DistilBertTokenizer
 
 __version__ = "0.1.0"
@@ -29,4 +30,5 @@ __all__ = [
     "DistilBertTokenizer",
     "Embedder",
     "ops",
+    "pipeline",
 ]

@@ -257,6 +257,10 @@ class _WithHead(_Headed):
     def layers(self) -> list[nn.Module]:
         raise NotImplementedError
 
+    def task(self) -> tuple[str, list[nn.Module], dict[int, str]]:
+        """The head's kind, its layers, and the names of its labels."""
+        return self.head_type, self.layers(), self.config.id2label
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -793,6 +797,14 @@ class DistilBertModelWithHeads(_Headed):
     def get_labels(self, head_name: str | None = None) -> list[str] | None:
         labels = self.get_labels_dict(head_name)
         return None if labels is None else [labels[i] for i in sorted(labels)]
+
+    def task(self) -> tuple[str, list[nn.Module], dict[int, str]]:
+        """The active head's kind, its layers, and the names of its labels."""
+        name = self.active_head
+        if not isinstance(name, str):
+            raise ValueError(f"one head must be active, not {name}; set model.active_head")
+        head: Any = self.heads[name]
+        return self.heads_config[name]["head_type"], list(head), self.get_labels_dict(name) or {}
 
     def projectors(self) -> dict[str, nn.Linear]:
         found = {}

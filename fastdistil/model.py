@@ -693,13 +693,19 @@ class DistilBertModel(PreTrainedModel):
         return self._graphs(self, forward, input_ids, keep, longest, ops.launch_modes())
 
     def forward_packed(
-        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        position_ids: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of packed sequences, inference only.
 
         input_ids: integers [rows], sequences one after another. cu_seqlens: int32 [batch + 1], where each starts, on
         the same device. max_seqlen: host integer, at least the longest. position_ids: integers [rows], by default
-        each sequence's 0, 1, 2... Returns [rows, dim]; rows from cu_seqlens[-1] on are dead and mean nothing.
+        each sequence's 0, 1, 2... only: int64 [n], the rows to answer for. Returns [rows, dim] or [n, dim]; rows from
+        cu_seqlens[-1] on are dead and mean nothing.
         """
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids must be [rows], got {list(input_ids.shape)}")
@@ -717,7 +723,7 @@ class DistilBertModel(PreTrainedModel):
         with torch.no_grad():
             table = self.embeddings.word_embeddings.weight
             x = self.embeddings(table, input_ids, position_ids, at.live)
-            return self.transformer(x, at, None, every=False)[-1]
+            return self.transformer(x, at, None, every=False, only=only)[-1]
 
     def _needs_dense(self, inputs_embeds: Tensor | None, head_mask: Tensor | None) -> bool:
         if self.training or not self.embeddings.is_plain():

@@ -28,10 +28,11 @@ ALLOWED = {
     "model": {"ops", "reference", "packing", "graphs", "config", "outputs", "checkpoint"},
     "heads": {"model", "config", "outputs", "checkpoint"},
     "tokenizer": {"checkpoint"},
+    "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},
     "engine": {"engine", "model", "tokenizer", "checkpoint", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
     "cli": {"jobs", "engine", "kernels", "_register", "ops", ""},
-    "__init__": {"config", "engine", "heads", "model", "ops", "tokenizer"},
+    "__init__": {"config", "engine", "heads", "model", "ops", "pipelines", "tokenizer"},
 }
 
 

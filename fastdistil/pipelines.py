@@ -1,0 +1,596 @@
+"""Text in, dictionaries out: transformers' pipelines for the tasks DistilBERT has heads for.
+
+A list of texts is tokenised once, packed into batches by token budget and answered in its own order; only the first
+token, or the masked ones, go through the last block's feed-forward network where the task reads no others.
+Source: transformers' pipelines, version 5 (question answering: version 4.57, which was the last to have it).
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Encoding, decoders
+from torch import Tensor
+
+from fastdistil.checkpoint import find
+from fastdistil.engine.embedder import BUDGET
+from fastdistil.engine.scheduler import Window, batches
+from fastdistil.heads import (
+    DistilBertForMaskedLM,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
+    DistilBertModelWithHeads,
+    score,
+)
+from fastdistil.model import DistilBertModel, as_device
+from fastdistil.tokenizer import NO_LIMIT, BatchEncoding, DistilBertTokenizer
+
+logger = logging.getLogger("fastdistil")
+
+
+class Pipeline:
+    """A model and its tokenizer for one task; call it with a text or a list of texts.
+
+    max_batch_tokens: tokens that go through the model together, by default 2,048 on CPU and 16,896 on CUDA.
+    """
+
+    kinds: tuple[str, ...] = ()  # of heads
+
+    def __init__(self, model: Any, tokenizer: DistilBertTokenizer, max_batch_tokens: int | None = None):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.encoder: DistilBertModel = model if isinstance(model, DistilBertModel) else model.distilbert
+        self.kind, self.layers, self.labels = "", [], {}
+        if self.kinds:
+            kind = None if isinstance(model, DistilBertModel) else model.task()[0]
+            if kind not in self.kinds:
+                raise ValueError(
+                    f"{type(self).__name__} needs a {' or '.join(self.kinds)} head, {type(model).__name__} has {kind}"
+                )
+            self.kind, self.layers, self.labels = model.task()
+        if max_batch_tokens is not None and max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {max_batch_tokens}; it must be 1 or more")
+        self.max_batch_tokens = max_batch_tokens
+
+    @torch.inference_mode()
+    def run(self, sequences: list[list[int]], only: list[list[int]] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(row, logits [its tokens, out]) of each sequence, batch by batch, not in order. only: the tokens
+        to answer for; without a head, hidden states."""
+        limit = self.encoder.config.max_position_embeddings
+        for row, sequence in enumerate(sequences):
+            if len(sequence) > limit:
+                raise ValueError(
+                    f"inputs[{row}] is {len(sequence)} tokens long, the model has {limit} positions; pass truncation=True"
+                )
+        device = self.encoder.device
+        window = Window.of(iter([sequences]))
+        for rows in batches(window.lengths, self.max_batch_tokens or BUDGET[device.type]):
+            ids, positions, cu_seqlens = window.gather(rows)
+            sizes, chosen = window.lengths[rows].tolist(), None
+            if only is not None:
+                places = [start + i for start, row in zip(cu_seqlens.tolist(), rows, strict=False) for i in only[row]]
+                sizes, chosen = [len(only[row]) for row in rows], torch.tensor(places, device=device)
+            x = self.encoder.forward_packed(
+                torch.from_numpy(ids).to(device),
+                torch.from_numpy(cu_seqlens).to(device),
+                int(window.lengths[rows].max()),
+                torch.from_numpy(positions).to(device),
+                chosen,
+            )  # [tokens or chosen, dim]
+            for row, logits in zip(rows.tolist(), score(self.layers, x).float().split(sizes), strict=True):
+                yield row, logits
+
+    def tokenize(self, texts: Sequence[Any], **options: Any) -> BatchEncoding:
+        """Texts, or dictionaries of text and text_pair, none or all."""
+        for row, text in enumerate(texts):
+            if not (isinstance(text, str) or (isinstance(text, dict) and {"text"} <= text.keys() <= _PAIR)):
+                raise TypeError(
+                    f"inputs[{row}] must be a string, or a dictionary of text and text_pair, got {text!r:.80}"
+                )
+        pairs: list[Any] = [text.get("text_pair") if isinstance(text, dict) else None for text in texts]
+        if any(pair is not None for pair in pairs) and any(pair is None for pair in pairs):
+            row = next(i for i, pair in enumerate(pairs) if (pair is None) is not (pairs[0] is None))
+            raise ValueError(f"inputs[{row}]: either all inputs have a text_pair, or none")
+        whole = [text["text"] if isinstance(text, dict) else text for text in texts]
+        return self.tokenizer(whole, pairs if any(pair is not None for pair in pairs) else None, **options)
+
+    def _limit(self) -> int | None:
+        """The most tokens of a text, where the tokenizer states a limit."""
+        most = self.tokenizer.model_max_length
+        return min(most, self.encoder.config.max_position_embeddings) if most < NO_LIMIT else None
+
+
+_PAIR = {"text", "text_pair"}
+
+
+def _as_list(inputs: Any) -> tuple[list[Any], bool]:
+    """-> (a list of inputs, whether it was a single one)"""
+    if isinstance(inputs, (str, dict)):
+        return [inputs], True
+    if isinstance(inputs, bytes) or not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs must be a text or a list of texts, got {type(inputs).__name__}")
+    return list(inputs), False
+
+
+class FillMaskPipeline(Pipeline):
+    """The likeliest words for each [MASK].
+
+    Of one text with one mask a list of {score, token, token_str, sequence}, likeliest first; with several masks a list
+    of such lists; of a list of texts a list of these (of a list of one, its only member). top_k: how many. targets:
+    only these words; their scores are not made to sum to 1. truncation, max_length: as the tokenizer's.
+    """
+
+    kinds = ("masked_lm",)
+
+    def __call__(
+        self,
+        inputs: str | Iterable[str],
+        top_k: int = 5,
+        targets: str | list[str] | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+    ) -> list[Any]:
+        texts, single = _as_list(inputs)
+        size = self.model.get_output_embeddings().out_features
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= size:
+            raise ValueError(f"top_k is {top_k!r}; it must be from 1 to the vocabulary's {size}")
+        wanted = None if targets is None else self._targets([targets] if isinstance(targets, str) else targets)
+        mask = self.tokenizer.mask_token_id
+        rows = self.tokenize(texts, truncation=truncation, max_length=max_length or self._limit())["input_ids"]
+        places = [[i for i, token in enumerate(ids) if token == mask] for ids in rows]
+        for row, found in enumerate(places):
+            if not found:
+                raise ValueError(f"inputs[{row}]: No mask_token ({self.tokenizer.mask_token}) found on the input")
+        out: list[Any] = [None] * len(rows)
+        for row, logits in self.run(rows, places):
+            probabilities = logits.softmax(-1)
+            if wanted is not None:
+                probabilities = probabilities[:, torch.tensor(wanted, device=logits.device)]
+            values, tokens = probabilities.topk(min(top_k, probabilities.shape[1]))
+            if wanted is not None:
+                tokens = torch.tensor(wanted, device=logits.device)[tokens]
+            best = zip(places[row], values.tolist(), tokens.tolist(), strict=True)
+            filled = [self._filled(rows[row], *one) for one in best]
+            out[row] = filled[0] if len(filled) == 1 else filled
+        return out[0] if single or len(out) == 1 else out
+
+    def _filled(self, ids: list[int], place: int, scores: list[float], tokens: list[int]) -> list[dict[str, Any]]:
+        alone = ids.count(self.tokenizer.mask_token_id) == 1
+        results = []
+        for value, token in zip(scores, tokens, strict=True):
+            filled = [*ids[:place], token, *ids[place + 1 :]]
+            text = self.tokenizer.decode(
+                [i for i in filled if i != self.tokenizer.pad_token_id], skip_special_tokens=alone
+            )
+            word = self.tokenizer.decode([token])
+            results.append({"score": value, "token": token, "token_str": word, "sequence": text})
+        return results
+
+    def _targets(self, targets: list[str]) -> list[int]:
+        vocabulary, ids = self.tokenizer.get_vocab(), []
+        for target in targets:
+            if not isinstance(target, str):
+                raise TypeError(f"targets must be words, got {target!r}")
+            if target in vocabulary:
+                ids.append(vocabulary[target])
+                continue
+            pieces = self.tokenizer(target, add_special_tokens=False)["input_ids"]
+            if not pieces:
+                logger.warning("The target %r is not in the vocabulary and is left out", target)
+                continue
+            instead = self.tokenizer.convert_ids_to_tokens(pieces[0])
+            logger.warning("The target %r is not in the vocabulary; %r is scored instead", target, instead)
+            ids.append(pieces[0])
+        if not ids:
+            raise ValueError("At least one target must be provided when passed.")
+        return sorted(set(ids))
+
+
+class FeatureExtractionPipeline(Pipeline):
+    """The last hidden states: nested lists [1][length][dim] of a text, or with return_tensors tensors [1, length, dim];
+    of a list of texts a list of these."""
+
+    def __call__(
+        self,
+        inputs: str | Iterable[str],
+        return_tensors: bool = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+    ) -> Any:
+        texts, single = _as_list(inputs)
+        rows = self.tokenize(texts, truncation=truncation, max_length=max_length or self._limit())["input_ids"]
+        out: list[Any] = [None] * len(rows)
+        for row, hidden in self.run(rows):
+            out[row] = hidden[None].cpu() if return_tensors else hidden[None].tolist()
+        return out[0] if single else out
+
+
+class TextClassificationPipeline(Pipeline):
+    """The label of a text, or of a pair {text, text_pair}.
+
+    A text gives [{label, score}], a pair {label, score}, a list a list of {label, score}. With top_k (None: all labels)
+    each gives a list of its likeliest. function_to_apply: softmax, sigmoid or none; by default none for a regression,
+    sigmoid for multi-label classification and for a single label, else softmax.
+    """
+
+    kinds = ("classification", "multilabel_classification")
+
+    def __call__(
+        self,
+        inputs: Any,
+        top_k: int | str | None = "",
+        function_to_apply: str | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+    ) -> Any:
+        texts, single = _as_list(inputs)
+        best_only = top_k == ""
+        if not best_only and top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k is {top_k!r}; it must be 1 or more, or None for every label")
+        apply = self._function(function_to_apply)
+        rows = self.tokenize(texts, truncation=truncation, max_length=max_length or self._limit())["input_ids"]
+        out: list[Any] = [None] * len(rows)
+        for row, logits in self.run(rows, [[0]] * len(rows)):
+            scores = apply(logits[0].cpu().numpy())
+            found = [{"label": self.labels[i], "score": value} for i, value in enumerate(scores.tolist())]
+            found.sort(key=lambda item: item["score"], reverse=True)
+            out[row] = found[0] if best_only else found[:top_k]  # type: ignore[index]
+        if not single:
+            return out
+        return out if best_only and isinstance(inputs, str) else out[0]
+
+    def _function(self, name: str | None) -> Callable[[np.ndarray], np.ndarray]:
+        if name is None:
+            problem = getattr(self.model.config, "problem_type", None)
+            if self.kind == "multilabel_classification":
+                name = "sigmoid"
+            elif isinstance(self.model, DistilBertForSequenceClassification) and problem == "regression":
+                name = "none"
+            elif (
+                isinstance(self.model, DistilBertForSequenceClassification) and problem == "multi_label_classification"
+            ):
+                name = "sigmoid"
+            else:
+                name = "sigmoid" if len(self.labels) == 1 else "softmax"
+        functions = {"softmax": _softmax, "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "none": lambda x: x}
+        if str(name).lower() not in functions:
+            raise ValueError(f"function_to_apply {name!r} is not one of {', '.join(functions)}")
+        return functions[str(name).lower()]
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    shifted = np.exp(x - x.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+class TokenClassificationPipeline(Pipeline):
+    """Labels of tokens, or of the words and names they form.
+
+    aggregation_strategy: "none" gives {entity, score, index, word, start, end} of each token; the others {entity_group,
+    score, word, start, end} of neighbours of one label, where B- begins anew: "simple" takes every token's own label,
+    "first", "average" and "max" one label a word, its first token's, that of the mean scores, or its surest token's.
+    ignore_labels are left out. stride: tokens that two windows of a longer text share; without it a text is cut.
+    """
+
+    kinds = ("tagging",)
+    strategies = ("none", "simple", "first", "average", "max")
+
+    def __call__(
+        self,
+        inputs: str | Iterable[str],
+        aggregation_strategy: str = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+    ) -> list[Any]:
+        texts, single = _as_list(inputs)
+        if aggregation_strategy not in self.strategies:
+            raise ValueError(
+                f"aggregation_strategy {aggregation_strategy!r} is not one of {', '.join(self.strategies)}"
+            )
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"inputs[{row}] must be a string, got {text!r:.80}")
+        limit = self._limit()
+        windows: list[tuple[int, Encoding]] = []
+        if stride is None:
+            encoded = self.tokenizer(texts, truncation=limit is not None, max_length=limit)
+            windows = list(enumerate(encoded.encodings))
+        else:
+            if aggregation_strategy == "none":
+                raise ValueError("stride needs an aggregation_strategy other than none, for windows overlap")
+            plain = self.tokenizer(texts, add_special_tokens=False).encodings
+            most = limit or self.encoder.config.max_position_embeddings
+            for row, encoding in enumerate(plain):
+                windows += [(row, window) for window in cut(self.tokenizer, encoding, None, most, stride, row)]
+        found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
+        parts: list[list[dict[str, Any]]] = [[] for _ in windows]
+        for i, logits in self.run([encoding.ids for _, encoding in windows]):
+            row, encoding = windows[i]
+            tokens = self._tokens(texts[row], encoding, _softmax(logits.cpu().numpy()))
+            parts[i] = self._aggregated(tokens, aggregation_strategy)
+        for (row, _), part in zip(windows, parts, strict=True):
+            ignored = set(ignore_labels)
+            found[row].append([e for e in part if e.get("entity", e.get("entity_group")) not in ignored])
+        out = [part[0] if len(part) == 1 else _without_overlaps([e for p in part for e in p]) for part in found]
+        return out[0] if single else out
+
+    def _tokens(self, text: str, encoding: Encoding, scores: np.ndarray) -> list[dict[str, Any]]:
+        tokens = []
+        for i, (special, token, (start, end)) in enumerate(
+            zip(encoding.special_tokens_mask, encoding.tokens, encoding.offsets, strict=True)
+        ):
+            if special:
+                continue
+            unknown = encoding.ids[i] == self.tokenizer.unk_token_id
+            tokens.append(
+                {
+                    "word": text[start:end] if unknown else token,
+                    "scores": scores[i],
+                    "start": start,
+                    "end": end,
+                    "index": i,
+                    "inside": not unknown and len(token) != end - start,  # of a word: "##" is not in the text
+                }
+            )
+        return tokens
+
+    def _aggregated(self, tokens: list[dict[str, Any]], strategy: str) -> list[dict[str, Any]]:
+        if strategy in ("none", "simple"):
+            entities = [
+                {"entity": self.labels[int(t["scores"].argmax())], "score": t["scores"].max()}
+                | {key: t[key] for key in ("index", "word", "start", "end")}
+                for t in tokens
+            ]
+            return entities if strategy == "none" else self._grouped(entities)
+        words: list[list[dict[str, Any]]] = []
+        for token in tokens:
+            if words and token["inside"]:
+                words[-1].append(token)
+            else:
+                words.append([token])
+        return self._grouped([self._word(word, strategy) for word in words])
+
+    def _word(self, tokens: list[dict[str, Any]], strategy: str) -> dict[str, Any]:
+        if strategy == "first":
+            scores = tokens[0]["scores"]
+        elif strategy == "max":
+            scores = max(tokens, key=lambda token: token["scores"].max())["scores"]
+        else:
+            scores = np.nanmean([token["scores"] for token in tokens], axis=0)
+        return {
+            "entity": self.labels[int(scores.argmax())],
+            "score": scores.max(),
+            "word": _joined([token["word"] for token in tokens]),
+            "start": tokens[0]["start"],
+            "end": tokens[-1]["end"],
+        }
+
+    def _grouped(self, entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        groups: list[list[dict[str, Any]]] = []
+        for entity in entities:
+            begins, tag = _tag(entity["entity"])
+            if groups and not begins and tag == _tag(groups[-1][-1]["entity"])[1]:
+                groups[-1].append(entity)
+            else:
+                groups.append([entity])
+        return [
+            {
+                "entity_group": group[0]["entity"].split("-", 1)[-1],
+                "score": np.nanmean([entity["score"] for entity in group]),
+                "word": _joined([entity["word"] for entity in group]),
+                "start": group[0]["start"],
+                "end": group[-1]["end"],
+            }
+            for group in groups
+        ]
+
+
+def _tag(label: str) -> tuple[bool, str]:
+    """(whether it begins a name, the name's kind)"""
+    return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
+
+
+_WORDPIECE = decoders.WordPiece(prefix="##")
+
+
+def _joined(tokens: list[str]) -> str:
+    return _WORDPIECE.decode(tokens)
+
+
+def _without_overlaps(entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of entities that overlap, the longest, and of equally long ones the surest."""
+    kept: list[dict[str, Any]] = []
+    for entity in sorted(entities, key=lambda e: e["start"]):
+        if kept and kept[-1]["start"] <= entity["start"] < kept[-1]["end"]:
+            kept[-1] = max(kept[-1], entity, key=lambda e: (e["end"] - e["start"], e["score"]))
+        else:
+            kept.append(entity)
+    return kept
+
+
+def cut(
+    tokenizer: DistilBertTokenizer, text: Encoding, question: Encoding | None, most: int, stride: int, row: int
+) -> list[Encoding]:
+    """Windows of a text's tokens that share `stride` of them, each behind the question, with special tokens, at most
+    `most` tokens long."""
+    backend = tokenizer._tokenizer
+    room = most - backend.num_special_tokens_to_add(question is not None) - (len(question) if question else 0)
+    if len(text) > room:
+        if not 0 <= stride < room:
+            what = f" beside a question of {len(question)}" if question else ""
+            raise ValueError(
+                f"inputs[{row}]: windows of {most} tokens hold {room} of the text{what}, too few to share {stride}"
+            )
+        text.truncate(room, stride=stride)
+    windows = [text, *text.overflowing]
+    return [
+        backend.post_process(window, None, True) if question is None else backend.post_process(question, window, True)
+        for window in windows
+    ]
+
+
+class QuestionAnsweringPipeline(Pipeline):
+    """Where a text answers a question: {score, start, end, answer}, with characters start to end of the context.
+
+    question, context: strings or lists of them (or a dictionary, or a list of such, with these keys). A list gives a
+    list. top_k above 1 gives lists, likeliest first, shorter where there are not so many answers. A long context is cut
+    into windows of max_seq_len tokens (by default 384, question included) that share doc_stride tokens (128, or half a
+    window); the same answer found twice has its scores added. max_answer_len: in tokens. handle_impossible_answer: ""
+    is an answer, too. align_to_words: answers are whole words.
+    """
+
+    kinds = ("question_answering",)
+
+    def __call__(
+        self,
+        inputs: Any = None,
+        *,
+        question: str | Sequence[str] | None = None,
+        context: str | Sequence[str] | None = None,
+        top_k: int = 1,
+        doc_stride: int | None = None,
+        max_answer_len: int = 15,
+        max_seq_len: int | None = None,
+        handle_impossible_answer: bool = False,
+        align_to_words: bool = True,
+    ) -> Any:
+        samples = _samples(inputs, question, context)
+        for name, number in (("top_k", top_k), ("max_answer_len", max_answer_len)):
+            if number < 1:
+                raise ValueError(f"{name} parameter should be >= 1 (got {number})")
+        most = min(self.tokenizer.model_max_length, 384) if max_seq_len is None else max_seq_len
+        most = min(most, self.encoder.config.max_position_embeddings)
+        stride = min(most // 2, 128) if doc_stride is None else doc_stride
+        if stride > most:
+            raise ValueError(f"`doc_stride` ({stride}) is larger than `max_seq_len` ({most})")
+        questions, contexts = ([sample[k] for sample in samples] for k in ("question", "context"))
+        asked = self.tokenizer(questions, add_special_tokens=False).encodings
+        told = self.tokenizer(contexts, add_special_tokens=False).encodings
+        windows = [
+            (row, window)
+            for row in range(len(samples))
+            for window in cut(self.tokenizer, told[row], asked[row], most, stride, row)
+        ]
+        logits: list[Any] = [None] * len(windows)
+        for i, tokens in self.run([window.ids for _, window in windows]):
+            logits[i] = tokens.cpu().numpy()
+        answers: list[list[dict[str, Any]]] = [[] for _ in samples]
+        nulls: list[float] = [1e6] * len(samples)  # above any probability
+        candidates = 2 * top_k + 10 if align_to_words else top_k  # aligning makes some the same
+        for (row, window), both in zip(windows, logits, strict=True):
+            null, spans = self._spans(window, both, candidates, max_answer_len)
+            nulls[row] = min(nulls[row], null)
+            for value, first, last in spans:
+                start, end = self._characters(window, first, last, align_to_words)
+                text = contexts[row][start:end]
+                same = next((a for a in answers[row] if a["answer"].lower() == text.lower()), None)
+                if same:
+                    same["score"] += value
+                else:
+                    answers[row].append({"score": value, "start": start, "end": end, "answer": text})
+        out: list[Any] = []
+        for row, found in enumerate(answers):
+            if handle_impossible_answer:
+                found.append({"score": nulls[row], "start": 0, "end": 0, "answer": ""})
+            found = sorted(found, key=lambda answer: answer["score"], reverse=True)[:top_k]
+            out.append(found[0] if len(found) == 1 else found)
+        return out[0] if len(out) == 1 else out
+
+    def _spans(
+        self, window: Encoding, logits: np.ndarray, candidates: int, longest: int
+    ) -> tuple[float, list[tuple[float, int, int]]]:
+        """-> (the probability of no answer, the likeliest (probability, first token, last token))"""
+        cls = np.array(window.ids) == self.tokenizer.cls_token_id
+        allowed = (np.array([i == 1 for i in window.sequence_ids])) | cls
+        start, end = (_softmax(np.where(allowed, x, np.float32(-10000))) for x in logits.T)
+        null = float(start[0] * end[0])
+        start[0] = end[0] = 0.0
+        scores = np.tril(np.triu(np.outer(start, end)), longest - 1)
+        valid = np.tril(np.triu(np.outer(allowed, allowed)), longest - 1)
+        order = np.argsort(-scores, axis=None, kind="stable")[:candidates]
+        firsts, lasts = np.unravel_index(order, scores.shape)
+        return null, [
+            (float(scores[i, j]), int(i), int(j)) for i, j in zip(firsts, lasts, strict=True) if valid[i, j] and i > 0
+        ]
+
+    @staticmethod
+    def _characters(window: Encoding, first: int, last: int, align: bool) -> tuple[int, int]:
+        if align:
+            words = window.token_to_word(first), window.token_to_word(last)
+            spans = [None if word is None else window.word_to_chars(word, 1) for word in words]
+            if spans[0] is not None and spans[1] is not None:
+                return spans[0][0], spans[1][1]
+        return window.offsets[first][0], window.offsets[last][1]
+
+
+def _samples(inputs: Any, question: Any, context: Any) -> list[dict[str, str]]:
+    if inputs is not None:
+        samples = _as_list(inputs)[0]
+    elif question is None or context is None:
+        raise ValueError("a question and a context are needed: pipeline(question=..., context=...)")
+    else:
+        questions = [question] if isinstance(question, str) else list(question)
+        contexts = [context] * len(questions) if isinstance(context, str) else list(context)
+        if len(questions) != len(contexts):
+            raise ValueError(f"{len(questions)} questions, but {len(contexts)} contexts")
+        samples = [{"question": q, "context": c} for q, c in zip(questions, contexts, strict=True)]
+    for row, sample in enumerate(samples):
+        if not isinstance(sample, dict):
+            raise TypeError(f"inputs[{row}] must be a dictionary of question and context, got {type(sample).__name__}")
+        for name in ("question", "context"):
+            if not isinstance(sample.get(name), str):
+                raise ValueError(f"inputs[{row}]: `{name}` must be a string, got {sample.get(name)!r:.80}")
+            if not sample[name]:
+                raise ValueError(f"inputs[{row}]: `{name}` cannot be empty")
+    return samples
+
+
+TASKS: dict[str, tuple[type[Pipeline], type]] = {
+    "fill-mask": (FillMaskPipeline, DistilBertForMaskedLM),
+    "feature-extraction": (FeatureExtractionPipeline, DistilBertModel),
+    "text-classification": (TextClassificationPipeline, DistilBertForSequenceClassification),
+    "token-classification": (TokenClassificationPipeline, DistilBertForTokenClassification),
+    "question-answering": (QuestionAnsweringPipeline, DistilBertForQuestionAnswering),
+}
+ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+
+
+def pipeline(
+    task: str,
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_batch_tokens: int | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Any:
+    """A pipeline for a task: fill-mask, feature-extraction, text-classification (sentiment-analysis),
+    token-classification (ner) or question-answering.
+
+    model: a directory, a hub id or a loaded model, with flexible heads the active one; tokenizer: likewise, by default
+    the model's directory. device: by default cuda when there is one. dtype: "auto" is float32 on CPU and float16 on
+    CUDA. A loaded model stays where and as it is. Raises OSError for files, ValueError for what is in them.
+    """
+    task = ALIASES.get(task, task)
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is not one of {', '.join([*TASKS, *ALIASES])}")
+    kind, model_class = TASKS[task]
+    loaded = isinstance(model, torch.nn.Module)
+    if loaded and not isinstance(model, (DistilBertModel, DistilBertModelWithHeads)) and not hasattr(model, "task"):
+        raise TypeError(f"the model must be one of fastdistil's, got {type(model).__name__}")
+    if loaded and tokenizer is None:
+        raise ValueError("a loaded model comes without a tokenizer; pass tokenizer=")
+    if not loaded:
+        directory = find(model, revision=revision, local_files_only=local_files_only)
+        place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "auto":
+            dtype = torch.float32 if place.type == "cpu" else torch.float16
+        model = model_class.from_pretrained(directory, dtype=dtype, device=place)  # type: ignore[attr-defined]
+        tokenizer = directory if tokenizer is None else tokenizer
+    if not isinstance(tokenizer, DistilBertTokenizer):
+        tokenizer = DistilBertTokenizer.from_pretrained(tokenizer)
+    return kind(model, tokenizer, max_batch_tokens)

@@ -1,0 +1,277 @@
+"""The pipelines against transformers' on tiny random models, and what they do with bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastdistil
+from fastdistil import DistilBertConfig, DistilBertModelWithHeads, DistilBertTokenizer, pipeline
+
+transformers = pytest.importorskip("transformers")
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "question_answering.json").read_text())
+TINY = dict(
+    vocab_size=30522, dim=16, n_heads=2, hidden_dim=32, n_layers=2, max_position_embeddings=64, initializer_range=0.3
+)
+NER = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
+TEXTS = [
+    "Wolfgang Amadeus Mozart lived in Salzburg and Vienna",
+    "unaffordable microarchitectures are uninterestingly expensive",
+    "a",
+    "the cat sat on the mat while Zoë naïvely sang ßtraße 12345 ☃ in tokyo",
+    "B - PER words",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm):
+    return DistilBertTokenizer.from_pretrained(minilm)
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(minilm):
+    return transformers.DistilBertTokenizer.from_pretrained(minilm)
+
+
+def pair(task, name, tokenizer, their_tokenizer, **settings):
+    torch.manual_seed(3)
+    theirs = getattr(transformers, name)(transformers.DistilBertConfig(**TINY, **settings)).eval()
+    ours = getattr(fastdistil, name)(DistilBertConfig(**TINY, **settings))
+    ours.load_state_dict(theirs.state_dict())
+    # a budget that holds a few texts, so that there are several batches
+    return pipeline(task, ours, tokenizer, max_batch_tokens=30), transformers.pipeline(
+        task, model=theirs, tokenizer=their_tokenizer, device="cpu"
+    )
+
+
+def same(ours, theirs):
+    """Equal dictionaries in equal order, scores within 1e-5."""
+    assert type(ours) is type(theirs) or {type(ours), type(theirs)} <= {float, np.float32, np.float64}
+    if isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            same(a, b)
+    elif isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for key in theirs:
+            same(ours[key], theirs[key])
+    elif isinstance(theirs, (float, np.floating)):
+        assert float(ours) == pytest.approx(float(theirs), abs=1e-5)
+    else:
+        assert ours == theirs
+
+
+MASKED = ["the [MASK] sat on the mat", "[MASK] and [MASK] are words", "paris is the [MASK] of france"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 2}, {"targets": ["cat", "dog"]}, {"targets": "cats", "top_k": 3}], ids=str
+)
+def test_fill_mask(options, tokenizer, their_tokenizer):
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
+    for inputs in (MASKED[0], MASKED[1], MASKED[:1], MASKED):
+        same(ours(inputs, **options), theirs(inputs, **options))
+
+
+def test_fill_mask_replaces_a_target_that_is_no_word(tokenizer, their_tokenizer, caplog):
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
+    options = {"targets": ["zyxwvut", "dog"]}
+    same(ours(MASKED[0], **options), theirs(MASKED[0], **options))
+    assert "'zyxwvut' is not in the vocabulary" in caplog.text
+    with pytest.raises(ValueError, match="At least one target must be provided"):
+        ours(MASKED[0], targets=[])
+
+
+def test_a_long_text_is_cut_on_request(tokenizer, their_tokenizer):
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
+    text = MASKED[0] + " word" * 100
+    cut = {"truncation": True, "max_length": 64}
+    same(ours(text, **cut), theirs(text, tokenizer_kwargs=cut))
+    with pytest.raises(ValueError, match=r"inputs\[1\] is 108 tokens long, the model has 64 positions"):
+        ours([MASKED[0], text])
+
+
+def test_feature_extraction(tokenizer, their_tokenizer):
+    ours, theirs = pair("feature-extraction", "DistilBertModel", tokenizer, their_tokenizer)
+    same(ours(TEXTS[0]), theirs(TEXTS[0]))
+    same(ours(TEXTS), theirs(TEXTS))
+    for a, b in zip(ours(TEXTS, return_tensors=True), theirs(TEXTS, return_tensors=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 1}, {"top_k": 2}, {"top_k": None}, {"function_to_apply": "sigmoid"}], ids=str
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_labels": 3, "id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}},
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        {"num_labels": 1},
+        {"num_labels": 1, "problem_type": "regression"},
+    ],
+    ids=lambda s: f"{s['num_labels']} {s.get('problem_type')}",
+)
+def test_text_classification(settings, options, tokenizer, their_tokenizer):
+    name = "DistilBertForSequenceClassification"
+    ours, theirs = pair("text-classification", name, tokenizer, their_tokenizer, **settings)
+    both = {"text": TEXTS[0], "text_pair": TEXTS[1]}
+    for inputs in (TEXTS[0], TEXTS, TEXTS[:1], both, [both, both | {"text": "other"}]):
+        same(ours(inputs, **options), theirs(inputs, **options))
+
+
+@pytest.mark.parametrize("strategy", ["none", "simple", "first", "average", "max"])
+@pytest.mark.parametrize("labels", [NER, {0: "NOUN", 1: "VERB", 2: "O"}], ids=["ner", "tags"])
+def test_token_classification(strategy, labels, tokenizer, their_tokenizer):
+    settings = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+    name = "DistilBertForTokenClassification"
+    ours, theirs = pair("token-classification", name, tokenizer, their_tokenizer, **settings)
+    options = {"aggregation_strategy": strategy}
+    for inputs in (TEXTS[0], TEXTS, TEXTS[:1]):
+        found = ours(inputs, **options)
+        same(found, theirs(inputs, **options))
+    assert any(found)
+    same(ours(TEXTS, ignore_labels=[], **options), theirs(TEXTS, ignore_labels=[], **options))
+
+
+@pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
+def test_windows_of_a_long_text(strategy, tokenizer, their_tokenizer):
+    name = "DistilBertForTokenClassification"
+    settings = {"id2label": NER, "label2id": {v: k for k, v in NER.items()}}
+    ours, theirs = pair("token-classification", name, tokenizer, their_tokenizer, **settings)
+    theirs.tokenizer.model_max_length = 32
+    ours.tokenizer.model_max_length = 32
+    try:
+        text = " ".join(TEXTS) * 3
+        options = {"aggregation_strategy": strategy, "stride": 7}
+        same(ours([TEXTS[2], text], **options), theirs([TEXTS[2], text], **options))
+        with pytest.raises(
+            ValueError, match=r"inputs\[1\]: windows of 32 tokens hold 30 of the text, too few to share 30"
+        ):
+            ours([TEXTS[2], text], aggregation_strategy=strategy, stride=30)
+    finally:
+        theirs.tokenizer.model_max_length = ours.tokenizer.model_max_length = 512
+
+
+@pytest.fixture(scope="module")
+def answerer(tokenizer):
+    torch.manual_seed(0)
+    model = fastdistil.DistilBertForQuestionAnswering(DistilBertConfig(**GOLDEN["config"]))
+    return pipeline("question-answering", model, tokenizer, max_batch_tokens=500)
+
+
+@pytest.mark.parametrize("number", range(len(GOLDEN["options"])))
+def test_question_answering(number, answerer):
+    options, expected = GOLDEN["options"][number], GOLDEN["answers"][number]
+    for sample, answer in zip(GOLDEN["samples"], expected, strict=True):
+        same(answerer(**sample, **options), answer)
+    same(answerer(GOLDEN["samples"], **options), expected)
+    whole = {key: [sample[key] for sample in GOLDEN["samples"]] for key in ("question", "context")}
+    same(answerer(**whole, **options), expected)
+
+
+def test_a_flexible_head_answers(tokenizer):
+    torch.manual_seed(0)
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    model.add_masked_lm_head("words")
+    model.add_tagging_head("names", num_labels=5, id2label=NER)
+    model.add_classification_head("mood", num_labels=2, id2label={0: "bad", 1: "good"}, activation_function="relu")
+    mood = pipeline("sentiment-analysis", model, tokenizer)
+    static = pipeline("sentiment-analysis", model.to_static(), tokenizer)
+    same(mood(TEXTS), static(TEXTS))
+    assert {item["label"] for item in mood(TEXTS)} <= {"bad", "good"}
+    with pytest.raises(ValueError, match="needs a tagging head, DistilBertModelWithHeads has classification"):
+        pipeline("ner", model, tokenizer)
+    model.active_head = "names"
+    assert pipeline("ner", model, tokenizer)(TEXTS[0], ignore_labels=[])[0]["word"] == "wolfgang"
+    model.active_head = "words"
+    assert len(pipeline("fill-mask", model, tokenizer)(MASKED[0])) == 5
+
+
+def test_a_model_by_its_directory(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = pipeline("text-classification", str(tmp_path), device="cpu")
+    same(found(TEXTS), pipeline("text-classification", model, tokenizer)(TEXTS))
+    assert found([]) == [] and found.model.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("task", "call", "error", "message"),
+    [
+        ("fill-mask", lambda p: p(["a [MASK]", "a b"]), ValueError, r"inputs\[1\]: No mask_token \(\[MASK\]\) found"),
+        ("fill-mask", lambda p: p("[MASK]", top_k=0), ValueError, "top_k is 0"),
+        ("fill-mask", lambda p: p("[MASK]", top_k=10**6), ValueError, "top_k is 1000000; it must be from 1 to"),
+        ("fill-mask", lambda p: p(["[MASK]", None]), TypeError, r"inputs\[1\] must be a string"),
+        ("fill-mask", lambda p: p(b"[MASK]"), TypeError, "inputs must be a text or a list of texts, got bytes"),
+        ("fill-mask", lambda p: p(["[MASK]", "\ud800 [MASK]"]), ValueError, r"text\[1\] holds a lone surrogate"),
+        ("text-classification", lambda p: p([["a", "b"]]), TypeError, r"inputs\[0\] must be a string, or a dictionary"),
+        (
+            "text-classification",
+            lambda p: p(["a", {"text": "a", "text_pair": "b"}]),
+            ValueError,
+            r"inputs\[1\]: either",
+        ),
+        ("text-classification", lambda p: p("a", top_k=0), ValueError, "top_k is 0"),
+        ("text-classification", lambda p: p("a", function_to_apply="max"), ValueError, "'max' is not one of softmax"),
+        ("text-classification", lambda p: p(["a", "b " * 99]), ValueError, r"inputs\[1\] is 101 tokens long"),
+        ("token-classification", lambda p: p("a", aggregation_strategy="sum"), ValueError, "'sum' is not one of none"),
+        ("token-classification", lambda p: p("a", stride=3), ValueError, "stride needs an aggregation_strategy"),
+        ("token-classification", lambda p: p([1]), TypeError, r"inputs\[0\] must be a string, got 1"),
+        ("question-answering", lambda p: p(question="a"), ValueError, "a question and a context are needed"),
+        ("question-answering", lambda p: p(question="a", context=""), ValueError, "`context` cannot be empty"),
+        (
+            "question-answering",
+            lambda p: p([{"question": "a"}]),
+            ValueError,
+            r"inputs\[0\]: `context` must be a string",
+        ),
+        ("question-answering", lambda p: p(["a"]), TypeError, r"inputs\[0\] must be a dictionary"),
+        (
+            "question-answering",
+            lambda p: p(question=["a"], context=["b", "c"]),
+            ValueError,
+            "1 questions, but 2 contexts",
+        ),
+        (
+            "question-answering",
+            lambda p: p(question="a " * 70, context="b " * 99),
+            ValueError,
+            r"inputs\[0\]: windows of 64 tokens hold -9 of the text beside a question of 70",
+        ),
+        (
+            "question-answering",
+            lambda p: p(question="a", context="b", top_k=0),
+            ValueError,
+            "top_k parameter should be",
+        ),
+        ("question-answering", lambda p: p(question="a", context="b", doc_stride=70), ValueError, "is larger than"),
+    ],
+)
+def test_bad_input(task, call, error, message, tokenizer):
+    names = {"fill-mask": "MaskedLM", "question-answering": "QuestionAnswering"}
+    name = names.get(task) or task.replace("text", "Sequence").replace("token", "Token").replace("-c", "C")
+    model = getattr(fastdistil, f"DistilBertFor{name}")(DistilBertConfig(**TINY))
+    with pytest.raises(error, match=message):
+        call(pipeline(task, model, tokenizer))
+
+
+def test_bad_arguments(tokenizer):
+    model = fastdistil.DistilBertModel(DistilBertConfig(**TINY))
+    with pytest.raises(ValueError, match="task 'translation' is not one of fill-mask"):
+        pipeline("translation", model, tokenizer)
+    with pytest.raises(ValueError, match="a loaded model comes without a tokenizer"):
+        pipeline("feature-extraction", model)
+    with pytest.raises(TypeError, match="must be one of fastdistil's, got Linear"):
+        pipeline("feature-extraction", torch.nn.Linear(1, 1), tokenizer)
+    with pytest.raises(ValueError, match="needs a masked_lm head, DistilBertModel has None"):
+        pipeline("fill-mask", model, tokenizer)
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        pipeline("fill-mask", "./nowhere")
+    with pytest.raises(ValueError, match="max_batch_tokens is 0"):
+        pipeline("feature-extraction", model, tokenizer, max_batch_tokens=0)
