@@ -1,4 +1,4 @@
-"""The command line: fastdistil embed, search, doctor."""
+"""The command line: fastdistil embed, search, predict, fill-mask, doctor."""
 
 import argparse
 import json
@@ -6,17 +6,22 @@ import logging
 import platform
 import sys
 import time
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastdistil
 from fastdistil._register import FORMS
 from fastdistil.engine import Embedder
+from fastdistil.engine.embedder import describe
+from fastdistil.engine.scheduler import TOKENIZE
 from fastdistil.jobs.embed import embed_rows, report
 from fastdistil.jobs.index import FORMATS, Index
 from fastdistil.jobs.readers import read_rows
 from fastdistil.kernels import _target
+from fastdistil.pipelines import ALIASES, TASKS, TokenClassificationPipeline
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2 on wrong use
 
@@ -63,6 +68,28 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("--json", action="store_true", help="print a JSON object a query")
     two.add_argument("query", nargs="+")
     _placement(two)
+
+    four = commands.add_parser("predict", help="answer a task for every text, a JSON object a line")
+    four.set_defaults(command=predict)
+    four.add_argument("--task", required=True, choices=[*TASKS, *ALIASES])
+    four.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    four.add_argument("--input", required=True, nargs="+", help=".txt (a text a line), .jsonl, or - for standard input")
+    four.add_argument("--text-column", default="text", help="jsonl column of the text (default: text)")
+    four.add_argument("--id-column", help="jsonl column of the id (default: the row's number)")
+    four.add_argument("--question", help="question-answering: what to ask of every text")
+    four.add_argument("--top-k", type=positive, help="so many answers a text")
+    four.add_argument("--aggregation-strategy", choices=TokenClassificationPipeline.strategies, default="simple")
+    four.add_argument("--truncate", action=argparse.BooleanOptionalAction, default=True, help="cut texts too long")
+    four.add_argument("--max-batch-tokens", type=positive, help="default: 2048 on CPU, 16896 on CUDA")
+    _placement(four)
+
+    five = commands.add_parser("fill-mask", help="the likeliest words for [MASK]")
+    five.set_defaults(command=fill_mask)
+    five.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    five.add_argument("--top-k", type=positive, default=5)
+    five.add_argument("--json", action="store_true", help="print a JSON object a text")
+    five.add_argument("text", nargs="+")
+    _placement(five)
 
     three = commands.add_parser("doctor", help="show what fastdistil runs on here, and why")
     three.set_defaults(command=doctor)
@@ -123,6 +150,61 @@ def search(arguments: argparse.Namespace) -> None:
             print(json.dumps({"query": query, "hits": [{"id": i, "score": s} for i, s in hits]}, ensure_ascii=False))
         else:
             print(query, *(f"  {score:.3f}  {identity}" for identity, score in hits), sep="\n")
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    task = ALIASES.get(arguments.task, arguments.task)
+    if (arguments.question is None) is (task == "question-answering"):
+        raise ValueError("--question goes with --task question-answering, and only with it")
+    options: dict[str, Any] = {}
+    if arguments.top_k is not None:
+        if task in ("token-classification", "feature-extraction"):
+            raise ValueError(f"--top-k is not for --task {task}")
+        options["top_k"] = arguments.top_k
+    if task == "token-classification":
+        options["aggregation_strategy"] = arguments.aggregation_strategy
+    elif task != "question-answering":
+        options["truncation"] = arguments.truncate
+    answer = _pipeline(arguments, task)
+    rows = read_rows(arguments.input, text_column=arguments.text_column, id_column=arguments.id_column)
+    while chunk := list(islice(rows, TOKENIZE)):
+        texts: list[Any] = [row.text for row in chunk]
+        if task == "question-answering":
+            texts = [{"question": arguments.question, "context": text} for text in texts]
+        try:
+            results = answer(texts, **options)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"of the texts from {chunk[0].where} on, {error}") from error
+        if len(texts) == 1 and task in ("fill-mask", "question-answering"):
+            results = [results]  # which do not wrap a single answer
+        for row, result in zip(chunk, results, strict=True):
+            print(json.dumps({"id": row.id, "result": result}, ensure_ascii=False, default=float))
+
+
+def fill_mask(arguments: argparse.Namespace) -> None:
+    answer = _pipeline(arguments, "fill-mask")
+    for text in arguments.text:
+        found = answer(text, top_k=arguments.top_k)
+        if arguments.json:
+            print(json.dumps({"text": text, "result": found}, ensure_ascii=False))
+            continue
+        print(text)
+        for guesses in found if isinstance(found[0], list) else [found]:
+            print(
+                *(f"  {guess['score']:.4f}  {guess['token_str']:14} {guess['sequence']}" for guess in guesses), sep="\n"
+            )
+
+
+def _pipeline(arguments: argparse.Namespace, task: str) -> Any:
+    found = fastdistil.pipeline(
+        task,
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_batch_tokens=getattr(arguments, "max_batch_tokens", None),
+    )
+    say(arguments, f"{arguments.model} on {describe(found.encoder)}")
+    return found
 
 
 def say(arguments: argparse.Namespace, text: str) -> None:

@@ -26,7 +26,7 @@ from fastdistil.heads import (
     score,
 )
 from fastdistil.model import DistilBertModel, as_device
-from fastdistil.tokenizer import NO_LIMIT, BatchEncoding, DistilBertTokenizer
+from fastdistil.tokenizer import BatchEncoding, DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
 
@@ -56,13 +56,14 @@ class Pipeline:
 
     @torch.inference_mode()
     def run(self, sequences: list[list[int]], only: list[list[int]] | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(row, logits [its tokens, out]) of each sequence, batch by batch, not in order. only: the tokens
-        to answer for; without a head, hidden states."""
+        """(row, logits [its tokens, out]) of each sequence, as batches are done; without a head, hidden states. only:
+        the tokens to answer for."""
         limit = self.encoder.config.max_position_embeddings
         for row, sequence in enumerate(sequences):
             if len(sequence) > limit:
                 raise ValueError(
-                    f"inputs[{row}] is {len(sequence)} tokens long, the model has {limit} positions; pass truncation=True"
+                    f"inputs[{row}] is {len(sequence)} tokens long, the model has {limit} positions; "
+                    "pass truncation=True"
                 )
         device = self.encoder.device
         window = Window.of(iter([sequences]))
@@ -96,10 +97,9 @@ class Pipeline:
         whole = [text["text"] if isinstance(text, dict) else text for text in texts]
         return self.tokenizer(whole, pairs if any(pair is not None for pair in pairs) else None, **options)
 
-    def _limit(self) -> int | None:
-        """The most tokens of a text, where the tokenizer states a limit."""
-        most = self.tokenizer.model_max_length
-        return min(most, self.encoder.config.max_position_embeddings) if most < NO_LIMIT else None
+    def _limit(self) -> int:
+        """The most tokens of a text."""
+        return min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
 
 
 _PAIR = {"text", "text_pair"}
@@ -295,15 +295,14 @@ class TokenClassificationPipeline(Pipeline):
         limit = self._limit()
         windows: list[tuple[int, Encoding]] = []
         if stride is None:
-            encoded = self.tokenizer(texts, truncation=limit is not None, max_length=limit)
+            encoded = self.tokenizer(texts, truncation=True, max_length=limit)
             windows = list(enumerate(encoded.encodings))
         else:
             if aggregation_strategy == "none":
                 raise ValueError("stride needs an aggregation_strategy other than none, for windows overlap")
             plain = self.tokenizer(texts, add_special_tokens=False).encodings
-            most = limit or self.encoder.config.max_position_embeddings
             for row, encoding in enumerate(plain):
-                windows += [(row, window) for window in cut(self.tokenizer, encoding, None, most, stride, row)]
+                windows += [(row, window) for window in cut(self.tokenizer, encoding, None, limit, stride, row)]
         found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
         parts: list[list[dict[str, Any]]] = [[] for _ in windows]
         for i, logits in self.run([encoding.ids for _, encoding in windows]):

@@ -8,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
-from fastdistil import Embedder
+import fastdistil
+from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
 from fastdistil.cli import main
 from fastdistil.jobs.embed import embed_rows
 from fastdistil.jobs.index import Index
@@ -221,3 +223,78 @@ def test_more_wrong_use(minilm, jsonl, tmp_path, capsys):
         (tmp_path / "o" / "manifest.json").write_text(json.dumps(manifest))
         assert main(["search", "--index", str(tmp_path / "o"), "q"]) == 1
         assert "is not an index manifest" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def heads(minilm, tmp_path_factory):
+    """task -> directory of a tiny random model."""
+    torch.manual_seed(0)
+    config = dict(vocab_size=30522, dim=16, n_heads=2, hidden_dim=32, n_layers=1, max_position_embeddings=64)
+    names = {
+        "fill-mask": "DistilBertForMaskedLM",
+        "text-classification": "DistilBertForSequenceClassification",
+        "token-classification": "DistilBertForTokenClassification",
+        "question-answering": "DistilBertForQuestionAnswering",
+        "feature-extraction": "DistilBertModel",
+    }
+    out = {}
+    for task, name in names.items():
+        out[task] = str(tmp_path_factory.mktemp(task))
+        getattr(fastdistil, name)(DistilBertConfig(**config)).save_pretrained(out[task])
+        DistilBertTokenizer.from_pretrained(minilm).save_pretrained(out[task])
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("task", ["fill-mask", "text-classification", "token-classification", "question-answering"])
+def test_predict(task, rows, heads, tmp_path, capsys):
+    texts = [f"word {'more ' * i} [MASK]" for i in range(rows)]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"name": f"n{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
+    question = ["--question", "which word?"] if task == "question-answering" else []
+    arguments = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--input", str(path), *question]
+    assert main([*arguments, "--id-column", "name"]) == 0
+    out, err = capsys.readouterr()
+    assert "float32" in err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["id"] for line in lines] == [f"n{i}" for i in range(rows)]
+    answer = fastdistil.pipeline(task, heads[task], device="cpu")
+    options = {"aggregation_strategy": "simple"} if task == "token-classification" else {}
+    for text, line in zip(texts, lines, strict=True):
+        expected = answer(question="which word?", context=text) if question else answer(text, **options)
+        expected = expected[0] if task == "text-classification" else expected
+        expected = json.loads(json.dumps(expected, default=float))
+        assert str(type(line["result"])) == str(type(expected))
+        first = [x[0] if isinstance(x, list) else x for x in (line["result"], expected)]
+        assert first[0].keys() == first[1].keys()
+        assert first[0]["score"] == pytest.approx(first[1]["score"], abs=1e-5)
+
+
+def test_fill_mask(heads, capsys):
+    arguments = ["fill-mask", "--model", heads["fill-mask"], "--device", "cpu", "--quiet", "--top-k", "2"]
+    assert main([*arguments, "a [MASK] b", "[MASK] [MASK]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a [MASK] b" and lines[3] == "[MASK] [MASK]" and len(lines) == 8
+    assert main([*arguments, "--json", "a [MASK] b"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["result"]) == 2
+    assert main([*arguments, "a b"]) == 1
+    assert "No mask_token ([MASK]) found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("text-classification", ["--question", "a?"], "--question goes with --task question-answering"),
+        ("question-answering", [], "--question goes with --task question-answering"),
+        ("token-classification", ["--top-k", "2"], "--top-k is not for --task token-classification"),
+        ("text-classification", ["--no-truncate"], "line 2 on, inputs[1] is 101 tokens long"),
+        ("fill-mask", [], "line 2 on, inputs[0]: No mask_token"),
+    ],
+)
+def test_predict_names_what_is_wrong(task, options, message, heads, tmp_path, capsys):
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n" + "".join(json.dumps({"text": t}) + "\n" for t in ("short", "long " * 99)))
+    arguments = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--input", str(path), *options]
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert message in err and out == ""

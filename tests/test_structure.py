@@ -31,7 +31,7 @@ ALLOWED = {
     "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},
     "engine": {"engine", "model", "tokenizer", "checkpoint", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
-    "cli": {"jobs", "engine", "kernels", "_register", "ops", ""},
+    "cli": {"jobs", "engine", "kernels", "pipelines", "_register", "ops", ""},
     "__init__": {"config", "engine", "heads", "model", "ops", "pipelines", "tokenizer"},
 }
 

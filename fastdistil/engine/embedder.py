@@ -104,16 +104,7 @@ class Embedder:
 
     def describe(self) -> str:
         """Device, dtype and where the ops' code comes from, in words."""
-        device = self.model.device
-        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({_threads()})"
-        modules = sorted({forms[device.type].__module__.removeprefix("fastdistil.") for forms in FORMS.values()})
-        kernels = [m.removeprefix("kernels.") for m in modules if m.startswith("kernels")]
-        why = ops.why_eager(device)
-        if kernels and why is None:
-            runs = f"Triton kernels ({', '.join(kernels)})"
-        else:
-            runs = f"eager torch ops ({why if kernels else ', '.join(modules)})"
-        return f"{device}{name}, {str(self.model.dtype).removeprefix('torch.')}, {runs}"
+        return describe(self.model)
 
     def encode(
         self,
@@ -198,6 +189,20 @@ class Embedder:
             None if positions is None else torch.from_numpy(positions).to(device),
         )  # [tokens, dim]
         return ops.pool(hidden, where, self.pooling, self.normalize).float().cpu().numpy()
+
+
+def describe(model: DistilBertModel) -> str:
+    """A model's device, dtype and where the ops' code comes from, in words."""
+    device = model.device
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({_threads()})"
+    modules = sorted({forms[device.type].__module__.removeprefix("fastdistil.") for forms in FORMS.values()})
+    kernels = [m.removeprefix("kernels.") for m in modules if m.startswith("kernels")]
+    why = ops.why_eager(device)
+    if kernels and why is None:
+        runs = f"Triton kernels ({', '.join(kernels)})"
+    else:
+        runs = f"eager torch ops ({why if kernels else ', '.join(modules)})"
+    return f"{device}{name}, {str(model.dtype).removeprefix('torch.')}, {runs}"
 
 
 @contextmanager
