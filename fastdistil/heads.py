@@ -273,6 +273,7 @@ class _WithHead(_Headed):
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> ModelOutput | tuple:
         encoded = self.distilbert.encode(
             input_ids,
@@ -284,6 +285,7 @@ class _WithHead(_Headed):
             position_ids,
             token_type_ids,
             only="first" if HEADS[self.head_type].first else None,
+            adapter_names=adapter_names,
         )
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
@@ -327,6 +329,7 @@ class DistilBertForMaskedLM(_WithHead):
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        adapter_names: str | Sequence[str] | None = None,
         logits_at: Tensor | None = None,
     ) -> ModelOutput | tuple:
         """Inputs as in `DistilBertModel.forward`. logits_at: int64 [n, 2], the (row, column) of tokens; then logits
@@ -341,6 +344,7 @@ class DistilBertForMaskedLM(_WithHead):
             position_ids,
             token_type_ids,
             only=logits_at,
+            adapter_names=adapter_names,
         )
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
@@ -433,6 +437,7 @@ class DistilBertForQuestionAnswering(_WithHead):
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> ModelOutput | tuple:
         """Inputs as in `DistilBertModel.forward`. start_positions, end_positions: integers [batch], both or no loss."""
         encoded = self.distilbert.encode(
@@ -444,6 +449,7 @@ class DistilBertForQuestionAnswering(_WithHead):
             output_hidden_states,
             position_ids,
             token_type_ids,
+            adapter_names=adapter_names,
         )
         labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
@@ -479,6 +485,7 @@ class DistilBertForMultipleChoice(_WithHead):
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> ModelOutput | tuple:
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or given.dim() != (3 if inputs_embeds is None else 4):
@@ -499,6 +506,7 @@ class DistilBertForMultipleChoice(_WithHead):
             flat(position_ids),
             flat(token_type_ids),
             only="first",
+            adapter_names=adapter_names,
         )
         return self._answer(encoded, read(self.layers(), encoded).view(-1, choices), labels, return_dict)
 
@@ -841,6 +849,7 @@ class DistilBertModelWithHeads(_Headed):
         end_positions: Tensor | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        adapter_names: str | Sequence[str] | None = None,
         logits_at: Tensor | None = None,
     ) -> Any:
         """Inputs as in `DistilBertModel.forward`, or with choices, [batch, choices, length]. head: the name of the head
@@ -867,6 +876,7 @@ class DistilBertModelWithHeads(_Headed):
             _flat(position_ids, 2),
             _flat(token_type_ids, 2),
             only=only,
+            adapter_names=adapter_names,
         )
         if not names:
             hidden = encoded.hidden if encoded.at is None else encoded.at.unpack(encoded.hidden)

@@ -5,7 +5,7 @@ Two ways through the same weights. Packed: padding is dropped once at the embedd
 training mode, attentions or a 4-D mask is asked for. Both give hidden states that are 0 at padded positions.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fastdistil import graphs, ops, reference
+from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, low_rank
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
 from fastdistil.outputs import BaseModelOutput
@@ -93,21 +94,41 @@ class MultiHeadSelfAttention(nn.Module):
         self.register_load_state_dict_post_hook(_after_load)
         self._lay_side_by_side()
 
-    def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None, only: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        at: Packing,
+        head_scale: Tensor | None,
+        only: Tensor | None = None,
+        adapters: Sequence[str] = (),
+    ) -> Tensor:
         """only: [n], the rows to answer for, by default all; every row is attended to. -> [rows or n, dim]"""
         qkv = self.project(x, at.live)  # [rows, 3 * dim]
+        if adapters:
+            self._add_low_rank(qkv, x, adapters)
         context = ops.attention(qkv, at.cu_seqlens, at.max_seqlen, self.n_heads, head_scale)  # [rows, dim]
         if only is not None:
             return apply_linear(self.out_lin, context[only], None)
         return apply_linear(self.out_lin, context, at.live)
 
-    def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
+    def dense(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        head_mask: Tensor | None,
+        probabilities: bool,
+        adapters: Sequence[str] = (),
+    ) -> tuple:
         """x: [B, L, dim]; mask: bool (True attends) or additive, broadcast to [B, heads, L, L]; head_mask: [heads]"""
 
         def split(y: Tensor) -> Tensor:  # [B, L, dim] -> [B, heads, L, head_size]
             return y.unflatten(-1, (self.n_heads, self.attention_head_size)).transpose(1, 2)
 
-        q, k, v = split(self.q_lin(x)), split(self.k_lin(x)), split(self.v_lin(x))
+        def project(linear: nn.Linear) -> Tensor:
+            y, more = linear(x), low_rank(linear, adapters, x)
+            return split(y if more is None else y + more)
+
+        q, k, v = project(self.q_lin), project(self.k_lin), project(self.v_lin)
         weights = None
         if probabilities or head_mask is not None:
             scores = q @ k.mT * self.attention_head_size**-0.5
@@ -122,6 +143,12 @@ class MultiHeadSelfAttention(nn.Module):
             p = self.dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         return self.out_lin(context.transpose(1, 2).flatten(2)), weights
+
+    def _add_low_rank(self, qkv: Tensor, x: Tensor, adapters: Sequence[str]) -> None:  # [rows, 3 * dim], [rows, dim]
+        for part, linear in zip(qkv.chunk(3, dim=1), (self.q_lin, self.k_lin, self.v_lin), strict=True):
+            more = low_rank(linear, adapters, x)
+            if more is not None:
+                part += more.to(part.dtype)
 
     # q_lin, k_lin and v_lin stay three ordinary Linears whose weights happen to lie side by side in one buffer, so
     # that one GEMM can read them. Nothing is copied, so nothing can go stale.
@@ -222,18 +249,50 @@ class TransformerBlock(nn.Module):
         self.sa_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.ffn = FFN(config)
         self.output_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
+        self.attention_adapters: Adapters | None = None
+        self.output_adapters: Adapters | None = None
 
-    def forward(self, x: Tensor, at: Packing, head_scale: Tensor | None = None, only: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        at: Packing,
+        head_scale: Tensor | None = None,
+        only: Tensor | None = None,
+        adapters: Sequence[str] = (),
+    ) -> Tensor:
         """x: [rows, dim] -> [rows, dim], or of the rows in `only` [n] -> [n, dim]"""
-        context = self.attention(x, at, head_scale, only)
+        context = self.attention(x, at, head_scale, only, adapters)
         x, live = (x, at.live) if only is None else (x[only], None)
+        if adapters:
+            return self._through(adapters, context, x, lambda x: self.ffn(x, live), live)
         x = apply_add_norm(self.sa_layer_norm, context, x, live)
         return apply_add_norm(self.output_layer_norm, self.ffn(x, live), x, live)
 
-    def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
-        context, weights = self.attention.dense(x, mask, head_mask, probabilities)
+    def dense(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        head_mask: Tensor | None,
+        probabilities: bool,
+        adapters: Sequence[str] = (),
+    ) -> tuple:
+        context, weights = self.attention.dense(x, mask, head_mask, probabilities, adapters)
+        if adapters:
+            return self._through(adapters, context, x, self.ffn.dense, None), weights
         x = self.sa_layer_norm(context + x)  # [B, L, dim]
         return self.output_layer_norm(self.ffn.dense(x) + x), weights
+
+    def _through(
+        self, adapters: Sequence[str], context: Tensor, x: Tensor, ffn: Callable, live: Tensor | None
+    ) -> Tensor:
+        """The block from its attention on, with adapters; context, x: [..., dim]"""
+
+        def add_norm(norm: nn.LayerNorm) -> Callable[[Tensor, Tensor], Tensor]:
+            packed = x.dim() == 2
+            return lambda y, residual: apply_add_norm(norm, y, residual, live) if packed else norm(y + residual)
+
+        x = add_norm_through(self.attention_adapters, adapters, context, x, add_norm(self.sa_layer_norm), live)
+        return add_norm_through(self.output_adapters, adapters, ffn(x), x, add_norm(self.output_layer_norm), live)
 
 
 class Transformer(nn.Module):
@@ -244,23 +303,36 @@ class Transformer(nn.Module):
         self.checkpointing_options: dict[str, Any] = {}
 
     def forward(
-        self, x: Tensor, at: Packing, head_mask: Tensor | None, every: bool, only: Tensor | None = None
+        self,
+        x: Tensor,
+        at: Packing,
+        head_mask: Tensor | None,
+        every: bool,
+        only: Tensor | None = None,
+        adapters: Sequence[str] = (),
     ) -> list[Tensor]:
         """x: [rows, dim] -> the last block's rows, all or `only` [n]; with `every` the input's and each block's"""
         states = [x]
         for i, block in enumerate(self.layer):
             last = i == len(self.layer) - 1
-            x = block(x, at, None if head_mask is None else head_mask[i], only if last else None)
+            x = block(x, at, None if head_mask is None else head_mask[i], only if last else None, adapters)
             states.append(x)
             if not every:
                 states = [x]
         return states if self.layer or only is None else [x[only]]
 
-    def dense(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, probabilities: bool) -> tuple:
+    def dense(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        head_mask: Tensor | None,
+        probabilities: bool,
+        adapters: Sequence[str] = (),
+    ) -> tuple:
         states, attentions = [x], []
         block: Any
         for i, block in enumerate(self.layer):
-            args = (x, mask, None if head_mask is None else head_mask[i], probabilities)
+            args = (x, mask, None if head_mask is None else head_mask[i], probabilities, adapters)
             if self.gradient_checkpointing and self.training:
                 x, weights = recompute(block.dense, *args, **({"use_reentrant": False} | self.checkpointing_options))
             else:
@@ -270,7 +342,7 @@ class Transformer(nn.Module):
         return states, attentions
 
 
-class PreTrainedModel(nn.Module):
+class PreTrainedModel(WithAdapters):
     """What every DistilBERT model shares: checkpoints, initial weights, embeddings' sizes, gradient checkpointing."""
 
     config_class = DistilBertConfig
@@ -381,6 +453,8 @@ class PreTrainedModel(nn.Module):
         elif isinstance(module, nn.LayerNorm):
             module.weight.fill_(1)
             module.bias.zero_()
+        elif isinstance(module, LoRA):
+            module.reset()
         elif isinstance(module, Embeddings) and self.config.sinusoidal_pos_embds:
             table = module.position_embeddings.weight
             table.copy_(sinusoidal_positions(*table.shape))
@@ -519,6 +593,7 @@ class DistilBertModel(PreTrainedModel):
         self.embeddings = Embeddings(config)
         self.transformer = Transformer(config)
         self.post_init()
+        self._build_adapters()
 
     def forward(
         self,
@@ -531,6 +606,7 @@ class DistilBertModel(PreTrainedModel):
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> BaseModelOutput | tuple:
         """Hidden states of a padded batch; exactly 0 at padded positions.
 
@@ -538,7 +614,8 @@ class DistilBertModel(PreTrainedModel):
         [B, L] or [1, L] of any dtype, nonzero at real tokens, wherever they lie; or [B, 1 or heads, L, L], bool (True
         attends) or additive. head_mask: [heads] or [layers, heads], multiplies each head's attention. position_ids:
         [L], [1, L] or [B, L], by default the column. token_type_ids are accepted for BERT's callers.
-        output_attentions and output_hidden_states add `attentions` and `hidden_states`. Raises ValueError.
+        output_attentions and output_hidden_states add `attentions` and `hidden_states`. adapter_names: adapters to go
+        through, [] for none, by default the active ones. Raises ValueError.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         encoded = self.encode(
@@ -550,6 +627,7 @@ class DistilBertModel(PreTrainedModel):
             output_hidden_states,
             position_ids,
             token_type_ids,
+            adapter_names=adapter_names,
         )
         hidden = encoded.hidden if encoded.at is None else encoded.at.unpack(encoded.hidden)
         out = BaseModelOutput(hidden, encoded.states, encoded.attentions)
@@ -566,6 +644,7 @@ class DistilBertModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         only: Tensor | str | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> "Encoded":
         """`forward` for heads: the last hidden states stay packed where they are.
 
@@ -596,9 +675,12 @@ class DistilBertModel(PreTrainedModel):
             self._check_ids(input_ids, keep)
         if isinstance(only, Tensor):
             _check_only(only, batch, length, device)
+        adapters = self._adapters(adapter_names)
 
         if self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0:
-            states, weights = self._dense(input_ids, inputs_embeds, keep, mask, positions, heads, bool(want_attentions))
+            states, weights = self._dense(
+                input_ids, inputs_embeds, keep, mask, positions, heads, bool(want_attentions), adapters
+            )
             return Encoded(
                 pick(states[-1], keep, only),
                 None,
@@ -606,14 +688,15 @@ class DistilBertModel(PreTrainedModel):
                 tuple(weights) if want_attentions else None,
             )
         if want_states:  # shown padded
-            at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, every=True)
+            at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, adapters, every=True)
             states = [at.unpack(x) for x in states]
             return Encoded(pick(states[-1], keep, only), None, tuple(states), None)
-        if self._graphs is not None and inputs_embeds is None and position_ids is None and heads is None:
+        plain = inputs_embeds is None and position_ids is None and heads is None and not adapters
+        if self._graphs is not None and plain:
             hidden = self._replayed(input_ids, keep)
             if hidden is not None:
                 return Encoded(pick(hidden, keep, only), None, None, None)
-        at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, only=only)
+        at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, adapters, only=only)
         return Encoded(states[-1], at if only is None else None, None, None)
 
     def _dense(
@@ -625,6 +708,7 @@ class DistilBertModel(PreTrainedModel):
         positions: Tensor,
         heads: Tensor | None,
         want_attentions: bool,
+        adapters: Sequence[str],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """[B, L] -> hidden states n_layers + 1 times [B, L, dim], and attentions"""
         if input_ids is not None and keep is not None:
@@ -634,7 +718,7 @@ class DistilBertModel(PreTrainedModel):
         x = self.embeddings.dense(input_ids, inputs_embeds, positions)  # [B, L, dim]
         if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
             mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
-        states, weights = self.transformer.dense(x, mask, heads, want_attentions)
+        states, weights = self.transformer.dense(x, mask, heads, want_attentions, adapters)
         padded = None if keep is None else ~keep.unsqueeze(-1)
         return [x if padded is None else x.masked_fill(padded, 0) for x in states], weights
 
@@ -645,6 +729,7 @@ class DistilBertModel(PreTrainedModel):
         keep: Tensor | None,
         positions: Tensor,
         heads: Tensor | None,
+        adapters: Sequence[str] = (),
         every: bool = False,
         only: Tensor | str | None = None,
     ) -> tuple[Packing, list[Tensor]]:
@@ -661,11 +746,11 @@ class DistilBertModel(PreTrainedModel):
             ids = torch.arange(batch * length, device=given.device) if at.source is None else at.source
         x = self.embeddings(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
         if only is None:
-            return at, self.transformer(x, at, heads, every)
+            return at, self.transformer(x, at, heads, every, adapters=adapters)
         if len(x) == 0:  # nothing is real
             return at, [x.new_zeros(batch if isinstance(only, str) else len(only), x.shape[1])]
         rows, there = at.first() if isinstance(only, str) else at.find(only[:, 0] * length + only[:, 1])
-        chosen = self.transformer(x, at, heads, every, rows)[-1]
+        chosen = self.transformer(x, at, heads, every, rows, adapters)[-1]
         return at, [chosen if there is None else chosen.masked_fill(~there[:, None], 0)]
 
     def cuda_graphs(self, on: bool = True, most: int = 64) -> "DistilBertModel":
@@ -723,7 +808,10 @@ class DistilBertModel(PreTrainedModel):
         with torch.no_grad():
             table = self.embeddings.word_embeddings.weight
             x = self.embeddings(table, input_ids, position_ids, at.live)
-            return self.transformer(x, at, None, every=False, only=only)[-1]
+            return self.transformer(x, at, None, every=False, only=only, adapters=self._adapters(None))[-1]
+
+    def _adapters(self, names: str | Sequence[str] | None) -> Sequence[str]:
+        return self.__dict__.get("_active_adapters", ()) if names is None else self.adapter_stack(names)
 
     def _needs_dense(self, inputs_embeds: Tensor | None, head_mask: Tensor | None) -> bool:
         if self.training or not self.embeddings.is_plain():

@@ -1,0 +1,274 @@
+"""Bottleneck adapters and LoRA: against frozen outputs of the adapters library, and their life."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fastdistil
+from fastdistil import DistilBertConfig, DistilBertModel, DistilBertModelWithHeads
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-5
+TINY = dict(vocab_size=60, dim=24, n_heads=2, hidden_dim=32, n_layers=2, max_position_embeddings=20)
+KINDS = ["seq_bn", "double_seq_bn", "lora", "narrow", "wide"]
+BOTTLENECKS = {"mh_adapter": True, "reduction_factor": 3, "non_linearity": "tanh"}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "bottlenecks.safetensors")
+
+
+@pytest.fixture
+def theirs(golden):
+    """The model that the adapters library made."""
+    with safe_open(GOLDEN / "bottlenecks.safetensors", "pt") as file:
+        metadata = file.metadata()
+    config = DistilBertConfig.from_dict(json.loads(metadata["config"]))
+    config.adapters = json.loads(metadata["adapters"])
+    state = {k.removeprefix("model."): v for k, v in golden.items() if k.startswith("model.")}
+    model, report = DistilBertModelWithHeads.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True
+    )
+    assert report.pop("unexpected_keys") == {"distilbert.prompt_tuning.base_model_embeddings.weight"}
+    assert not any(report.values())
+    return model
+
+
+def make(seed=0, cls=DistilBertModel):
+    """A model with three adapters that all change something."""
+    torch.manual_seed(seed)
+    model = cls(DistilBertConfig(**TINY)).eval()
+    model.add_adapter("pfeiffer", "seq_bn")
+    model.add_adapter("lora", "lora")
+    model.add_adapter("both", BOTTLENECKS)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def inputs(batch=3, length=9):
+    return torch.randint(1, 60, (batch, length)), torch.arange(length) < torch.tensor([length, 3, 1])[:batch, None]
+
+
+@pytest.mark.parametrize("name", [*KINDS, "seq_bn,narrow", "double_seq_bn,lora"])
+def test_equal_to_the_adapters_library(name, theirs, golden):
+    ids = golden["ids"]
+    with torch.inference_mode():
+        plain = theirs(ids, torch.ones_like(ids)).logits
+        packed = theirs(ids, torch.ones_like(ids), labels=golden["labels"], adapter_names=name.split(","))
+    torch.testing.assert_close(plain, golden["none.logits"], rtol=0, atol=TOLERANCE)
+    dense = theirs(ids, torch.ones_like(ids), labels=golden["labels"], adapter_names=name.split(","))
+    for out in (packed, dense):
+        torch.testing.assert_close(out.logits, golden[f"{name}.logits"], rtol=1e-5, atol=TOLERANCE)
+        torch.testing.assert_close(out.loss, golden[f"{name}.loss"], rtol=1e-5, atol=TOLERANCE)
+    assert not torch.allclose(plain, packed.logits, atol=1e-3), "the adapter changes nothing"
+    dense.loss.backward()
+    own, prefix = dict(theirs.named_parameters()), f"{name}.gradient."
+    gradients = {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
+    assert len(gradients) >= 4
+    for key, expected in gradients.items():
+        torch.testing.assert_close(own[key].grad, expected, rtol=1e-4, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["seq_bn", "double_seq_bn", "lora"])
+def test_an_adapter_saved_by_the_library_loads(name, theirs, golden):
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY)).eval()
+    model.add_classification_head("labels", num_labels=3)
+    state = {k: v for k, v in theirs.state_dict().items() if ".adapters." not in k and ".loras." not in k}
+    model.load_state_dict(state)
+    assert model.load_adapter(GOLDEN / f"adapter_{name}", load_as="mine", set_active=True) == "mine"
+    torch.testing.assert_close(model(golden["ids"]).logits, golden[f"{name}.logits"], rtol=1e-5, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("names", ["pfeiffer", "lora", ["both"], ["pfeiffer", "both"], ["lora", "both"]])
+def test_active_by_call_or_until_changed(names):
+    model = make()
+    ids, keep = inputs()
+    plain = model(ids, keep)[0]
+    with torch.inference_mode():
+        packed = model(ids, keep, adapter_names=names, output_hidden_states=True)
+        assert torch.equal(model(ids, keep)[0], model(ids, keep, adapter_names=[])[0])
+    dense = model(ids, keep, adapter_names=names, output_attentions=True)[0]
+    torch.testing.assert_close(packed[0], dense, rtol=0, atol=TOLERANCE)
+    assert not torch.allclose(dense, plain, atol=1e-3)
+    model.set_active_adapters(names)
+    assert model.active_adapters == ([names] if isinstance(names, str) else names)
+    torch.testing.assert_close(model(ids, keep)[0], dense, rtol=0, atol=TOLERANCE)
+    with torch.inference_mode():
+        rows = model.forward_packed(ids[keep], torch.tensor([0, 9, 12, 13]).int(), 9)
+        torch.testing.assert_close(rows, dense[keep], rtol=0, atol=TOLERANCE)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(clone(ids, keep)[0], model(ids, keep)[0])
+    model.set_active_adapters(None)
+    torch.testing.assert_close(model(ids, keep)[0], plain, rtol=0, atol=0)
+
+
+def test_every_model_takes_them():
+    ids, keep = inputs()
+    for name in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"):
+        model = make(cls=getattr(fastdistil, f"DistilBertFor{name}"))
+        arguments = (ids[:2, None], keep[:2, None]) if name == "MultipleChoice" else (ids, keep)
+        with torch.inference_mode():
+            through, plain = model(*arguments, adapter_names="both")[0], model(*arguments)[0]
+        assert not torch.allclose(through, plain, atol=1e-3)
+        torch.testing.assert_close(model(*arguments, adapter_names="both")[0], through, rtol=0, atol=TOLERANCE)
+
+
+def test_new_adapters():
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    ids, keep = inputs()
+    plain = model(ids, keep)[0]
+    model.add_adapter("l", "lora", set_active=True)
+    assert torch.equal(model(ids, keep)[0], plain), "a new LoRA changes nothing"
+    model.add_adapter("p", {"leave_out": [0]}, set_active=True)
+    assert model.transformer.layer[0].output_adapters is None and model.active_adapters == ["p"]
+    assert model.adapters_config.keys() == {"l", "p"}
+    model.delete_adapter("p")
+    assert model.active_adapters == [] and model.adapters_config.keys() == {"l"}
+    assert not any(".p." in key for key in model.state_dict())
+
+
+def test_training_touches_the_adapter_and_the_heads_alone():
+    model = make(cls=DistilBertModelWithHeads)
+    model.add_classification_head("labels", num_labels=3)
+    for name in ("pfeiffer", "lora"):
+        model.train_adapter(name)
+        assert model.training and model.active_adapters == [name]
+        ids, keep = inputs()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        model(ids, keep, labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+        changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed and all(f".{name}." in k or k.startswith("heads.labels.") for k in changed)
+        assert any(f".{name}." in k for k in changed) and any(k.startswith("heads.") for k in changed)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_merged_and_restored_to_the_bit(dtype):
+    model = make().to(dtype)
+    ids, keep = inputs()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.inference_mode():
+        expected, plain = model(ids, keep, adapter_names="lora")[0], model(ids, keep)[0]
+        model.set_active_adapters("lora")
+        model.merge_adapter("lora")
+        assert model.active_adapters == [], "or it would count twice"
+        merged = model(ids, keep)[0]
+        torch.testing.assert_close(merged, expected, rtol=0, atol=TOLERANCE if dtype is torch.float32 else 2e-2)
+        assert not torch.allclose(merged, plain, atol=5e-2)
+        for call in (model.merge_adapter, model.delete_adapter):
+            with pytest.raises(ValueError, match="adapter 'lora' is merged; call reset_adapter first"):
+                call("lora")
+        model.reset_adapter()
+        assert torch.equal(model(ids, keep)[0], plain)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.reset_adapter()  # nothing to undo
+
+
+@pytest.mark.parametrize("cls", [DistilBertModel, fastdistil.DistilBertForMaskedLM])
+@pytest.mark.parametrize("name", ["pfeiffer", "lora", "both"])
+def test_saved_and_loaded(cls, name, tmp_path):
+    model = make(cls=cls)
+    ids, keep = inputs()
+    model.save_adapter(tmp_path, name)
+    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
+        assert all(key.startswith("distilbert.transformer.layer.") for key in file.keys())  # noqa: SIM118
+    other = cls(DistilBertConfig(**TINY)).eval()
+    state = {k: v for k, v in model.state_dict().items() if ".adapters." not in k and ".loras." not in k}
+    other.load_state_dict(state)
+    other.load_adapter(tmp_path)
+    assert torch.equal(other(ids, keep, adapter_names=name)[0], model(ids, keep, adapter_names=name)[0])
+    other.load_adapter(tmp_path, load_as="again")
+    assert torch.equal(other(ids, keep, adapter_names="again")[0], model(ids, keep, adapter_names=name)[0])
+    with pytest.raises(ValueError, match="there is an adapter 'again'"):
+        other.load_adapter(tmp_path, load_as="again", overwrite_ok=False)
+
+
+def test_saved_with_the_model(tmp_path, caplog):
+    model = make(cls=fastdistil.DistilBertForMaskedLM)
+    ids, keep = inputs()
+    model.save_pretrained(tmp_path)
+    again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    for name in ("pfeiffer", "lora", "both"):
+        assert torch.equal(again(ids, keep, adapter_names=name).logits, model(ids, keep, adapter_names=name).logits)
+    config = json.loads((tmp_path / "config.json").read_text())
+    key = config["adapters"]["adapters"]["both"]
+    config["adapters"]["config_map"][key]["use_gating"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    partly = type(model).from_pretrained(tmp_path)
+    assert "adapter 'both' of the checkpoint is left out: an adapter with use_gating=True" in caplog.text
+    assert torch.equal(partly(ids, keep, adapter_names="lora").logits, model(ids, keep, adapter_names="lora").logits)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda m: m.add_adapter("x", "prefix_tuning"), "config is one of seq_bn, double_seq_bn, lora"),
+        (lambda m: m.add_adapter("a.b"), "cannot be named 'a.b'"),
+        (lambda m: m.add_adapter("lora"), "there is an adapter 'lora'"),
+        (lambda m: m.add_adapter("x", {"is_parallel": True}), "is_parallel=True is not supported, only False"),
+        (lambda m: m.add_adapter("x", {"reduction_factor": 0}), "reduction_factor must be above 0"),
+        (lambda m: m.add_adapter("x", {"scaling": "learned"}), "scaling must be a number, got 'learned'"),
+        (lambda m: m.add_adapter("x", {"non_linearity": "maybe"}), "'maybe' is not one of relu"),
+        (lambda m: m.add_adapter("x", {"architecture": "lora", "r": 0}), "r must be an integer of 1 or more, got 0"),
+        (
+            lambda m: m.add_adapter("x", {"architecture": "lora", "attn_matrices": ["o"]}),
+            "attn_matrices are q, k and v",
+        ),
+        (lambda m: m.add_adapter("x", {"architecture": "reft"}), "architecture 'reft' are not supported"),
+        (lambda m: m.set_active_adapters("x"), "there is no adapter 'x'; there are pfeiffer, lora, both"),
+        (lambda m: m(torch.ones(1, 3).long(), adapter_names="x"), "there is no adapter 'x'"),
+        (lambda m: m.delete_adapter("x"), "there is no adapter 'x'"),
+        (lambda m: m.merge_adapter("both"), "is a bottleneck; only a LoRA can be merged"),
+        (lambda m: m.save_adapter("nowhere", "x"), "there is no adapter 'x'"),
+        (lambda m: m.train_adapter("x"), "there is no adapter 'x'"),
+    ],
+)
+def test_bad_input(call, error):
+    model = make()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=error):
+        call(model)
+    assert list(model.state_dict()) == before and list(model.adapters_config) == ["pfeiffer", "lora", "both"]
+    model.add_adapter("second", "lora")
+    with pytest.raises(ValueError, match="one LoRA can be active at a time, not lora, second"):
+        model.set_active_adapters(["lora", "second"])
+
+
+def test_bad_files(tmp_path):
+    model = make()
+    with pytest.raises(FileNotFoundError, match="holds no adapter_config.json"):
+        model.load_adapter(tmp_path)
+    model.save_adapter(tmp_path, "both")
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter.safetensors"
+    good, state = json.loads(config.read_text()), load_file(weights)
+    for error, description in {
+        "hidden_size is 25, the model's is 24": good | {"hidden_size": 25},
+        "describes no adapter": good | {"config": []},
+        "use_gating=True is not supported": good | {"config": good["config"] | {"use_gating": True}},
+        r"adapter_down.0.bias should be \(12,\) by": good | {"config": good["config"] | {"reduction_factor": 2}},
+    }.items():
+        config.write_text(json.dumps(description))
+        with pytest.raises(ValueError, match=error):
+            model.load_adapter(tmp_path)
+    config.write_text(json.dumps(good))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    key = next(iter(state))
+    save_file({k: v for k, v in state.items() if k != key}, weights)
+    with pytest.raises(ValueError, match="but is absent"):
+        model.load_adapter(tmp_path)
+    weights.write_bytes(b"nonsense")
+    with pytest.raises(OSError, match="not a readable safetensors file"):
+        model.load_adapter(tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
