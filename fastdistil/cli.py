@@ -1,4 +1,4 @@
-"""The command line: fastdistil embed, search, predict, fill-mask, doctor."""
+"""The command line: fastdistil embed, search, predict, fill-mask, verify, doctor."""
 
 import argparse
 import json
@@ -22,6 +22,7 @@ from fastdistil.jobs.index import FORMATS, Index
 from fastdistil.jobs.readers import read_rows
 from fastdistil.kernels import _target
 from fastdistil.pipelines import ALIASES, TASKS, TokenClassificationPipeline
+from fastdistil.verify import verify
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2 on wrong use
 
@@ -90,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
     five.add_argument("--json", action="store_true", help="print a JSON object a text")
     five.add_argument("text", nargs="+")
     _placement(five)
+
+    six = commands.add_parser("verify", help="check a checkpoint layer by layer; exit status 1 when over the bound")
+    six.set_defaults(command=check)
+    six.add_argument("model", help="checkpoint directory or hub id")
+    six.add_argument("--input", nargs="+", help="texts to check with (.txt, .jsonl, or -; the first 64)")
+    six.add_argument("--text-column", default="text", help="jsonl column of the text (default: text)")
+    _placement(six)
 
     three = commands.add_parser("doctor", help="show what fastdistil runs on here, and why")
     three.set_defaults(command=doctor)
@@ -193,6 +201,16 @@ def fill_mask(arguments: argparse.Namespace) -> None:
             print(
                 *(f"  {guess['score']:.4f}  {guess['token_str']:14} {guess['sequence']}" for guess in guesses), sep="\n"
             )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    texts = None
+    if arguments.input:
+        texts = [row.text for row in islice(read_rows(arguments.input, text_column=arguments.text_column), 64)]
+    report = verify(arguments.model, texts, device=arguments.device, dtype=arguments.dtype)
+    print(report)
+    if not report.holds:
+        raise ValueError(f"{arguments.model} is not computed within bounds")
 
 
 def _pipeline(arguments: argparse.Namespace, task: str) -> Any:

@@ -1037,6 +1037,13 @@ class DistilBertModelWithHeads(_Headed):
 DistilBertAdapterModel = DistilBertModelWithHeads
 
 
+def model_class(config: DistilBertConfig) -> type[PreTrainedModel]:
+    """The class that a checkpoint's configuration names; the encoder where it names none of ours."""
+    classes = [*_WithHead.__subclasses__(), DistilBertModelWithHeads]
+    named = (getattr(config, "architectures", None) or [""])[0]
+    return next((cls for cls in classes if cls.__name__ == named), DistilBertModel)
+
+
 def _static_kind(settings: dict[str, Any]) -> str:
     kind = settings["head_type"]
     return "classification" if kind == "multilabel_classification" else kind

@@ -76,7 +76,7 @@ class Attention:
 
 
 # (architecture, op, shape class) -> configuration. Shape classes: of GEMMs "half/many" (precision, size), of attention
-# "half/64/128" (head size, 256 if no power of two from 16 on; longest sequence or any), of row kernels "half/1024"
+# "half/64/128" (head size, or 256 or 512, see below; longest sequence or any), of row kernels "half/1024"
 # (width as a power of two)
 RECORDED: dict[tuple[int, str, str], Gemm | Attention | Rows] = {}
 
@@ -109,26 +109,27 @@ LONG_K = 1_024
 # The first that serves. Up to 32 rows a tile of 64 is shared block-diagonally; one of 128 for up to 64 rows would
 # compute more scores than a tile a sequence does. What is missing from a list spills: wide heads, TF32, IEEE float32.
 # `widest` of a form that also serves head sizes that are no power of two from 16 on, whose masks take registers
-ANY_HEAD = 256
+ANY_HEAD, ODD_HEAD = 256, 512  # multiples of 4; the others, which have no access wider than one number
 ATTENTION = {
     "half": (
-        Attention("short", 64, warps=4, longest=16),
-        Attention("short", 64, warps=4, longest=32),
+        Attention("short", 64, warps=4, longest=16, widest=64),
+        Attention("short", 64, warps=4, longest=32, widest=64),
         Attention("single", 64, warps=4, longest=64),
         Attention("single", 128, warps=8, longest=128, widest=64),
         Attention("looped", 128, warps=8, keys=64, stages=3),
-        Attention("looped", 32, warps=8, keys=16, widest=ANY_HEAD),
+        Attention("looped", 32, warps=4, keys=32, widest=ANY_HEAD),
+        Attention("looped", 16, warps=4, keys=32, widest=ODD_HEAD),
     ),
     "tf32": (
         Attention("short", 64, warps=4, longest=16, widest=32),
         Attention("short", 64, warps=4, longest=32, widest=32),
         Attention("looped", 64, warps=8, keys=32),
-        Attention("looped", 32, warps=8, keys=16, widest=ANY_HEAD),
+        Attention("looped", 32, warps=8, keys=16, widest=ODD_HEAD),
     ),
     "ieee": (
         Attention("short", 32, warps=4, longest=16, widest=64),
         Attention("looped", 32, warps=8, keys=16, widest=64),
-        Attention("looped", 16, warps=8, keys=16, stages=2, widest=ANY_HEAD),
+        Attention("looped", 16, warps=8, keys=16, stages=2, widest=ODD_HEAD),
     ),
 }
 
@@ -194,7 +195,9 @@ def attention(max_seqlen: int, head_size: int, dtype: torch.dtype, device: torch
     longest = None if modes.batch_invariant else next((n for n in (16, 32, 64, 128) if max_seqlen <= n), None)
     kind = matmul_precision() if dtype is torch.float32 else "half"
     block = power_of_two(head_size)
-    return _attention(longest, block if block == head_size else ANY_HEAD, kind, architecture(device))
+    if block != head_size:
+        block = ODD_HEAD if head_size % 4 else ANY_HEAD
+    return _attention(longest, block, kind, architecture(device))
 
 
 @functools.cache

@@ -28,11 +28,12 @@ ALLOWED = {
     "adapters": {"checkpoint", "ops"},
     "model": {"adapters", "ops", "reference", "packing", "graphs", "config", "outputs", "checkpoint"},
     "heads": {"model", "config", "outputs", "checkpoint"},
+    "verify": {"heads", "model", "tokenizer", "checkpoint"},
     "tokenizer": {"checkpoint"},
     "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},
     "engine": {"engine", "model", "tokenizer", "checkpoint", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
-    "cli": {"jobs", "engine", "kernels", "pipelines", "_register", "ops", ""},
+    "cli": {"jobs", "engine", "kernels", "pipelines", "verify", "_register", "ops", ""},
     "__init__": {"config", "engine", "heads", "model", "ops", "pipelines", "tokenizer"},
 }
 

@@ -202,5 +202,5 @@ def test_without_the_mode_the_form_goes_by_the_longest(modes):
     assert forms == ["short", "short", "single", "single", "looped"]
     modes.batch_invariant = True
     assert {_configs.attention(n, 64, torch.float16, cpu) for n in (9, 32, 64, 128, 129)} == {
-        _configs.ATTENTION["half"][-2]
+        _configs.ATTENTION["half"][-3]
     }

@@ -1,0 +1,152 @@
+"""Is a checkpoint computed right here? Layer by layer against float64, and against transformers where installed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdistil.checkpoint import find, read_config
+from fastdistil.heads import model_class
+from fastdistil.model import as_device
+from fastdistil.tokenizer import DistilBertTokenizer
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "a",
+    "Sphinx of black quartz, judge my vow! " * 12,
+    "In 1969 the first message was sent over ARPANET, from UCLA to the Stanford Research Institute: it read 'lo'.",
+    "北京 naïve Straße — 3.14159 ☃",
+)
+
+
+@dataclass
+class Line:
+    """One comparison: errors at real tokens, and the largest that is allowed."""
+
+    name: str
+    largest: float
+    mean: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        return self.largest <= self.allowed  # False for NaN
+
+
+@dataclass
+class Report:
+    """What `verify` found. cosine: the least between mean-pooled hidden states here and in float64. flips: predictions
+    that differ from float64's, of how many. not_finite: parameters that hold a NaN or an infinity."""
+
+    model: str
+    where: str
+    lines: list[Line] = field(default_factory=list)
+    cosine: float = 1.0
+    flips: tuple[int, int] | None = None
+    not_finite: list[str] = field(default_factory=list)
+    peer: str = "transformers is not installed"
+
+    @property
+    def holds(self) -> bool:
+        return all(line.holds for line in self.lines) and not self.not_finite and self.cosine > 0.999
+
+    def __str__(self) -> str:
+        rows = [f"{self.model} on {self.where}; {self.peer}", f"{'':28}{'max error':>12}{'mean':>12}{'allowed':>12}"]
+        for line in self.lines:
+            verdict = "" if line.holds else "  TOO LARGE"
+            rows.append(f"{line.name:28}{line.largest:12.2e}{line.mean:12.2e}{line.allowed:12.2e}{verdict}")
+        rows.append(f"least cosine of mean-pooled embeddings: {self.cosine:.9f}")
+        if self.flips is not None:
+            rows.append(f"predictions unlike float64's: {self.flips[0]} of {self.flips[1]}")
+        rows += [f"NOT FINITE: {name}" for name in self.not_finite]
+        return "\n".join([*rows, "all within bounds" if self.holds else "NOT WITHIN BOUNDS"])
+
+
+@torch.inference_mode()
+def verify(
+    path_or_repo: Any,
+    texts: Sequence[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Report:
+    """Run a checkpoint on texts (by default five of its own) in every way, and compare.
+
+    The fast path must obey the error law, max|fast - float64| <= 2 max|eager - float64| + eps max|float64|, in every
+    hidden state and in the logits, where eager is plain torch in the same dtype. transformers' model, if it can be
+    loaded, may err twice as much. device: by default cuda when there is one; dtype: "auto" is the checkpoint's.
+    Raises OSError for files, ValueError for what is in them.
+    """
+    directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
+    place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = model_class(read_config(directory))
+    model = kind.from_pretrained(directory, dtype=dtype, device=place)
+    report = Report(kind.__name__, f"{place}, {str(model.dtype).removeprefix('torch.')}")
+    report.not_finite = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    tokenizer = DistilBertTokenizer.from_pretrained(directory)
+    longest = min(model.config.max_position_embeddings, tokenizer.model_max_length)
+    batch = tokenizer(list(texts or TEXTS), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    ids, mask = batch["input_ids"].to(place), batch["attention_mask"].to(place)
+    keep = mask.bool()
+    if kind.__name__.endswith("MultipleChoice"):  # each text a choice
+        ids, mask = ids[None], mask[None]
+
+    fast = _outputs(model(ids, mask, output_hidden_states=True))
+    eager = _outputs(model(ids, mask, output_hidden_states=True, output_attentions=True))  # asks for the dense path
+    wide = kind.from_pretrained(directory, dtype=torch.float64, device=place)
+    truth = _outputs(wide(ids, mask, output_hidden_states=True, output_attentions=True))
+    eps = torch.finfo(model.dtype).eps
+    allowed = {}
+    for name, true in truth.items():
+        true, ours, theirs = (_real(x, keep) for x in (true, fast[name], eager[name]))
+        allowed[name] = 2 * float((theirs - true).abs().max()) + eps * float(true.abs().max())
+        report.lines.append(_line(name, ours - true, allowed[name]))
+    last = [x for x in truth if x.startswith(("layer", "embeddings"))][-1]
+    means = [((x[last].double() * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)) for x in (fast, truth)]
+    report.cosine = float(F.cosine_similarity(*means).min())
+    heads = [name for name in truth if "logits" in name]
+    if heads and truth[heads[0]].shape[-1] > 1:
+        pairs = [(_real(fast[n], keep).argmax(-1), _real(truth[n], keep).argmax(-1)) for n in heads]
+        report.flips = (sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs))
+    for name, found in _peer(report, directory, ids, mask, model, truth):
+        report.lines.append(
+            _line(f"transformers {name}", _real(found, keep) - _real(truth[name], keep), 2 * allowed[name])
+        )
+    return report
+
+
+def _outputs(out: Any) -> dict[str, Tensor]:
+    """Hidden states and logits by name."""
+    states = {("embeddings" if i == 0 else f"layer {i}"): x for i, x in enumerate(out.hidden_states)}
+    return states | {key: value for key, value in out.items() if "logits" in key}
+
+
+def _real(x: Tensor, keep: Tensor) -> Tensor:
+    """Values at real tokens, float64; what has no tokens stays."""
+    return (x[keep] if x.shape[:2] == keep.shape else x).double()
+
+
+def _line(name: str, error: Tensor, allowed: float) -> Line:
+    return Line(name, float(error.abs().max()), float(error.abs().mean()), allowed)
+
+
+def _peer(
+    report: Report, directory: Path, ids: Tensor, mask: Tensor, model: Any, truth: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """transformers' hidden states and logits, as far as it has the model."""
+    try:
+        import transformers
+    except ImportError:
+        return
+    architecture = (model.config.architectures or ["AutoModel"])[0]
+    cls = getattr(transformers, architecture, transformers.AutoModel)
+    report.peer = f"beside transformers {transformers.__version__}, {cls.__name__}"
+    theirs = cls.from_pretrained(directory, dtype=model.dtype, attn_implementation="eager").eval().to(ids.device)
+    found = _outputs(theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True))
+    yield from ((name, value) for name, value in found.items() if name in truth)

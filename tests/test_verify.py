@@ -1,0 +1,88 @@
+"""`fastdistil verify`: right models pass, broken ones do not."""
+
+import pytest
+import torch
+
+import fastdistil
+from fastdistil import DistilBertConfig, DistilBertTokenizer, cpu
+from fastdistil.cli import main
+from fastdistil.verify import verify
+
+NAMES = [
+    "DistilBertModel",
+    "DistilBertForMaskedLM",
+    "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification",
+    "DistilBertForQuestionAnswering",
+    "DistilBertForMultipleChoice",
+]
+
+
+@pytest.fixture
+def saved(minilm, tmp_path):
+    def save(name, change=lambda model: None):
+        torch.manual_seed(0)
+        config = dict(vocab_size=30522, dim=24, n_heads=2, hidden_dim=32, n_layers=2, max_position_embeddings=64)
+        model = getattr(fastdistil, name)(DistilBertConfig(**config))
+        change(model)
+        model.save_pretrained(tmp_path)
+        DistilBertTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+        return tmp_path
+
+    return save
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_right_model_passes(name, saved, capsys):
+    path = saved(name)
+    report = verify(path, device="cpu")
+    assert report.holds and report.model == name
+    ours = [line.name for line in report.lines if not line.name.startswith("transformers")]
+    assert ours[:3] == ["embeddings", "layer 1", "layer 2"] and len(ours) == len(set(ours))
+    head = {"DistilBertModel": [], "DistilBertForQuestionAnswering": ["start_logits", "end_logits"]}.get(
+        name, ["logits"]
+    )
+    assert ours[3:] == head and (report.flips is None) is (not head)
+    assert main(["verify", str(path), "--device", "cpu"]) == 0
+    assert "all within bounds" in capsys.readouterr().out
+
+
+def test_real_weights_and_transformers(minilm, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    report = verify(minilm, ["a text of the user's", "and another"], device="cpu")
+    assert report.holds and report.cosine > 1 - 1e-9 and f"transformers {transformers.__version__}" in report.peer
+    assert [line.name for line in report.lines][-1] == "transformers layer 6"
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    assert main(["verify", str(minilm), "--device", "cpu", "--input", str(tmp_path / "in.txt")]) == 0
+
+
+def test_half_precision(saved):
+    report = verify(saved("DistilBertForTokenClassification"), device="cpu", dtype="bfloat16")
+    assert report.holds and "bfloat16" in report.where
+
+
+def test_a_wrong_op_is_found(saved, monkeypatch, capsys):
+    path = saved("DistilBertForTokenClassification")
+    right = cpu._attend
+    monkeypatch.setattr(cpu, "_attend", lambda q, k, v: right(q, k, v * 1.001))
+    report = verify(path, device="cpu")
+    wrong = [line.name for line in report.lines if not line.holds]
+    assert not report.holds and "layer 1" in wrong and "embeddings" not in wrong
+    assert "TOO LARGE" in str(report) and "NOT WITHIN BOUNDS" in str(report)
+    assert main(["verify", str(path), "--device", "cpu"]) == 1
+    assert "is not computed within bounds" in capsys.readouterr().err
+
+
+def test_nan_weights_are_named(saved):
+    def spoil(model):
+        with torch.no_grad():
+            model.transformer.layer[1].ffn.lin2.bias[3] = float("nan")
+
+    report = verify(saved("DistilBertModel", spoil), device="cpu")
+    assert not report.holds and report.not_finite == ["transformer.layer.1.ffn.lin2.bias"]
+    assert "NOT FINITE: transformer.layer.1.ffn.lin2.bias" in str(report)
+
+
+def test_a_missing_checkpoint(capsys):
+    assert main(["verify", "./nowhere"]) == 1
+    assert "there is no directory" in capsys.readouterr().err
