@@ -3,7 +3,7 @@
 from setuptools import setup
 
 setup(
-    packages=["fastdistil", "fastdistil.engine", "fastdistil.jobs", "fastdistil.kernels"],
+    packages=["fastdistil", "fastdistil.engine", "fastdistil.integrations", "fastdistil.jobs", "fastdistil.kernels"],
     package_dir={"fastdistil.kernels": "kernels"},
     package_data={"fastdistil": ["py.typed"]},
 )

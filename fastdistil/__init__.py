@@ -12,6 +12,7 @@ from fastdistil.heads import (
     DistilBertForTokenClassification,
     DistilBertModelWithHeads,
 )
+from fastdistil.integrations import accelerate, restore
 from fastdistil.model import DistilBertModel
 from fastdistil.pipelines import pipeline
 from fastdistil.tokenizer import DistilBertTokenizer
@@ -29,6 +30,8 @@ __all__ = [
     "DistilBertModelWithHeads",
     "DistilBertTokenizer",
     "Embedder",
+    "accelerate",
     "ops",
     "pipeline",
+    "restore",
 ]

@@ -28,19 +28,20 @@ ALLOWED = {
     "adapters": {"checkpoint", "ops"},
     "model": {"adapters", "ops", "reference", "packing", "graphs", "config", "outputs", "checkpoint"},
     "heads": {"model", "config", "outputs", "checkpoint"},
+    "integrations": {"integrations", "ops", "config", "model", "packing"},
     "verify": {"heads", "model", "tokenizer", "checkpoint"},
     "tokenizer": {"checkpoint"},
     "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},
     "engine": {"engine", "model", "tokenizer", "checkpoint", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
     "cli": {"jobs", "engine", "kernels", "pipelines", "verify", "_register", "ops", ""},
-    "__init__": {"config", "engine", "heads", "model", "ops", "pipelines", "tokenizer"},
+    "__init__": {"config", "engine", "heads", "integrations", "model", "ops", "pipelines", "tokenizer"},
 }
 
 
 def sources():
     yield from ((path.relative_to(ROOT / "fastdistil"), path) for path in (ROOT / "fastdistil").glob("*.py"))
-    for package in ("engine", "jobs"):
+    for package in ("engine", "jobs", "integrations"):
         yield from (
             (path.relative_to(ROOT / "fastdistil"), path) for path in (ROOT / "fastdistil" / package).glob("*.py")
         )

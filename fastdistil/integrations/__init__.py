@@ -1,0 +1,29 @@
+"""Live models of other libraries, made fast in place."""
+
+from typing import Any
+
+from torch import nn
+
+
+def accelerate(model: nn.Module) -> Any:
+    """Replace the encoder of a live transformers DistilBERT or BERT model, of that instance only, and return the model.
+
+    model: a transformers model with or without a head, a sentence-transformers `SentenceTransformer`, or anything that
+    holds such an encoder. Parameters, their names, the call and its result stay the same; at padded positions hidden
+    states are 0. Inference without gradients takes the packed path; training, gradients, attentions, 4-D masks, hooks
+    on inner modules and compilation run transformers' own code as before. Copies and pickles are accelerated, too, and
+    independent. Raises TypeError where there is no such encoder, ValueError for one that is not supported.
+    """
+    from fastdistil.integrations.live import accelerate
+
+    return accelerate(model)
+
+
+def restore(model: nn.Module) -> Any:
+    """Undo `accelerate`; returns the model."""
+    from fastdistil.integrations.live import restore
+
+    return restore(model)
+
+
+__all__ = ["accelerate", "restore"]

@@ -1,0 +1,251 @@
+"""Live transformers models, accelerated in place."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import fastdistil
+from fastdistil import accelerate, ops, restore
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-5
+SIZES = {
+    "distilbert": dict(vocab_size=60, dim=24, n_heads=2, hidden_dim=32, n_layers=2, max_position_embeddings=20),
+    "bert": dict(
+        vocab_size=60, hidden_size=24, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2,
+        max_position_embeddings=20,
+    ),
+}  # fmt: skip
+NAMES = [
+    "DistilBertModel",
+    "DistilBertForMaskedLM",
+    "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification",
+    "DistilBertForQuestionAnswering",
+    "BertModel",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+    "BertForNextSentencePrediction",
+]
+
+
+def make(name, **changes):
+    kind = "distilbert" if name.startswith("Distil") else "bert"
+    config = getattr(transformers, "DistilBertConfig" if kind == "distilbert" else "BertConfig")
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config(**(SIZES[kind] | changes))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def inputs(name, batch=3, length=9):
+    keep = torch.arange(length) < torch.tensor([length, 4, 1])[:batch, None]
+    given = {"input_ids": torch.randint(1, 60, (batch, length)), "attention_mask": keep.long()}
+    if name.startswith("Bert"):
+        given["token_type_ids"] = (torch.arange(length) >= 2).long().expand(batch, -1).contiguous()
+    return given, keep
+
+
+def same(ours, theirs, keep, tolerance=TOLERANCE):
+    assert type(ours) is type(theirs) and list(ours.keys()) == list(theirs.keys())
+    for a, b in zip(ours.to_tuple(), theirs.to_tuple(), strict=True):
+        for x, y in zip(*((t if isinstance(t, tuple) else (t,)) for t in (a, b)), strict=True):
+            x, y = (x[keep], y[keep]) if x.shape[:2] == keep.shape else (x, y)
+            torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """How often the packed attention op ran."""
+    calls, real = [], ops._attention
+
+    def count(*args):
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(ops, "_attention", count)
+    return calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("states", [False, True])
+def test_same_call_same_result(name, states, packed):
+    model = make(name)
+    given, keep = inputs(name)
+    given["output_hidden_states"] = states
+    names, types = list(model.state_dict()), type(model).__name__
+    with torch.inference_mode():
+        expected, without_mask = model(**given), model(given["input_ids"])
+        assert accelerate(model) is model and accelerate(model) is model
+        same(model(**given), expected, keep)
+        assert len(packed) == 2
+        same(model(given["input_ids"]), without_mask, torch.ones_like(keep))
+        as_tuple = model(**given, return_dict=False)
+        assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], model(**given)[0])
+    assert list(model.state_dict()) == names and type(model).__name__ == types
+    ran = len(packed)
+    assert restore(model) is model and restore(model) is model
+    with torch.inference_mode():
+        same(model(**given), expected, keep, 0)
+    assert len(packed) == ran
+
+
+def test_positions_embeddings_and_two_segments():
+    for name in ("DistilBertModel", "BertModel"):
+        model = make(name)
+        given, keep = inputs(name)
+        ids = given.pop("input_ids")
+        given["position_ids"] = torch.arange(9).flip(0)[None]
+        with torch.inference_mode():
+            embeds = model.get_input_embeddings()(ids)
+            expected, by_ids = model(inputs_embeds=embeds, **given), model(ids, **given)
+            accelerate(model)
+            same(model(inputs_embeds=embeds, **given), expected, keep)
+            same(model(ids, **given), by_ids, keep)
+
+
+@pytest.mark.parametrize("name", ["DistilBertForTokenClassification", "BertForTokenClassification"])
+def test_training_gradients_and_attentions_are_transformers_own(name, packed):
+    model = make(name)
+    model.set_attn_implementation("eager")
+    other = copy.deepcopy(model)
+    accelerate(model)
+    given, keep = inputs(name)
+    labels = torch.randint(0, 2, keep.shape)
+    for m in (model, other):
+        m.train()
+        torch.manual_seed(1)
+        m(**given, labels=labels).loss.backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad))
+    model.eval(), other.eval()
+    with torch.inference_mode():
+        found, expected = (m(**given, output_attentions=True) for m in (model, other))
+        same(found, expected, keep, 0)
+        four = {**given, "attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)}
+        assert torch.equal(model(**four).logits, other(**four).logits)
+    assert not packed
+    with torch.inference_mode():
+        same(model(**given), other(**given), keep)
+    assert len(packed) == 2, "one call with attentions must not end the fast path"
+
+
+def test_changed_weights_are_seen():
+    model, given_keep = accelerate(make("BertModel")), inputs("BertModel")
+    given, keep = given_keep
+    plain = make("BertModel")
+
+    def check():
+        plain.load_state_dict(model.state_dict())
+        with torch.inference_mode():
+            same(model(**given), plain.to(model.dtype)(**given), keep)
+
+    check()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(**given)[0].square().sum().backward()
+    optimizer.step()
+    check()
+    with torch.no_grad():
+        model.encoder.layer[0].attention.self.query.weight.data.add_(0.1)
+        model.encoder.layer[1].attention.self.value.weight.data = torch.randn(24, 24)
+    check()
+    model.load_state_dict(
+        {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    )
+    check()
+    model.load_state_dict({k: v.clone() for k, v in make("BertModel").state_dict().items()}, assign=True)
+    check()
+    model.encoder.layer[0].attention.output.dense = torch.nn.Linear(24, 24)
+    check()
+    model.double(), plain.double()
+    check()
+
+
+def test_copies_and_pickles_are_independent(packed, tmp_path):
+    model = accelerate(make("DistilBertForSequenceClassification"))
+    given, _ = inputs("DistilBertForSequenceClassification")
+    with torch.inference_mode():
+        expected = model(**given).logits
+        clones = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        clones.append(torch.load(file, weights_only=False))
+        for clone in clones:
+            packed.clear()
+            assert torch.equal(clone(**given).logits, expected) and len(packed) == 2
+            torch.nn.init.zeros_(clone.classifier.weight)
+            torch.nn.init.normal_(clone.distilbert.transformer.layer[0].attention.q_lin.weight)
+            assert torch.equal(model(**given).logits, expected), "the original must not change"
+            assert not torch.equal(clone(**given).logits, expected), "the copy must"
+        model.save_pretrained(tmp_path)
+        back = type(model).from_pretrained(tmp_path)
+        assert type(back.distilbert) is transformers.DistilBertModel and back.config.architectures == [
+            type(model).__name__
+        ]
+        torch.testing.assert_close(back(**given).logits, expected, rtol=0, atol=TOLERANCE)
+    base = accelerate(make("DistilBertModel"))
+    base.save_pretrained(tmp_path / "base")
+    assert transformers.AutoModel.from_pretrained(tmp_path / "base").config.architectures == ["DistilBertModel"]
+
+
+def test_only_that_instance_changes():
+    one, two = make("DistilBertModel"), make("DistilBertModel")
+    accelerate(one)
+    assert type(two) is transformers.DistilBertModel and isinstance(one, transformers.DistilBertModel)
+    assert type(make("DistilBertModel")) is transformers.DistilBertModel
+
+
+def test_a_hook_on_an_inner_module_is_run(packed):
+    model = accelerate(make("DistilBertModel"))
+    given, _ = inputs("DistilBertModel")
+    seen = []
+    handle = model.transformer.layer[0].register_forward_hook(lambda *a: seen.append(1))
+    leaf = model.transformer.layer[1].ffn.lin1.register_forward_hook(lambda *a: seen.append(2))
+    with torch.inference_mode():
+        model(**given)
+        assert seen == [1, 2] and not packed
+        handle.remove()
+        model(**given)
+    assert seen == [1, 2, 2] and len(packed) == 2
+    leaf.remove()
+
+
+def test_a_sentence_transformer(minilm, packed):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")
+    texts = ["a cat", "a much longer text about something else entirely", ""]
+    expected = model.encode(texts)
+    assert accelerate(model) is model
+    assert ((model.encode(texts) * expected).sum(1) > 0.999999).all() and packed
+
+
+def test_what_cannot_be_accelerated():
+    with pytest.raises(TypeError, match="Linear holds no transformers DistilBertModel or BertModel"):
+        accelerate(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="activation 'tanh' is not supported"):
+        accelerate(make("DistilBertModel", activation="tanh"))
+    with pytest.raises(ValueError, match="a decoder is not supported"):
+        accelerate(make("BertModel", is_decoder=True))
+    model = accelerate(make("DistilBertModel"))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"attention_mask must be \[1, 3\], got \[1, 4\]"):
+        model(torch.ones(1, 3).long(), torch.ones(1, 4))
+    with torch.inference_mode(), pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+
+
+def test_fastdistil_imports_without_transformers():
+    import subprocess
+    import sys
+
+    code = "import sys, fastdistil; assert 'transformers' not in sys.modules; fastdistil.accelerate"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert fastdistil.restore is restore
