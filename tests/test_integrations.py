@@ -249,3 +249,55 @@ def test_fastdistil_imports_without_transformers():
     code = "import sys, fastdistil; assert 'transformers' not in sys.modules; fastdistil.accelerate"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert fastdistil.restore is restore
+
+
+TINY = dict(vocab_size=60, hidden_size=24, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2)
+ANY = {
+    "Bert": TINY | {"max_position_embeddings": 20},
+    "Roberta": TINY | {"max_position_embeddings": 24, "pad_token_id": 1},
+    "DistilBert": SIZES["distilbert"],
+    "ModernBert": TINY
+    | {"max_position_embeddings": 20, "global_attn_every_n_layers": 2, "local_attention": 4, "pad_token_id": 0},
+    "Llama": TINY | {"max_position_embeddings": 20, "num_key_value_heads": 1},
+    "GPT2": dict(vocab_size=60, n_embd=24, n_head=2, n_layer=2, n_positions=20),
+    "Mistral": TINY | {"max_position_embeddings": 20, "sliding_window": 4, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("kind", ANY)
+def test_the_attention_of_any_model(kind, packed):
+    name = fastdistil.integrations.register_attention()
+    torch.manual_seed(0)
+    extra = {"reference_compile": False} if kind == "ModernBert" else {}
+    config = getattr(transformers, f"{kind}Config")(**ANY[kind], **extra, attention_dropout=0.0)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    ids = torch.randint(2, 60, (3, 9))
+    keep = torch.arange(9) < torch.tensor([9, 4, 1])[:, None]
+    found = {}
+    for implementation in ("eager", name):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        with torch.inference_mode():
+            masked, plain = model(ids, attention_mask=keep.long())[0][keep], model(ids)[0]
+        trained = model(ids, attention_mask=keep.long())[0][keep]
+        trained.square().mean().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found[implementation] = [masked, plain, trained.detach(), *gradients]
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    assert bool(packed) is (kind not in ("Llama", "GPT2", "Mistral"))
+
+
+def test_a_decoder_generates_alike_with_a_cache():
+    name = fastdistil.integrations.register_attention()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ANY["Llama"])).eval()
+    ids, keep = torch.randint(2, 60, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    out = []
+    for implementation in ("eager", name):
+        model.set_attn_implementation(implementation)
+        out.append(model.generate(ids, attention_mask=keep, max_new_tokens=6, do_sample=False, pad_token_id=0))
+    assert torch.equal(*out)
