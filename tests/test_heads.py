@@ -418,3 +418,15 @@ def test_no_text_at_all(name):
     with torch.inference_mode():
         out = ours(torch.zeros(shape, dtype=torch.int64))
     assert len(out[0]) == 0
+
+
+def test_positions_of_each_choice():
+    """transformers flattens everything but position_ids."""
+    ours, _ = pair("DistilBertForMultipleChoice", **TINY)
+    ids, positions = torch.randint(1, 60, (2, 3, 9)), torch.randint(0, 20, (2, 3, 9))
+    with torch.inference_mode():
+        found = ours(ids, position_ids=positions).logits
+        one = [
+            ours(i[None, None], position_ids=p[None, None]).logits for i, p in zip(ids[0], positions[0], strict=True)
+        ]
+    torch.testing.assert_close(found[0], torch.cat(one).flatten(), rtol=0, atol=TOLERANCE)
