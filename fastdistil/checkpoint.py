@@ -203,6 +203,8 @@ class Weights:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Weights":
+        if not isinstance(tensors, dict):
+            raise TypeError(f"state_dict must be a dictionary of tensors, got {type(tensors).__name__}")
         self = cls.__new__(cls)
         self.where, self._stack, self._read, self.shapes, self.dtype = Path("state_dict"), ExitStack(), {}, {}, None
         for name, tensor in tensors.items():
@@ -234,8 +236,11 @@ class Weights:
         if not isinstance(tensors, dict):
             raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors")
         for name, tensor in tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-                raise ValueError(f"{path} holds a {type(tensor).__name__} under {name!r}, not a tensor")
+            usable = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+            if not isinstance(name, str) or not usable or tensor.is_quantized or tensor.is_meta:
+                raise ValueError(
+                    f"{path} holds a {type(tensor).__name__} under {name!r}, not a plain tensor with values"
+                )
             yield name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name)
 
     def read(self, name: str) -> Tensor:

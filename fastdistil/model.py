@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fastdistil import graphs, ops, reference
 from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, low_rank
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
-from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
+from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
 from fastdistil.outputs import BaseModelOutput
 from fastdistil.packing import Packing, find_rows
 
@@ -518,8 +518,8 @@ class PreTrainedModel(WithAdapters):
             if pad_to_multiple_of < 1:
                 raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of}; it must be 1 or more")
             n = -(-n // pad_to_multiple_of) * pad_to_multiple_of
-        if n < 1:
-            raise ValueError(f"new_num_tokens is {n}; a vocabulary has at least one token")
+        if not 1 <= n <= LIMITS["vocab_size"]:
+            raise ValueError(f"new_num_tokens is {n}; a vocabulary has from 1 to {LIMITS['vocab_size']} tokens")
         new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
         if n > len(old) and mean_resizing:
             new[len(old) :] = mean_rows(old, n - len(old))
@@ -535,8 +535,9 @@ class PreTrainedModel(WithAdapters):
         """Change the longest input, in tokens. Learned positions keep their rows and get initial values for new ones;
         sinusoidal ones are computed."""
         n = new_num_position_embeddings
-        if n < 1:
-            raise ValueError(f"new_num_position_embeddings is {n}; it must be 1 or more")
+        if not 1 <= n <= LIMITS["max_position_embeddings"]:
+            most = LIMITS["max_position_embeddings"]
+            raise ValueError(f"new_num_position_embeddings is {n}; it must be from 1 to {most}")
         positions = self.get_position_embeddings()
         old = positions.weight
         if n == len(old):
@@ -658,9 +659,13 @@ class DistilBertModel(PreTrainedModel):
             ("attention_mask", attention_mask),
             ("head_mask", head_mask),
             ("position_ids", position_ids),
+            ("token_type_ids", token_type_ids),
         ):
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            if value is not None and isinstance(given, Tensor) and value.device != given.device:
+                raise ValueError(f"{name} is on {value.device}, the input on {given.device}; move it")
         batch, length, device = self._check_inputs(input_ids, inputs_embeds, token_type_ids)
         if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
             input_ids = input_ids.long()
@@ -882,7 +887,7 @@ class DistilBertModel(PreTrainedModel):
             if lowest < 0 or highest >= limit:
                 bad = lowest if lowest < 0 else highest
                 raise ValueError(f"position_ids holds {bad}, but the model has positions 0 to {limit - 1}")
-        return position_ids
+        return position_ids if position_ids.dtype in (torch.int64, torch.int32) else position_ids.long()
 
     def _head_mask(self, head_mask: Tensor | None) -> Tensor | None:  # -> [layers, heads]
         if head_mask is None:
@@ -952,6 +957,8 @@ def as_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device {name!r} is not a device; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(name)!r} is not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {str(name)!r} was asked for, but torch finds no CUDA device of that number")
     return device

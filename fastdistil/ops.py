@@ -147,6 +147,8 @@ def attention(
         raise ValueError(f"head size {dim // num_heads} is above {MAX_HEAD_SIZE}, the largest supported")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen is {max_seqlen}")
+    if head_scale is not None:
+        _check_tensors(head_scale=head_scale)
     if head_scale is not None and head_scale.shape != (num_heads,):
         raise ValueError(f"head_scale must be [{num_heads}], got {list(head_scale.shape)}")
     check_cu_seqlens(cu_seqlens, qkv, max_seqlen)

@@ -284,7 +284,7 @@ class DistilBertTokenizer:
         text_pair: Text | None = None,
         *,
         padding: bool | str = False,
-        truncation: bool | str = False,
+        truncation: bool | str | None = None,
         max_length: int | None = None,
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
@@ -298,14 +298,17 @@ class DistilBertTokenizer:
         """Tokenise a text or a list of texts (or of pairs, by text_pair), as transformers' tokenizers do.
 
         padding: True or "longest", "max_length", or False. truncation: True or "longest_first", "only_first",
-        "only_second", or False; to max_length tokens, by default model_max_length. return_tensors: "pt" (int64), "np"
-        or None (lists). Raises TypeError or ValueError naming the row.
+        "only_second", or False; to max_length tokens, by default model_max_length; None is True if max_length is given
+        and padding is not. return_tensors: "pt" (int64), "np" or None (lists). Raises TypeError or ValueError naming
+        the row.
         """
         single = isinstance(text, str)
         if single and text_pair == "":
             text_pair = None  # as transformers does; in a list an empty second text stays one
         texts, pairs = _as_lists(text, text_pair)
-        strategy = _strategy(truncation)
+        if truncation is None and max_length is not None and not padding:
+            truncation = True  # as transformers takes it
+        strategy = _strategy(truncation or False)
         if max_length is None and (strategy or padding == "max_length") and self.model_max_length < NO_LIMIT:
             max_length = self.model_max_length
         room = math.inf

@@ -298,3 +298,25 @@ def test_predict_names_what_is_wrong(task, options, message, heads, tmp_path, ca
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     assert message in err and out == ""
+
+
+@pytest.mark.parametrize("kind", ["npz", "zip", "negative", "syntax", "deep ids"])
+def test_a_damaged_part_is_named(kind, minilm, jsonl, tmp_path, capsys):
+    out = tmp_path / "index"
+    assert embed(minilm, "--input", jsonl, "--output", out) == 0
+    part = out / "part-00000.npy"
+    good = part.read_bytes()
+    if kind == "npz":
+        with open(part, "wb") as file:
+            np.savez(file, a=np.zeros(3))
+    elif kind == "zip":
+        part.write_bytes(b"PK\x03\x04" + good)
+    elif kind == "negative":
+        part.write_bytes(good.replace(b"(5, 384)", b"(-5, 384)"[:8] + b" "[:0], 1))
+    elif kind == "syntax":
+        part.write_bytes(good.replace(b"{'descr'", b"{{'desc'", 1))
+    else:
+        (out / "part-00000.ids.jsonl").write_text("[" * 10**5 + "\n" * 5)
+    capsys.readouterr()
+    assert main(["search", "--index", str(out), "--quiet", "query"]) == 1
+    assert "part-00000" in capsys.readouterr().err

@@ -342,7 +342,7 @@ def test_resize_tokens():
     assert ours.resize_token_embeddings() is words and len(words.weight) == 50
     with pytest.raises(ValueError, match="outside the vocabulary of 50"), torch.inference_mode():
         ours(torch.tensor([[1, 60]]))
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match="a vocabulary has from 1 to"):
         ours.resize_token_embeddings(0)
 
 
@@ -493,3 +493,42 @@ def test_more_bad_calls(call, error, message):
     with pytest.raises(error, match=message):
         call(ours, torch.ones(2, 4).long())
     assert ours(torch.ones(2, 4, dtype=torch.uint8), output_attentions=True)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_small_integer_positions(grad):
+    ours, _ = pair()
+    ids, keep = inputs()
+    with torch.set_grad_enabled(grad):
+        expected = ours(ids, keep, position_ids=torch.arange(21)[None])[0]
+        for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+            assert torch.equal(ours(ids, keep, position_ids=torch.arange(21, dtype=dtype)[None])[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, i: m(i, i.to("meta")), ValueError, "attention_mask is on meta, the input on cpu"),
+        (lambda m, i: m(i, position_ids=i.to("meta")), ValueError, "position_ids is on meta"),
+        (lambda m, i: m(i, head_mask=torch.ones(3, device="meta")), ValueError, "head_mask is on meta"),
+        (lambda m, i: m(i, token_type_ids=[0, 1]), TypeError, "token_type_ids must be a tensor, got list"),
+        (lambda m, i: m.resize_token_embeddings(10**12), ValueError, "new_num_tokens is 1000000000000"),
+        (lambda m, i: m.resize_position_embeddings(10**12), ValueError, "new_num_position_embeddings is 1000000000000"),
+        (
+            lambda m, i: DistilBertModel.from_pretrained(None, config=m.config, state_dict=5),
+            TypeError,
+            "state_dict must be a dictionary of tensors, got int",
+        ),
+        (
+            lambda m, i: DistilBertModel.from_pretrained(
+                None, config=m.config, state_dict=m.state_dict(), device="mps"
+            ),
+            ValueError,
+            "device 'mps' is not supported; use cpu, cuda",
+        ),
+    ],
+)
+def test_more_bad_input_is_named(call, error, message):
+    ours, _ = pair()
+    with pytest.raises(error, match=message):
+        call(ours, torch.ones(2, 4, dtype=torch.int64))

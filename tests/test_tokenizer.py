@@ -229,3 +229,19 @@ def test_bad_files(tmp_path, files, error, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(error, match=message):
         DistilBertTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_max_length_alone_truncates(minilm):
+    transformers = pytest.importorskip("transformers")
+    ours = DistilBertTokenizer.from_pretrained(minilm)
+    theirs = transformers.DistilBertTokenizer.from_pretrained(minilm)
+    text = "a text of more than four words"
+    for options in (
+        {},
+        {"padding": True},
+        {"padding": "max_length"},
+        {"truncation": False},
+        {"add_special_tokens": False},
+    ):
+        assert ours(text, max_length=4, **options)["input_ids"] == theirs(text, max_length=4, **options)["input_ids"]
+    assert len(ours(text, max_length=4)["input_ids"]) == 4

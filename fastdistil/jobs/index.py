@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 MANIFEST = "manifest.json"
@@ -145,8 +145,10 @@ class Index:
             path = self.directory / part.file
             try:
                 embeddings = self._embeddings(path)
-            except (ValueError, EOFError, SafetensorError) as error:
+            except Exception as error:  # numpy's reader fails in many ways
                 raise ValueError(f"{path} is not a readable {self.manifest.format} file: {error}") from error
+            if not isinstance(embeddings, np.ndarray):  # an .npz under this name
+                raise ValueError(f"{path} is not a readable {self.manifest.format} file but an archive of arrays")
             if embeddings.shape != (part.rows, self.manifest.dim) or embeddings.dtype != np.float32:
                 raise ValueError(
                     f"{path} is {embeddings.dtype} {list(embeddings.shape)}; the manifest says float32 "
@@ -155,7 +157,7 @@ class Index:
             try:
                 lines = (self.directory / part.ids).read_text(encoding="utf-8").split("\n")[:-1]
                 ids = [json.loads(line) for line in lines]
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.directory / part.ids} does not hold a JSON id a line: {error}") from error
             if len(ids) != part.rows:
                 raise ValueError(f"{self.directory / part.ids} has {len(ids)} ids for {part.rows} rows")
