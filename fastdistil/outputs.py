@@ -67,8 +67,8 @@ class BaseModelOutput(ModelOutput):
 
 
 @dataclass
-class MaskedLMOutput(ModelOutput):
-    """loss: scalar. logits: [batch, length, vocab], or [n, vocab] of chosen tokens. The rest as in BaseModelOutput."""
+class LogitsOutput(ModelOutput):
+    """loss: scalar. logits: as the subclass says. hidden_states, attentions: as in BaseModelOutput."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -76,34 +76,20 @@ class MaskedLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
-class SequenceClassifierOutput(ModelOutput):
-    """loss: scalar. logits: [batch, num_labels]. The rest as in BaseModelOutput."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+class MaskedLMOutput(LogitsOutput):
+    """logits: [batch, length, vocab], or [n, vocab] of chosen tokens."""
 
 
-@dataclass
-class TokenClassifierOutput(ModelOutput):
-    """loss: scalar. logits: [batch, length, num_labels]. The rest as in BaseModelOutput."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+class SequenceClassifierOutput(LogitsOutput):
+    """logits: [batch, num_labels]."""
 
 
-@dataclass
-class MultipleChoiceModelOutput(ModelOutput):
-    """loss: scalar. logits: [batch, choices]. hidden_states and attentions of batch * choices sequences."""
+class TokenClassifierOutput(LogitsOutput):
+    """logits: [batch, length, num_labels]."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+
+class MultipleChoiceModelOutput(LogitsOutput):
+    """logits: [batch, choices]; hidden_states and attentions of batch * choices sequences."""
 
 
 @dataclass
