@@ -159,7 +159,7 @@ def test_equal_scores_and_great_ones(dtype, device):
     hold_to_definition("attention", qkv, cu, 130, 2)
 
 
-@pytest.mark.parametrize("lengths", [[16] * 120, [60] * 30, [130] * 10], ids=lambda v: str(v[0]))
+@pytest.mark.parametrize("lengths", [[16] * 40, [60] * 10, [130] * 4], ids=lambda v: str(v[0]))
 def test_great_scores_err_no_more_than_in_eager(lengths, dtype, device):
     # two scores nearly alike decide a row, so one sequence tells nothing; many do
     qkv, cu = rows_of(lengths, 2, 32, dtype, device) * 20, cu_seqlens(lengths, device)
