@@ -6,6 +6,7 @@ name a file outside its directory, and pickles are read only on request. A local
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -187,6 +188,7 @@ class Weights:
         self._stack = ExitStack()
         self._read: dict[str, Callable[[], Tensor]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype | None] = {}
         self.dtype: torch.dtype | None = None  # of the first floating-point tensor
         for path in _weight_files(directory, use_safetensors):
             for name, shape, dtype, read in self._pickled(path) if use_safetensors is False else self._safe(path):
@@ -206,7 +208,8 @@ class Weights:
         if not isinstance(tensors, dict):
             raise TypeError(f"state_dict must be a dictionary of tensors, got {type(tensors).__name__}")
         self = cls.__new__(cls)
-        self.where, self._stack, self._read, self.shapes, self.dtype = Path("state_dict"), ExitStack(), {}, {}, None
+        self.where, self._stack, self._read = Path("state_dict"), ExitStack(), {}
+        self.shapes, self.dtypes, self.dtype = {}, {}, None
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise ValueError(f"state_dict holds a {type(tensor).__name__} under {name!r}, not a tensor")
@@ -214,7 +217,7 @@ class Weights:
         return self
 
     def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, read: Callable[[], Tensor]) -> None:
-        self._read[name], self.shapes[name] = read, shape
+        self._read[name], self.shapes[name], self.dtypes[name] = read, shape, dtype
         if self.dtype is None and dtype is not None and dtype.is_floating_point:
             self.dtype = dtype
 
@@ -314,6 +317,13 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
             f"{weights.where}: none of its {len(weights.shapes)} tensors belongs to {type(model).__name__} "
             f"(the first is {next(iter(weights.shapes), 'missing')!r})"
         )
+    for name in source.values():
+        dtype = weights.dtypes[name]
+        if dtype is None or not dtype.is_floating_point:
+            raise ValueError(
+                f"{weights.where}: {name} is {dtype or 'of a dtype that is not supported'}; weights are float64, "
+                "float32, float16 or bfloat16 (a quantised checkpoint has to be converted first)"
+            )
     untied = _share_tied(tied, source, weights)
     fresh = set(expected) - set(source)
     report.missing_keys = fresh - {name for name, *_ in report.mismatched_keys}
@@ -328,7 +338,14 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
         or weights.shapes[types][1:] != expected[folded][1:]
     ):
         raise ValueError(f"{weights.where}: {types} has shape {list(weights.shapes[types])}, not [types, dim]")
-    model.materialize(fresh, untied)  # type: ignore[operator]
+    try:
+        model.materialize(fresh, untied)  # type: ignore[operator]
+    except (RuntimeError, MemoryError) as error:
+        total = sum(math.prod(shape) for shape in expected.values())
+        raise ValueError(
+            f"{weights.where}: its configuration asks for {total:,} parameters, for which there is no memory "
+            f"({len(fresh)} of its {len(expected)} tensors are not in the file): {error}"
+        ) from error
     state = model.state_dict()
     with torch.no_grad():
         for new, name in source.items():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules import module as _every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -33,7 +34,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     return (
         type(module) is kind
         and module.bias is not None
+        and "forward" not in module.__dict__  # patched on the instance
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not (_every_module._global_forward_hooks or _every_module._global_forward_pre_hooks)
     )
 
 
@@ -69,7 +72,10 @@ class Embeddings(nn.Module):
 
     def is_plain(self) -> bool:
         return is_plain(self.LayerNorm, nn.LayerNorm) and all(
-            type(table) is nn.Embedding and not (table._forward_hooks or table._forward_pre_hooks)
+            type(table) is nn.Embedding
+            and table.max_norm is None
+            and "forward" not in table.__dict__
+            and not (table._forward_hooks or table._forward_pre_hooks)
             for table in (self.word_embeddings, self.position_embeddings)
         )
 
@@ -797,6 +803,9 @@ class DistilBertModel(PreTrainedModel):
         each sequence's 0, 1, 2... only: int64 [n], the rows to answer for. Returns [rows, dim] or [n, dim]; rows from
         cu_seqlens[-1] on are dead and mean nothing.
         """
+        for name, value in (("input_ids", input_ids), ("position_ids", position_ids)):
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids must be [rows], got {list(input_ids.shape)}")
         if max_seqlen > self.config.max_position_embeddings:
@@ -842,6 +851,8 @@ class DistilBertModel(PreTrainedModel):
             raise ValueError(f"inputs_embeds must be floating point, got {given.dtype}")
         if inputs_embeds is not None and (given.dim() != 3 or given.shape[2] != self.config.dim):
             raise ValueError(f"inputs_embeds must be [batch, length, {self.config.dim}], got {list(given.shape)}")
+        if token_type_ids is not None and token_type_ids.shape not in (given.shape[:2], (1, given.shape[1])):
+            raise ValueError(f"token_type_ids must be {list(given.shape[:2])}, got {list(token_type_ids.shape)}")
         if token_type_ids is not None and getattr(self.config, "token_types_folded", False):  # noqa: SIM102
             if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(token_type_ids.any()):
                 raise ValueError(

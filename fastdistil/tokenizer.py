@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from fastdistil.checkpoint import find, read_object
 
@@ -23,6 +23,7 @@ SPECIAL = {  # in transformers' order of all_special_tokens
     "mask_token": "[MASK]",
 }
 NO_LIMIT = int(1e30)  # transformers' model_max_length where a tokenizer states none
+MOST_TOKENS = 2**24  # more to pad to is a mistake, and takes the memory
 MAX_WORD = 100  # WordPiece gives [UNK] for a longer word, so a word has at most this many tokens
 CHARS_PER_TOKEN = 8  # a first cut this long nearly always holds enough tokens; English has 4 to 5
 
@@ -135,6 +136,23 @@ class DistilBertTokenizer:
         tokenizer.add_special_tokens(list(special.values()))
         return tokenizer
 
+    def _add_tokens(self, decoder: Any, where: Path) -> None:
+        """The tokens that a tokenizer_config.json adds to a vocab.txt, behind it and in their order."""
+        for number, told in sorted((decoder or {}).items(), key=lambda item: int(item[0])):
+            content = told.get("content") if isinstance(told, dict) else told
+            if not isinstance(content, str):
+                raise ValueError(f"{where}: added_tokens_decoder[{number!r}] is {told!r}, not a token")
+            if self._tokenizer.token_to_id(content) is None:
+                options = told if isinstance(told, dict) else {}
+                kinds = ("lstrip", "rstrip", "normalized", "single_word", "special")
+                token = AddedToken(content, **{kind: bool(options[kind]) for kind in kinds if kind in options})
+                self._tokenizer.add_tokens([token])
+            if self._tokenizer.token_to_id(content) != int(number):
+                raise ValueError(
+                    f"{where}: the added token {content!r} should have id {number}, but follows the vocabulary as "
+                    f"{self._tokenizer.token_to_id(content)}"
+                )
+
     # --- files --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -164,7 +182,9 @@ class DistilBertTokenizer:
         if not path.is_file():
             if not (directory / "vocab.txt").is_file():
                 raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor vocab.txt")
-            return cls(directory / "vocab.txt", **given)
+            made = cls(directory / "vocab.txt", **given)
+            made._add_tokens(settings.get("added_tokens_decoder"), directory / "tokenizer_config.json")
+            return made
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -248,9 +268,10 @@ class DistilBertTokenizer:
         return [self.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
 
     def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str | None] | None:
-        if isinstance(ids, int):
-            return self._tokenizer.id_to_token(ids)
-        return [self._tokenizer.id_to_token(int(i)) for i in ids]
+        def token(i: int) -> str | None:
+            return self._tokenizer.id_to_token(i) if 0 <= i < 2**32 else None
+
+        return token(ids) if isinstance(ids, int) else [token(int(i)) for i in ids]
 
     # --- text to ids --------------------------------------------------------------------------------------------
 
@@ -263,8 +284,8 @@ class DistilBertTokenizer:
     def encode_ids(self, texts: Sequence[str], max_length: int | None = None, *, first_row: int = 0) -> list[list[int]]:
         """The ids of each text with special tokens, cut to max_length tokens: the fast path, without offsets.
 
-        Raises TypeError or ValueError naming the row, counted from first_row. The work for a text does not grow with
-        what is cut off.
+        Raises TypeError or ValueError naming the row, counted from first_row. Of a long text only about as much is read
+        as is kept; one word, or nothing but spaces, has to be read to its end.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string")
@@ -309,6 +330,7 @@ class DistilBertTokenizer:
         if truncation is None and max_length is not None and not padding:
             truncation = True  # as transformers takes it
         strategy = _strategy(truncation or False)
+        padding = False if padding == "do_not_pad" else padding
         if max_length is None and (strategy or padding == "max_length") and self.model_max_length < NO_LIMIT:
             max_length = self.model_max_length
         room = math.inf
@@ -428,6 +450,8 @@ class DistilBertTokenizer:
         if padding not in (True, "longest", "max_length"):
             raise ValueError(f"padding must be True, 'longest', 'max_length' or False, got {padding!r}")
         if padding == "max_length":
+            if max_length is not None and max_length > MOST_TOKENS:
+                raise ValueError(f"cannot pad to {max_length} tokens; the most is {MOST_TOKENS}")
             if max_length is None:
                 raise ValueError("padding='max_length' needs max_length, for the tokenizer has no model_max_length")
             length = max_length

@@ -345,3 +345,23 @@ def test_bad_devices_and_state_dicts(saved):
             DistilBertModel.from_pretrained(path, device=device)
     with pytest.raises(ValueError, match="holds a int under 'a'"):
         DistilBertModel.from_pretrained(path, state_dict={"a": 3})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_are_refused(dtype, tmp_path):
+    model = DistilBertModel(DistilBertConfig(vocab_size=20, dim=8, n_heads=2, n_layers=1, hidden_dim=8))
+    state = model.state_dict() | {"transformer.layer.0.ffn.lin1.bias": torch.zeros(8, dtype=dtype)}
+    with pytest.raises(ValueError, match=r"transformer.layer.0.ffn.lin1.bias is .*; weights are float64"):
+        DistilBertModel.from_pretrained(None, config=model.config, state_dict=state)
+
+
+def test_a_configuration_beyond_the_memory_is_named(monkeypatch):
+    model = DistilBertModel(DistilBertConfig(vocab_size=20, dim=8, n_heads=2, n_layers=1, hidden_dim=8))
+
+    def fail(self, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", fail)
+    with pytest.raises(ValueError, match=r"asks for 4,\d+ parameters, for which there is no memory \(19 of its 20"):
+        state = {"embeddings.LayerNorm.weight": torch.ones(8)}
+        DistilBertModel.from_pretrained(None, config=model.config, state_dict=state)

@@ -320,3 +320,19 @@ def test_a_damaged_part_is_named(kind, minilm, jsonl, tmp_path, capsys):
     capsys.readouterr()
     assert main(["search", "--index", str(out), "--quiet", "query"]) == 1
     assert "part-00000" in capsys.readouterr().err
+
+
+def test_overwrite_removes_an_index_and_nothing_else(minilm, jsonl, tmp_path):
+    out = tmp_path / "index"
+    assert embed(minilm, "--input", jsonl, "--output", out) == 0
+    mine = ["notes.tmp", "part-of-thesis.npy", "part-1.npy", "part-00000.npy.bak"]
+    for name in [*mine, "part-00007.npy"]:
+        (out / name).write_text("precious")
+    assert embed(minilm, "--input", jsonl, "--output", out, "--overwrite") == 0
+    assert {p.name for p in out.iterdir()} == {"manifest.json", "part-00000.npy", "part-00000.ids.jsonl", *mine}
+
+
+def test_a_closed_standard_input(minilm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert embed(minilm, "--input", "-", "--output", tmp_path / "index") == 1
+    assert "standard input, which is closed" in capsys.readouterr().err

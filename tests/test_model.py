@@ -532,3 +532,28 @@ def test_more_bad_input_is_named(call, error, message):
     ours, _ = pair()
     with pytest.raises(error, match=message):
         call(ours, torch.ones(2, 4, dtype=torch.int64))
+
+
+def test_a_patched_forward_and_a_global_hook_are_run():
+    """As device-placement libraries attach theirs."""
+    ours, _ = pair()
+    ids, keep = inputs()
+    seen = []
+    lin1, q_lin = ours.transformer.layer[0].ffn.lin1, ours.transformer.layer[1].attention.q_lin
+    for name, module in (("lin1", lin1), ("q_lin", q_lin)):
+        plain = module.forward
+        module.forward = lambda x, name=name, plain=plain: (seen.append(name), plain(x))[1]
+    with torch.inference_mode():
+        expected = ours(ids, keep)[0]
+    assert seen == ["lin1", "q_lin"]
+    del lin1.forward, q_lin.forward
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 2 if module is lin1 else None
+    )
+    try:
+        with torch.inference_mode():
+            packed = ours(ids, keep)[0]
+        torch.testing.assert_close(packed, ours(ids, keep)[0].detach(), rtol=0, atol=TOLERANCE)
+        assert not torch.allclose(packed, expected, atol=1e-3)
+    finally:
+        handle.remove()

@@ -1,5 +1,6 @@
 """DistilBertTokenizer against transformers' own."""
 
+import json
 import random
 
 import pytest
@@ -245,3 +246,32 @@ def test_a_max_length_alone_truncates(minilm):
     ):
         assert ours(text, max_length=4, **options)["input_ids"] == theirs(text, max_length=4, **options)["input_ids"]
     assert len(ours(text, max_length=4)["input_ids"]) == 4
+
+
+def test_tokens_added_to_a_vocabulary_file(minilm, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    words = DistilBertTokenizer.from_pretrained(minilm).get_vocab()
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)) + "\n", encoding="utf-8")
+    added = {
+        str(len(words)): {"content": "<ent>", "special": False, "lstrip": False, "rstrip": False, "normalized": False},
+        str(len(words) + 1): {"content": "[X]", "special": True, "lstrip": False, "rstrip": False, "normalized": False},
+    }
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"added_tokens_decoder": added, "tokenizer_class": "DistilBertTokenizer"}))
+    ours = DistilBertTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.DistilBertTokenizer.from_pretrained(tmp_path)
+    for text in ("a <ent> b", "[X]c<ent>", "plain"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours("a <ent> b")["input_ids"][2] == len(words)
+    config.write_text(json.dumps({"added_tokens_decoder": {"7": {"content": "<ent>"}}}))
+    with pytest.raises(ValueError, match=r"'<ent>' should have id 7, but follows the vocabulary as"):
+        DistilBertTokenizer.from_pretrained(tmp_path)
+
+
+def test_absurd_lengths_and_ids(minilm):
+    tokenizer = DistilBertTokenizer.from_pretrained(minilm)
+    with pytest.raises(ValueError, match="cannot pad to 1000000000000 tokens"):
+        tokenizer(["a b", "c"], padding="max_length", max_length=10**12)
+    assert tokenizer("a b", truncation=True, max_length=10**30)["input_ids"] == tokenizer("a b")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens([-1, 10**12, 101]) == [None, None, "[CLS]"]
+    assert tokenizer(["a b", "c"], padding="do_not_pad")["input_ids"] == tokenizer(["a b", "c"])["input_ids"]

@@ -46,6 +46,9 @@ class Embedder:
         prompt: str = "",
         lower_case: bool = False,
     ):
+        if not isinstance(model, DistilBertModel) or not isinstance(tokenizer, DistilBertTokenizer):
+            given = f"{type(model).__name__} and {type(tokenizer).__name__}"
+            raise TypeError(f"an Embedder is made of a DistilBertModel and a DistilBertTokenizer, got {given}")
         positions = model.config.max_position_embeddings
         if pooling not in ops.POOLING:
             raise ValueError(f"pooling {pooling!r} is not one of {', '.join(ops.POOLING)}")

@@ -7,6 +7,7 @@ part-00000.ids.jsonl      the id of each row, a JSON string or integer a line
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -109,8 +110,9 @@ def _check_types(manifest: Manifest) -> None:
 
 def _remove_index(directory: Path) -> None:
     """The files of an earlier index, and nothing else."""
-    for pattern in (MANIFEST, "part-*.npy", "part-*.safetensors", "part-*.ids.jsonl", "*.tmp"):
-        for path in directory.glob(pattern):
+    ours = re.compile(rf"(?:{re.escape(MANIFEST)}|part-\d{{5,}}\.(?:npy|safetensors|ids\.jsonl))(?:\.tmp)?")
+    for path in directory.iterdir():
+        if ours.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 

@@ -24,6 +24,8 @@ def read_rows(inputs: Iterable[str], *, text_column: str = "text", id_column: st
     """
     inputs = list(inputs)
     for name in inputs:  # before any work is done
+        if name == "-" and sys.stdin is None:
+            raise OSError("the input is standard input, which is closed")
         if name != "-" and Path(name).is_dir():
             raise IsADirectoryError(f"the input {name} is a directory; name the files in it")
         if name != "-" and not Path(name).exists():

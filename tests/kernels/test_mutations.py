@@ -95,12 +95,6 @@ MUTANTS = {
         "tl.where(told > rows, float(",
         "tl.where(rows < 0, float(",
     ),
-    "attention: a bound behind the last": (
-        "attention",
-        "attention::any_layout",
-        "mask=later < batch, other=2147483647) <= row",
-        "mask=later <= batch, other=2147483647) <= row",
-    ),
     "attention: rows below the first sequence": (
         "attention",
         "attention::dead_rows",
