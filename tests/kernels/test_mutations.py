@@ -66,19 +66,19 @@ MUTANTS = {
     "bias_gelu: live count dropped": ("bias_gelu", "gemm::dead_rows", "activation, cu_seqlens)", "activation, None)"),
     "attention: a neighbour's NaN": (
         "attention",
-        "attention::not_finite",
+        "attention::where_a_result",
         'float("inf"), 0, 1)) == 0',
         'float("inf"), 0, 1)) >= 0',
     ),
     "attention: its own infinity": (
         "attention",
-        "attention::not_finite",
+        "attention::where_a_result",
         "tl.where(its, v, 0.0)",
         'tl.where(its & (tl.abs(v) < float("inf")), v, 0.0)',
     ),
     "attention: the last sequence of those with an infinity": (
         "attention",
-        "attention::not_finite",
+        "attention::where_a_result",
         "tl.max(sequence) + 1",
         "tl.max(sequence)",
     ),
