@@ -33,7 +33,7 @@ def test_lengths(lengths, head_size, dtype, device):
 
 @pytest.mark.parametrize("head_size", [1, 2, 3, 17, 24, 32, 48, 80, 100, 128])
 def test_head_sizes(head_size, dtype, device):
-    for lengths in ([5, 16, 0, 3], [20, 40, 1], [130, 7]):
+    for lengths in ([5, 16, 0, 3], [20, 40, 1], [70, 7]):
         qkv, cu = rows_of(lengths, 3, head_size, dtype, device), cu_seqlens(lengths, device)
         scale = torch.tensor([1.0, 0.0, -0.5]).to(device, dtype)
         hold_to_definition("attention", qkv, cu, max(lengths), 3, scale, live=sum(lengths), dead=3)
@@ -58,8 +58,8 @@ def test_every_form(kind, config, lengths, dtype, device, force, tf32):
     fits(kind, config, dtype, device)
     force(config)
     eps = tf32(kind == "tf32" and device == "cuda")
-    if config.longest is not None:
-        lengths = [min(n, config.longest) for n in lengths]
+    most = config.longest or 6 * config.tile + 1  # several tiles are enough, and slow in the interpreter
+    lengths = [min(n, most) for n in lengths]
     qkv, cu = rows_of(lengths, 2, 32, dtype, device), cu_seqlens(lengths, device)
     hold_to_definition("attention", qkv, cu, max(lengths), 2, live=sum(lengths), dead=140, eps=eps)
 
