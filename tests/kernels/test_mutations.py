@@ -135,8 +135,8 @@ MUTANTS = {
     "attention: overlong unnoticed in single": (
         "attention",
         "attention::longer_than",
-        "if end - start > T:",
-        "if end - start > 2 * T:",
+        "(end - start > T)",
+        "(end - start > 2 * T)",
     ),
     "attention: one head's scale for all": ("attention", "attention", "head_scale_ptr + head", "head_scale_ptr"),
     "attention: tile of the next sequence": ("attention", "attention", "// T + later <= tile", "// T + later < tile"),
