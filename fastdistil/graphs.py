@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 MOST_TOKENS = 16_384  # by estimate, not measured: a larger batch keeps the GPU busy for longer than its launches take
 LENGTH_STEP = 32
-PLAIN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList)
+# what state() sees through, the parts of adapters that lie beside the graph among them
+PLAIN = (
+    *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList),
+    *(nn.ModuleDict, nn.Sequential, nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh),
+)
 
 
 def bucket(batch: int, length: int, longest: int) -> tuple[int, int]:

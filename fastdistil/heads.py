@@ -543,6 +543,8 @@ def complete(settings: dict[str, Any], config: DistilBertConfig) -> dict[str, An
         raise ValueError(f"head_type {kind!r} is not one of {', '.join(HEADS)}")
     id2label = settings.pop("id2label", None)
     if id2label is not None:
+        if not isinstance(id2label, dict):
+            raise TypeError(f"id2label must map numbers to names, got {id2label!r}")
         settings["label2id"] = {label: int(i) for i, label in id2label.items()}
     unknown = settings.keys() - HEADS[kind].settings.keys() - {"bias", "dropout_prob"}
     if unknown:

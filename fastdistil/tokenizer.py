@@ -138,6 +138,8 @@ class DistilBertTokenizer:
 
     def _add_tokens(self, decoder: Any, where: Path) -> None:
         """The tokens that a tokenizer_config.json adds to a vocab.txt, behind it and in their order."""
+        if not isinstance(decoder or {}, dict) or not all(str(number).isdecimal() for number in decoder or {}):
+            raise ValueError(f"{where}: added_tokens_decoder must map ids to tokens, got {decoder!r:.80}")
         for number, told in sorted((decoder or {}).items(), key=lambda item: int(item[0])):
             content = told.get("content") if isinstance(told, dict) else told
             if not isinstance(content, str):

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+import fastdistil
 from fastdistil import DistilBertConfig, DistilBertModel, graphs, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -271,3 +272,23 @@ def test_on_cpu_the_opt_in_changes_nothing():
     with torch.inference_mode():
         model(ids, keep)
     assert not model._graphs._captured
+
+
+def test_heads_and_adapters_under_graphs(device, counts):
+    config = DistilBertConfig(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=2, max_position_embeddings=50)
+    for name in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        head = getattr(fastdistil, f"DistilBertFor{name}")(copy.deepcopy(config)).eval().to(device)
+        head.add_adapter("a", {"mh_adapter": True})
+        ids, keep = batch(device)
+        with torch.inference_mode():
+            plain, through = head(ids, keep).to_tuple(), head(ids, keep, adapter_names="a").to_tuple()
+            counts["replays"] = 0
+            assert head.cuda_graphs() is head
+            for _ in range(2):
+                replayed = head(ids, keep).to_tuple()
+            assert counts["replays"] == 2
+            for a, b in zip(replayed, plain, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+            for a, b in zip(head(ids, keep, adapter_names="a").to_tuple(), through, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+            assert counts["replays"] == 2, "an adapter is not in the graph"

@@ -219,6 +219,35 @@ def test_a_hook_on_an_inner_module_is_run(packed):
     leaf.remove()
 
 
+def test_a_wrapped_linear_is_called(packed):
+    """As low-rank fine-tuning libraries wrap theirs."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) * 1.5
+
+    for name in ("DistilBertModel", "BertModel"):
+        model, given_keep = make(name), inputs(name)
+        given, keep = given_keep
+        if name == "BertModel":
+            layer = model.encoder.layer[1]
+            places = (layer.attention.self, "query"), (layer.attention.output, "dense"), (layer.output, "dense")
+        else:
+            layer = model.transformer.layer[1]
+            places = (layer.attention, "v_lin"), (layer.attention, "out_lin"), (layer.ffn, "lin1")
+        for owner, part in places:
+            setattr(owner, part, Wrapped(getattr(owner, part)))
+        packed.clear()
+        with torch.inference_mode():
+            expected = model(**given)
+            same(accelerate(model)(**given), expected, keep)
+        assert len(packed) == 2
+
+
 def test_a_sentence_transformer(minilm, packed):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     model = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")

@@ -264,6 +264,11 @@ def test_tokens_added_to_a_vocabulary_file(minilm, tmp_path):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours("a <ent> b")["input_ids"][2] == len(words)
     config.write_text(json.dumps({"added_tokens_decoder": {"7": {"content": "<ent>"}}}))
+    for wrong in ([1], {"x": {"content": "<ent>"}}):
+        config.write_text(json.dumps({"added_tokens_decoder": wrong}))
+        with pytest.raises(ValueError, match="added_tokens_decoder must map ids to tokens"):
+            DistilBertTokenizer.from_pretrained(tmp_path)
+    config.write_text(json.dumps({"added_tokens_decoder": {"7": {"content": "<ent>"}}}))
     with pytest.raises(ValueError, match=r"'<ent>' should have id 7, but follows the vocabulary as"):
         DistilBertTokenizer.from_pretrained(tmp_path)
 

@@ -7,7 +7,6 @@ import importlib
 import os
 import sys
 import types
-import unittest
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,7 @@ class DistilBertModelTest(ModelTesterMixin, PipelineTesterMixin, unittest.TestCa
         self.model_tester.labels(3)
 
     def test_for_causal_lm(self):
-        raise NotImplementedError
+        self.fail("must not run")
 """
 
 
@@ -137,4 +136,3 @@ def test_the_shim(tmp_path, monkeypatch):
     found["test_for_right"]()
     with pytest.raises(AssertionError):
         found["test_for_wrong"]()
-    assert issubclass(AssertionError, unittest.TestCase.failureException)

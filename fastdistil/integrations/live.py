@@ -6,6 +6,7 @@ another one, and never copied or pickled with the model.
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ class Fast:
         self.layers = tuple(model._layers())
         self.inner = [m for m in model.modules() if m is not model and next(m.children(), None) is not None]
         heads, activation = model._heads_and_activation()
-        self.blocks = [_block(layer, heads, activation) for layer in self.layers]
+        self.blocks = [_block(layer, model.config.hidden_size, heads, activation) for layer in self.layers]
 
     def is_current(self, model: Any) -> bool:
         same = all(
@@ -79,15 +80,14 @@ def _lay_side_by_side(attention: MultiHeadSelfAttention) -> None:
     attention._lay_side_by_side()
 
 
-def _block(layer: Layer, heads: int, activation: str) -> TransformerBlock:
+def _block(layer: Layer, dim: int, heads: int, activation: str) -> TransformerBlock:
     def bare(cls: Any) -> Any:  # without weights of its own
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         return module
 
     attention, ffn, block = bare(MultiHeadSelfAttention), bare(FFN), bare(TransformerBlock)
-    attention.n_heads, attention.dim = heads, layer.out_lin.in_features
-    attention.attention_head_size = attention.dim // heads
+    attention.n_heads, attention.dim, attention.attention_head_size = heads, dim, dim // heads
     for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
         setattr(attention, name, getattr(layer, name))
     _lay_side_by_side(attention)
@@ -191,6 +191,7 @@ def _wants_grad(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad
 
 
+@functools.cache
 def _parameters(cls: Any) -> list[str]:
     return [name for name in inspect.signature(cls.forward).parameters if name != "self"]
 
