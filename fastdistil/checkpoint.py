@@ -147,11 +147,12 @@ def read_config(directory: Path, **overrides: Any) -> DistilBertConfig:
     return DistilBertConfig.from_json_file(path, **overrides)
 
 
-def _weight_files(directory: Path, use_safetensors: bool | None) -> list[Path]:
+def _weight_files(directory: Path, use_safetensors: bool | None) -> tuple[list[Path], dict[str, str]]:
+    """The files, and which tensor is to be in which where an index says so."""
     names = (PICKLE,) if use_safetensors is False else (SAFETENSORS,)
     for name in names:
         if (directory / name).is_file():
-            return [directory / name]
+            return [directory / name], {}
         index = directory / f"{name}.index.json"
         if index.is_file():
             return _indexed_files(index)
@@ -163,7 +164,7 @@ def _weight_files(directory: Path, use_safetensors: bool | None) -> list[Path]:
     raise FileNotFoundError(f"{directory} holds neither {names[0]} nor {names[0]}.index.json")
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -174,7 +175,7 @@ def _indexed_files(index: Path) -> list[Path]:
             raise ValueError(f"{index} names the file {name!r}; it must lie in the index's own directory")
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index} names {name}, which is not there")
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in names], weight_map
 
 
 # --- reading tensors ----------------------------------------------------------------------------------------------
@@ -190,7 +191,8 @@ class Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype | None] = {}
         self.dtype: torch.dtype | None = None  # of the first floating-point tensor
-        for path in _weight_files(directory, use_safetensors):
+        files, self.promised = _weight_files(directory, use_safetensors)
+        for path in files:
             for name, shape, dtype, read in self._pickled(path) if use_safetensors is False else self._safe(path):
                 self.add(name, shape, dtype, read)
 
@@ -209,7 +211,7 @@ class Weights:
             raise TypeError(f"state_dict must be a dictionary of tensors, got {type(tensors).__name__}")
         self = cls.__new__(cls)
         self.where, self._stack, self._read = Path("state_dict"), ExitStack(), {}
-        self.shapes, self.dtypes, self.dtype = {}, {}, None
+        self.shapes, self.dtypes, self.dtype, self.promised = {}, {}, None, {}
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise ValueError(f"state_dict holds a {type(tensor).__name__} under {name!r}, not a tensor")
@@ -323,6 +325,12 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
             raise ValueError(
                 f"{weights.where}: {name} is {dtype or 'of a dtype that is not supported'}; weights are float64, "
                 "float32, float16 or bfloat16 (a quantised checkpoint has to be converted first)"
+            )
+    for name, new in model_names(set(weights.promised) - set(weights.shapes), model).items():
+        if new in expected and new not in source:
+            raise ValueError(
+                f"{weights.where}: the index puts {name} in {weights.promised[name]}, which does not hold it; one of "
+                "the two files is of another checkpoint"
             )
     untied = _share_tied(tied, source, weights)
     fresh = set(expected) - set(source)

@@ -1,6 +1,7 @@
 """The command line: fastdistil embed, search, predict, fill-mask, verify, doctor."""
 
 import argparse
+import io
 import json
 import logging
 import platform
@@ -30,6 +31,8 @@ DONE, FAILED = 0, 1  # argparse itself exits with 2 on wrong use
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an id may hold what cannot be encoded
     try:
         arguments.command(arguments)
     except (ValueError, TypeError, OSError) as error:

@@ -106,8 +106,11 @@ class DistilBertConfig:
         self.label2id = label2id if label2id or id2label else {label: i for i, label in self.id2label.items()}
         if num_labels is not None:
             self.num_labels = num_labels
-        kwargs.pop("use_return_dict", None)  # derived from return_dict
+        for name in ("use_return_dict", "model_type"):  # which a dictionary of a configuration holds too
+            kwargs.pop(name, None)
         for name, value in kwargs.items():
+            if hasattr(type(self), name):
+                raise ValueError(f"config.{name} cannot be set: DistilBertConfig has a method of this name")
             setattr(self, name, value)
         self._validate()
 
@@ -158,7 +161,10 @@ class DistilBertConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"config.{name} must be a number, got {value!r}")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"config.{name} is a number of {len(str(value))} digits") from None
 
     def __getattr__(self, name: str) -> Any:  # only reached for what is not set
         if name in self._aliases:
@@ -252,7 +258,7 @@ class DistilBertConfig:
         path = Path(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
         try:
             return cls.from_dict(values, **overrides)

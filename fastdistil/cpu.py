@@ -46,13 +46,14 @@ def embed_layer_norm(
     try:
         x = F.embedding(input_ids, word_embeddings).add_(F.embedding(position_ids, position_embeddings))
     except (IndexError, RuntimeError):  # RuntimeError: an empty table
-        _raise_outside("input_ids", input_ids, word_embeddings)
-        _raise_outside("position_ids", position_ids, position_embeddings)
+        check_inside("input_ids", input_ids, word_embeddings)
+        check_inside("position_ids", position_ids, position_embeddings)
         raise
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _raise_outside(name: str, index: Tensor, table: Tensor) -> None:
+def check_inside(name: str, index: Tensor, table: Tensor) -> None:
+    """Raise ValueError naming the first index that is no row of the table."""
     outside = ((index < 0) | (index >= table.shape[0])).nonzero()
     if len(outside):
         row = int(outside[0])

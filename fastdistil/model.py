@@ -57,6 +57,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.dim)
         self.LayerNorm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+        self.register_load_state_dict_pre_hook(_before_load)
 
     def forward(self, table: Tensor, ids: Tensor, positions: Tensor, live: Tensor | None) -> Tensor:
         """table: [vocab, dim], the word embeddings or the caller's own; ids, positions: [rows] -> [rows, dim]"""
@@ -223,6 +224,10 @@ def _are_thirds(buffer: Tensor, *parts: Tensor) -> bool:
             return False
         start += step
     return True
+
+
+def _before_load(embeddings: Embeddings, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    state_dict.pop(prefix + "position_ids", None)  # a buffer of older checkpoints
 
 
 def _after_load(attention: MultiHeadSelfAttention, incompatible_keys: Any) -> None:  # a closure could not be pickled

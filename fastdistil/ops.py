@@ -69,6 +69,9 @@ def embed_layer_norm(
     _check_live(cu_seqlens, word_embeddings)
     args = (input_ids, position_ids, word_embeddings, position_embeddings, weight, bias, eps, cu_seqlens)
     if _wants_grad(word_embeddings, position_embeddings, weight, bias):
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            cpu.check_inside("input_ids", input_ids, word_embeddings)
+            cpu.check_inside("position_ids", position_ids, position_embeddings)
         return reference.embed_layer_norm(*args)
     return _embed_layer_norm(*args)
 

@@ -23,7 +23,7 @@ SPECIAL = {  # in transformers' order of all_special_tokens
     "mask_token": "[MASK]",
 }
 NO_LIMIT = int(1e30)  # transformers' model_max_length where a tokenizer states none
-MOST_TOKENS = 2**24  # more to pad to is a mistake, and takes the memory
+MOST_TOKENS = 2**24  # more to pad to, or in a vocabulary, is a mistake, and takes the memory
 MAX_WORD = 100  # WordPiece gives [UNK] for a longer word, so a word has at most this many tokens
 CHARS_PER_TOKEN = 8  # a first cut this long nearly always holds enough tokens; English has 4 to 5
 
@@ -193,6 +193,7 @@ class DistilBertTokenizer:
             raise ValueError(f"{path} is not a readable tokenizer file: {error}") from error
         if not isinstance(tokenizer.model, models.WordPiece):
             raise ValueError(f"{path} is a {type(tokenizer.model).__name__} tokenizer; DistilBERT's is WordPiece")
+        _check_vocabulary(tokenizer, path)
         normalizer = tokenizer.normalizer
         if isinstance(normalizer, normalizers.BertNormalizer):
             # the file is right unless tokenizer_config.json (or the caller) says otherwise
@@ -342,10 +343,14 @@ class DistilBertTokenizer:
         def encode(pieces: list[str]) -> list[Encoding]:
             return self._tokenizer.encode_batch(pieces, add_special_tokens=False)
 
-        # a side that truncation leaves whole cannot be cut beforehand, and longest_first asks which of two is longer
-        may_cut = {"only_first": (room, math.inf), "only_second": (math.inf, room)}.get(strategy or "", (math.inf,) * 2)
+        # a side that truncation leaves whole cannot be cut beforehand
+        may_cut = {"only_first": (room, math.inf), "only_second": (math.inf, room)}.get(strategy or "", (room + 1,) * 2)
         first = self._cut_and_encode(texts, room if pairs is None else may_cut[0], encode)
         second = None if pairs is None else self._cut_and_encode(pairs, may_cut[1], encode, "text_pair")
+        if second is not None and pairs is not None and strategy == "longest_first":
+            for row, (one, two) in enumerate(zip(first, second, strict=True)):
+                if min(len(one), len(two)) > room:  # the longer keeps the odd token: here both have to be read
+                    first[row], second[row] = encode([str(texts[row]), str(pairs[row])])
         encodings = []
         for row, one in enumerate(first):
             two = None if second is None else second[row]
@@ -515,7 +520,19 @@ _CLEAN_UP = (
 def _copy(tokenizer: Tokenizer | None) -> Tokenizer:
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"tokenizer must be a tokenizers.Tokenizer, got {type(tokenizer).__name__}")
+    _check_vocabulary(tokenizer, "the tokenizer")
     return Tokenizer.from_str(tokenizer.to_str())
+
+
+def _check_vocabulary(tokenizer: Tokenizer, where: Any) -> None:
+    """Raise ValueError for what the library would find late, or never."""
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    token = max(vocab, key=vocab.__getitem__, default="")
+    if vocab and vocab[token] >= MOST_TOKENS:
+        raise ValueError(f"{where} gives {token!r} the id {vocab[token]}; ids up to {MOST_TOKENS - 1} are supported")
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if unknown is not None and unknown not in vocab:
+        raise ValueError(f"{where} says that unk_token is {unknown!r}, which its vocabulary lacks")
 
 
 def _check_text(text: Any, name: str) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdistil import DistilBertConfig, DistilBertModel
+from fastdistil import DistilBertConfig, DistilBertForMaskedLM, DistilBertModel
 from fastdistil.checkpoint import LoadReport, Weights, find, load_weights
 from fastdistil.model import PreTrainedModel
 
@@ -278,6 +278,28 @@ def test_bad_indexes(saved, index, error, message):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(error, match=message):
         DistilBertModel.from_pretrained(path)
+
+
+def test_a_shard_that_lacks_what_the_index_puts_in_it(saved):
+    path, _ = saved
+    tensors = load_file(path / "model.safetensors")
+    index = {"weight_map": {name: "a.safetensors" for name in tensors} | {"of.no.use": "a.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "model.safetensors").rename(path / "a.safetensors")
+    DistilBertModel.from_pretrained(path)
+    del tensors["transformer.layer.1.ffn.lin2.weight"]
+    save_file(tensors, path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"the index puts transformer.layer.1.ffn.lin2.weight in a.safetensors, which"):
+        DistilBertModel.from_pretrained(path)
+
+
+def test_a_state_dict_with_the_old_buffer_of_positions(saved):
+    path, _ = saved
+    for prefix, kind in (("", DistilBertModel), ("distilbert.", DistilBertForMaskedLM)):
+        target = kind.from_pretrained(path)
+        state = target.state_dict() | {f"{prefix}embeddings.position_ids": torch.arange(512)[None]}
+        target.load_state_dict(state)
+        assert f"{prefix}embeddings.position_ids" in state  # the caller's own is left alone
 
 
 def test_a_missing_encoder_weight_is_reported(saved, caplog):

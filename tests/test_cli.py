@@ -70,12 +70,22 @@ def test_text_file_several_inputs_and_options(minilm, jsonl, tmp_path):
     np.testing.assert_allclose(embeddings[:3], own.encode(["first", "", "third without end"]), atol=1e-5)
 
 
-@pytest.mark.parametrize("lines", ['{"text": "one"}\n{"text": "two"}\n', "one\ntwo\n"])
+@pytest.mark.parametrize(
+    "lines", ['{"text": "one"}\n{"text": "two"}\n', "one\ntwo\n", '\n  \n{"text": "one"}\n\n{"text": "two"}']
+)
 def test_standard_input(lines, minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     assert embed(minilm, "--input", "-", "--output", tmp_path / "o", "--quiet") == 0
     ((_, got),) = Index(tmp_path / "o").parts()
     np.testing.assert_allclose(got, Embedder.from_pretrained(minilm, "cpu").encode(["one", "two"]), atol=1e-6)
+
+
+def test_blank_lines_of_plain_text_stay_rows(monkeypatch):
+    for lines, texts in (("\n\n", ["", ""]), ("\n\na\n\n", ["", "", "a", ""]), ("", [])):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        rows = list(read_rows(["-"]))
+        assert [row.text for row in rows] == texts
+        assert [row.where for row in rows] == [f"standard input, line {n + 1}" for n in range(len(texts))]
 
 
 def test_parts_and_what_is_done_stays(minilm, tmp_path):
@@ -200,12 +210,17 @@ def test_a_job_that_cannot_start_leaves_the_old_index(minilm, jsonl, tmp_path, c
     assert "is a directory" in capsys.readouterr().err
 
 
-def test_ids_with_line_separators_and_surrogates(minilm, tmp_path):
+def test_ids_with_line_separators_and_surrogates(minilm, tmp_path, capsys):
     ids = ["x\u2028y", "a\u0085b", "new\nline", "\ud800"]
     lines = [json.dumps({"text": "t", "id": i}, ensure_ascii=i == "\ud800") for i in ids]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     assert embed(minilm, "--input", tmp_path / "in.jsonl", "--id-column", "id", "--output", tmp_path / "o") == 0
     assert next(Index(tmp_path / "o").parts())[0] == ids
+    for how in (["--json"], []):
+        assert main(["search", "--index", str(tmp_path / "o"), "--top-k", "4", "--quiet", *how, "t"]) == 0
+        printed = capsys.readouterr().out
+        assert "\\ud800" in printed and "x\u2028y" in printed
+        assert not how or [hit["id"] for hit in json.loads(printed)["hits"]] == ids
 
 
 def test_more_wrong_use(minilm, jsonl, tmp_path, capsys):

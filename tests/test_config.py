@@ -47,6 +47,11 @@ def test_defaults_and_aliases():
         _ = config.absent
 
 
+def test_from_a_configurations_dictionary():
+    config = DistilBertConfig(dim=24, n_heads=2, num_labels=3, extra="kept")
+    assert DistilBertConfig(**config.to_dict()) == config
+
+
 def test_labels():
     config = DistilBertConfig(num_labels=3)
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"} and config.label2id["LABEL_2"] == 2
@@ -108,6 +113,8 @@ def test_old_hub_file_and_bert_file():
         ({"model_type": "roberta"}, ValueError, "model_type is 'roberta'"),
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, ValueError, "relative_key"),
         ({"model_type": "bert", "is_decoder": True}, ValueError, "is_decoder"),
+        ({"_validate": 1}, ValueError, "config._validate cannot be set"),
+        ({"dropout": 10**400}, ValueError, "config.dropout is a number of 401 digits"),
         ([1], ValueError, "JSON object"),
     ],
 )
@@ -120,6 +127,7 @@ def test_bad_values_name_the_field(values, error, message, tmp_path):
 
 
 def test_not_json(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not a JSON file"):
-        DistilBertConfig.from_json_file(tmp_path / "config.json")
+    for text in ("{", '{"dim": 1' + "0" * 5000 + "}"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json is not a JSON file"):
+            DistilBertConfig.from_json_file(tmp_path / "config.json")

@@ -132,8 +132,15 @@ def test_bad_budgets(embedder, budget):
         ({"modules.json": "{"}, "not a JSON file"),
         ({"1_Pooling/config.json": '{"pooling_mode_max_tokens": true}'}, "pooling_mode_max_tokens pooling"),
         ({"1_Pooling/config.json": '{"pooling_mode": "mean", "include_prompt": false}'}, "include_prompt"),
+        ({"1_Pooling/config.json": '{"pooling_mode": null}'}, "Pooling/config.json asks for None pooling"),
+        ({"1_Pooling/config.json": '{"pooling_mode": [["mean"]]}'}, "Pooling/config.json asks for"),
         ({"sentence_bert_config.json": '{"max_seq_length": 100000}'}, "max_length is 100000"),
+        ({"sentence_bert_config.json": '{"max_seq_length": "128"}'}, "bert_config.json: max_seq_length is '128'"),
+        ({"sentence_bert_config.json": '{"max_seq_length": true}'}, "bert_config.json: max_seq_length is True"),
+        ({"sentence_bert_config.json": '{"do_lower_case": "x"}'}, "bert_config.json: do_lower_case is 'x'"),
         ({"config_sentence_transformers.json": '{"default_prompt_name": "q"}'}, "no prompt 'q'"),
+        ({"config_sentence_transformers.json": '{"default_prompt_name": "q", "prompts": ["q"]}'}, "no prompt 'q'"),
+        ({"config_sentence_transformers.json": '{"default_prompt_name": "q", "prompts": {"q": 1}}'}, "not a string"),
     ],
 )
 def test_bad_settings_files(checkpoint, files, message):

@@ -288,6 +288,17 @@ def test_id_outside_the_table_makes_its_own_row_nan():
     assert out[1].isnan().all() and out[[0, 2, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("argument", [0, 1])
+def test_id_outside_the_table_is_an_error_with_a_gradient_too(argument):
+    args = case("embed_layer_norm", [2, 3])
+    args[2].requires_grad_()
+    assert ops.embed_layer_norm(*args).requires_grad
+    for bad in (99, -1):
+        args[argument][1] = bad
+        with pytest.raises(ValueError, match=rf"(input|position)_ids\[1\] is {bad}, outside the table"):
+            ops.embed_layer_norm(*args)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_definitions_read_nothing_back(name):
     """The eager definitions run on CUDA too: no host sync, shown on the meta device, where reading a value raises."""

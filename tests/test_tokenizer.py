@@ -144,6 +144,23 @@ def test_a_huge_text_is_cut_to_the_same_tokens(name, ours, theirs):
     assert question == theirs("a question", text, truncation="only_second", max_length=64)["input_ids"]
 
 
+@pytest.mark.parametrize("max_length", [127, 128])
+def test_long_pairs_are_cut_to_the_same_tokens(max_length, ours, theirs, monkeypatch):
+    # no longer, for theirs keeps every overflow of one text beside every overflow of the other
+    prose, words = HUGE["prose"]()[:8000], "some more words " * 400
+    firsts = [prose, "short", prose[:5000], words, "", prose[:200]]
+    for pairs in (firsts[::-1], [words] * 6, [prose[:4990]] * 6, ["short"] * 6):
+        options = dict(truncation=True, max_length=max_length, return_token_type_ids=True)
+        assert as_lists(ours(firsts, pairs, **options)) == as_lists(theirs(firsts, pairs, **options))
+    seen = []
+    checked = DistilBertTokenizer._encode_checked
+    monkeypatch.setattr(
+        DistilBertTokenizer, "_encode_checked", lambda self, t, *a: seen.extend(map(len, t)) or checked(self, t, *a)
+    )
+    ours("a question", prose, truncation=True, max_length=max_length)
+    assert sum(seen) < 5000
+
+
 @pytest.mark.parametrize("name", ["prose", "no spaces", "special tokens"])
 def test_a_huge_text_is_not_tokenised_to_its_end(name, ours, monkeypatch):
     text, seen = HUGE[name](), []
@@ -229,6 +246,21 @@ def test_bad_files(tmp_path, files, error, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(error, match=message):
+        DistilBertTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unk_token": "[NOPE]"}, r"tokenizer.json says that unk_token is '\[NOPE\]', which its vocabulary lacks"),
+        ({"vocab": {"[UNK]": 100, "hello": 2**31}}, "tokenizer.json gives 'hello' the id 2147483648"),
+    ],
+)
+def test_tokenizer_files_that_would_fail_late(minilm, tmp_path, change, message):
+    values = json.loads((minilm / "tokenizer.json").read_text())
+    values["model"] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
         DistilBertTokenizer.from_pretrained(tmp_path)
 
 

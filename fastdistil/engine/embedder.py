@@ -252,17 +252,24 @@ def read_settings(directory: Path) -> dict[str, Any]:
         elif kind != "Transformer":
             raise ValueError(f"{directory}/modules.json asks for the module {kind or module!r}, which is not supported")
     sentence = read_object(directory / "sentence_bert_config.json")
-    if isinstance(sentence.get("max_seq_length"), int):
-        settings["max_length"] = sentence["max_seq_length"]
-    if sentence.get("do_lower_case"):
-        settings["lower_case"] = True
-    prompts = read_object(directory / "config_sentence_transformers.json")
-    if name := prompts.get("default_prompt_name"):
-        if name not in (prompts.get("prompts") or {}):
-            raise ValueError(f"{directory}/config_sentence_transformers.json has no prompt {name!r}")
-        settings["prompt"] = prompts["prompts"][name]
+    where = f"{directory}/sentence_bert_config.json"
+    if (length := sentence.get("max_seq_length")) is not None:
+        if isinstance(length, bool) or not isinstance(length, int) or length < 3:
+            raise ValueError(f"{where}: max_seq_length is {length!r}; it must be an integer of 3 tokens or more")
+        settings["max_length"] = length
+    if (lower := sentence.get("do_lower_case")) is not None:
+        if not isinstance(lower, bool):
+            raise ValueError(f"{where}: do_lower_case is {lower!r}; it must be true or false")
+        settings["lower_case"] = lower
+    where = f"{directory}/config_sentence_transformers.json"
+    told = read_object(directory / "config_sentence_transformers.json")
+    if name := told.get("default_prompt_name"):
+        prompts = told.get("prompts") or {}
+        if not isinstance(prompts, dict) or not isinstance(name, str) or name not in prompts:
+            raise ValueError(f"{where} has no prompt {name!r} under prompts")
+        settings["prompt"] = prompts[name]
         if not isinstance(settings["prompt"], str):
-            raise ValueError(f"{directory}/config_sentence_transformers.json: the prompt {name!r} is not a string")
+            raise ValueError(f"{where}: the prompt {name!r} is not a string")
     return settings
 
 
@@ -271,11 +278,12 @@ def _pooling(path: Path) -> str:
     if not isinstance(config, dict):
         raise FileNotFoundError(f"{path} is missing, though modules.json asks for pooling")
     if "pooling_mode" in config:
-        modes = [config["pooling_mode"]] if isinstance(config["pooling_mode"], str) else list(config["pooling_mode"])
+        told = config["pooling_mode"]
+        modes = told if isinstance(told, list) else [told]
     else:
         names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
         modes = [names.get(k, k) for k, on in config.items() if k.startswith("pooling_mode_") and on is True]
-    if len(modes) != 1 or modes[0] not in ops.POOLING:
+    if len(modes) != 1 or not isinstance(modes[0], str) or modes[0] not in ops.POOLING:
         raise ValueError(f"{path} asks for {', '.join(map(str, modes)) or 'no'} pooling; mean or cls is supported")
     if config.get("include_prompt") is False:
         raise ValueError(f"{path} leaves the prompt out of the mean (include_prompt false), which is not supported")

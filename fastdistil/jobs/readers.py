@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -18,7 +19,8 @@ class Row(NamedTuple):
 
 def read_rows(inputs: Iterable[str], *, text_column: str = "text", id_column: str | None = None) -> Iterator[Row]:
     """Rows of all inputs in order. .jsonl and .ndjson hold an object a line, anything else a text a line; "-" is
-    standard input, read as jsonl when its first line is a JSON object with the text column.
+    standard input, read as jsonl when its first line that is not blank is a JSON object
+    with the text column.
 
     Raises FileNotFoundError for a missing file and ValueError naming file and line for a row that cannot be read.
     """
@@ -50,13 +52,20 @@ def _read(inputs: list[str], text_column: str, id_column: str | None) -> Iterato
 
 
 def _rows(file: BinaryIO, where: str, jsonl: bool, text_column: str) -> Iterator[tuple[int, str | dict]]:
-    for line, raw in enumerate(file, 1):
+    lines: Iterator[bytes] = iter(file)
+    if where == "standard input":  # which has no name to tell by
+        head = []
+        for raw in lines:
+            head.append(raw)
+            if raw.strip():
+                jsonl = _is_object_with(raw.decode("utf-8-sig", "replace"), text_column)
+                break
+        lines = chain(head, lines)
+    for line, raw in enumerate(lines, 1):
         try:
             text = raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}, line {line}: not UTF-8 ({error.reason} at byte {error.start})") from error
-        if line == 1 and where == "standard input":
-            jsonl = _is_object_with(text, text_column)
         if not jsonl:
             yield line, text
         elif text.strip():  # a blank line in jsonl is no row
