@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules import module as _every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.hooks import RemovableHandle
 
 from fastdistil import graphs, ops, reference
 from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, low_rank
@@ -40,6 +42,23 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
+_UNHOOKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether a module inside has a forward hook, which is to see [batch, length, dim].
+
+    The scan takes as long as a small op, so it is made only where a hook was registered since the last one.
+    """
+    registered = RemovableHandle.next_id
+    if _UNHOOKED.get(model) == registered:
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model):
+        return True
+    _UNHOOKED[model] = registered
+    return False
+
+
 def apply_linear(module: Any, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, in] -> [rows, out]
     return ops.linear(x, module.weight, module.bias, live) if is_plain(module) else module(x)
 
@@ -59,25 +78,33 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.register_load_state_dict_pre_hook(_before_load)
 
-    def forward(self, table: Tensor, ids: Tensor, positions: Tensor, live: Tensor | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """input_ids: [B, L], or inputs_embeds: [B, L, dim]; position_ids: [1 or B, L] -> [B, L, dim]"""
+        words = self._lookup(self.word_embeddings, input_ids) if input_ids is not None else inputs_embeds  # [B, L, dim]
+        assert words is not None
+        positions = torch.arange(words.shape[1], device=words.device)[None] if position_ids is None else position_ids
+        return self.dropout(self.LayerNorm(words + self._lookup(self.position_embeddings, positions)))
+
+    def packed(self, table: Tensor, ids: Tensor, positions: Tensor, live: Tensor | None) -> Tensor:
         """table: [vocab, dim], the word embeddings or the caller's own; ids, positions: [rows] -> [rows, dim]"""
         norm = self.LayerNorm
         return ops.embed_layer_norm(
             ids, positions, table, self.position_embeddings.weight, norm.weight, norm.bias, norm.eps, live
         )
 
-    def dense(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor) -> Tensor:
-        words = self._lookup(self.word_embeddings, input_ids) if input_ids is not None else inputs_embeds  # [B, L, dim]
-        assert words is not None
-        return self.dropout(self.LayerNorm(words + self._lookup(self.position_embeddings, positions)))
-
     def is_plain(self) -> bool:
-        return is_plain(self.LayerNorm, nn.LayerNorm) and all(
-            type(table) is nn.Embedding
-            and table.max_norm is None
-            and "forward" not in table.__dict__
-            and not (table._forward_hooks or table._forward_pre_hooks)
-            for table in (self.word_embeddings, self.position_embeddings)
+        return (
+            _is_ours(self, Embeddings)
+            and is_plain(self.LayerNorm, nn.LayerNorm)
+            and all(
+                type(table) is nn.Embedding
+                and table.max_norm is None
+                and "forward" not in table.__dict__
+                and not (table._forward_hooks or table._forward_pre_hooks)
+                for table in (self.word_embeddings, self.position_embeddings)
+            )
         )
 
     @staticmethod
@@ -85,6 +112,10 @@ class Embeddings(nn.Module):
         # an index outside the table is NaN, not an illegal access
         inside = (index >= 0) & (index < len(table.weight))
         return table(index.where(inside, 0)).masked_fill(~inside.unsqueeze(-1), float("nan"))
+
+
+def _is_ours(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    return type(module) is kind and "forward" not in module.__dict__
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -104,26 +135,9 @@ class MultiHeadSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        at: Packing,
-        head_scale: Tensor | None,
-        only: Tensor | None = None,
-        adapters: Sequence[str] = (),
-    ) -> Tensor:
-        """only: [n], the rows to answer for, by default all; every row is attended to. -> [rows or n, dim]"""
-        qkv = self.project(x, at.live)  # [rows, 3 * dim]
-        if adapters:
-            self._add_low_rank(qkv, x, adapters)
-        context = ops.attention(qkv, at.cu_seqlens, at.max_seqlen, self.n_heads, head_scale)  # [rows, dim]
-        if only is not None:
-            return apply_linear(self.out_lin, context[only], None)
-        return apply_linear(self.out_lin, context, at.live)
-
-    def dense(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        head_mask: Tensor | None,
-        probabilities: bool,
+        mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        probabilities: bool = False,
         adapters: Sequence[str] = (),
     ) -> tuple:
         """x: [B, L, dim]; mask: bool (True attends) or additive, broadcast to [B, heads, L, L]; head_mask: [heads]"""
@@ -150,6 +164,23 @@ class MultiHeadSelfAttention(nn.Module):
             p = self.dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         return self.out_lin(context.transpose(1, 2).flatten(2)), weights
+
+    def packed(
+        self,
+        x: Tensor,
+        at: Packing,
+        head_scale: Tensor | None,
+        only: Tensor | None = None,
+        adapters: Sequence[str] = (),
+    ) -> Tensor:
+        """only: [n], the rows to answer for, by default all; every row is attended to. -> [rows or n, dim]"""
+        qkv = self.project(x, at.live)  # [rows, 3 * dim]
+        if adapters:
+            self._add_low_rank(qkv, x, adapters)
+        context = ops.attention(qkv, at.cu_seqlens, at.max_seqlen, self.n_heads, head_scale)  # [rows, dim]
+        if only is not None:
+            return apply_linear(self.out_lin, context[only], None)
+        return apply_linear(self.out_lin, context, at.live)
 
     def _add_low_rank(self, qkv: Tensor, x: Tensor, adapters: Sequence[str]) -> None:  # [rows, 3 * dim], [rows, dim]
         for part, linear in zip(qkv.chunk(3, dim=1), (self.q_lin, self.k_lin, self.v_lin), strict=True):
@@ -242,15 +273,15 @@ class FFN(nn.Module):
         self.lin2 = nn.Linear(config.hidden_dim, config.dim)
         self.activation = ACTIVATION_ALIASES[config.activation]
 
-    def forward(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, dim]
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, dim] -> [B, L, dim]
+        return self.dropout(self.lin2(reference.ACTIVATIONS[self.activation](self.lin1(x))))
+
+    def packed(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, dim]
         if is_plain(self.lin1):
             x = ops.bias_gelu(x, self.lin1.weight, self.lin1.bias, self.activation, live)  # [rows, hidden_dim]
         else:
             x = reference.ACTIVATIONS[self.activation](self.lin1(x))
         return apply_linear(self.lin2, x, live)
-
-    def dense(self, x: Tensor) -> Tensor:  # [B, L, dim] -> [B, L, dim]
-        return self.dropout(self.lin2(reference.ACTIVATIONS[self.activation](self.lin1(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -263,7 +294,31 @@ class TransformerBlock(nn.Module):
         self.attention_adapters: Adapters | None = None
         self.output_adapters: Adapters | None = None
 
+    def is_plain(self) -> bool:
+        return (
+            _is_ours(self, TransformerBlock)
+            and _is_ours(self._modules["attention"], MultiHeadSelfAttention)
+            and _is_ours(self._modules["ffn"], FFN)
+        )
+
     def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        probabilities: bool = False,
+        adapters: Sequence[str] = (),
+    ) -> Any:
+        """x: [B, L, dim] -> [B, L, dim], and with `probabilities` the attention's, [B, heads, L, L]"""
+        context, weights = self.attention(x, mask, head_mask, probabilities, adapters)
+        if adapters:
+            x = self._through(adapters, context, x, self.ffn, None)
+        else:
+            x = self.sa_layer_norm(context + x)  # [B, L, dim]
+            x = self.output_layer_norm(self.ffn(x) + x)
+        return (x, weights) if probabilities else x
+
+    def packed(
         self,
         x: Tensor,
         at: Packing,
@@ -272,26 +327,12 @@ class TransformerBlock(nn.Module):
         adapters: Sequence[str] = (),
     ) -> Tensor:
         """x: [rows, dim] -> [rows, dim], or of the rows in `only` [n] -> [n, dim]"""
-        context = self.attention(x, at, head_scale, only, adapters)
+        context = self.attention.packed(x, at, head_scale, only, adapters)
         x, live = (x, at.live) if only is None else (x[only], None)
         if adapters:
-            return self._through(adapters, context, x, lambda x: self.ffn(x, live), live)
+            return self._through(adapters, context, x, lambda x: self.ffn.packed(x, live), live)
         x = apply_add_norm(self.sa_layer_norm, context, x, live)
-        return apply_add_norm(self.output_layer_norm, self.ffn(x, live), x, live)
-
-    def dense(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        head_mask: Tensor | None,
-        probabilities: bool,
-        adapters: Sequence[str] = (),
-    ) -> tuple:
-        context, weights = self.attention.dense(x, mask, head_mask, probabilities, adapters)
-        if adapters:
-            return self._through(adapters, context, x, self.ffn.dense, None), weights
-        x = self.sa_layer_norm(context + x)  # [B, L, dim]
-        return self.output_layer_norm(self.ffn.dense(x) + x), weights
+        return apply_add_norm(self.output_layer_norm, self.ffn.packed(x, live), x, live)
 
     def _through(
         self, adapters: Sequence[str], context: Tensor, x: Tensor, ffn: Callable, live: Tensor | None
@@ -316,6 +357,29 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        probabilities: bool = False,
+        adapters: Sequence[str] = (),
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """x: [B, L, dim] -> the input's and each block's [B, L, dim], and with `probabilities` each one's attention"""
+        states, attentions = [x], []
+        block: Any
+        for i, block in enumerate(self.layer):
+            args = (x, mask, None if head_mask is None else head_mask[i], probabilities, adapters)
+            if self.gradient_checkpointing and self.training:
+                x = recompute(block, *args, **({"use_reentrant": False} | self.checkpointing_options))
+            else:
+                x = block(*args)
+            if probabilities:
+                x, weights = x[0], x[1]
+                attentions.append(weights)
+            states.append(x)
+        return states, attentions
+
+    def packed(
+        self,
+        x: Tensor,
         at: Packing,
         head_mask: Tensor | None,
         every: bool,
@@ -324,33 +388,14 @@ class Transformer(nn.Module):
     ) -> list[Tensor]:
         """x: [rows, dim] -> the last block's rows, all or `only` [n]; with `every` the input's and each block's"""
         states = [x]
+        block: Any
         for i, block in enumerate(self.layer):
             last = i == len(self.layer) - 1
-            x = block(x, at, None if head_mask is None else head_mask[i], only if last else None, adapters)
+            x = block.packed(x, at, None if head_mask is None else head_mask[i], only if last else None, adapters)
             states.append(x)
             if not every:
                 states = [x]
         return states if self.layer or only is None else [x[only]]
-
-    def dense(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        head_mask: Tensor | None,
-        probabilities: bool,
-        adapters: Sequence[str] = (),
-    ) -> tuple:
-        states, attentions = [x], []
-        block: Any
-        for i, block in enumerate(self.layer):
-            args = (x, mask, None if head_mask is None else head_mask[i], probabilities, adapters)
-            if self.gradient_checkpointing and self.training:
-                x, weights = recompute(block.dense, *args, **({"use_reentrant": False} | self.checkpointing_options))
-            else:
-                x, weights = block.dense(*args)
-            states.append(x)
-            attentions.append(weights)
-        return states, attentions
 
 
 class PreTrainedModel(WithAdapters):
@@ -731,10 +776,10 @@ class DistilBertModel(PreTrainedModel):
             input_ids = input_ids.where(keep, 0)  # what lies in the padding is never looked up
         elif inputs_embeds is not None and keep is not None:
             inputs_embeds = inputs_embeds.masked_fill(~keep.unsqueeze(-1), 0)
-        x = self.embeddings.dense(input_ids, inputs_embeds, positions)  # [B, L, dim]
+        x = self.embeddings(input_ids, inputs_embeds, positions)  # [B, L, dim]
         if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
             mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
-        states, weights = self.transformer.dense(x, mask, heads, want_attentions, adapters)
+        states, weights = self.transformer(x, mask, heads, want_attentions, adapters)
         padded = None if keep is None else ~keep.unsqueeze(-1)
         return [x if padded is None else x.masked_fill(padded, 0) for x in states], weights
 
@@ -760,13 +805,13 @@ class DistilBertModel(PreTrainedModel):
         else:  # the caller's own table, whose row is the padded position
             table = inputs_embeds.reshape(batch * length, -1)
             ids = torch.arange(batch * length, device=given.device) if at.source is None else at.source
-        x = self.embeddings(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
+        x = self.embeddings.packed(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
         if only is None:
-            return at, self.transformer(x, at, heads, every, adapters=adapters)
+            return at, self.transformer.packed(x, at, heads, every, adapters=adapters)
         if len(x) == 0:  # nothing is real
             return at, [x.new_zeros(batch if isinstance(only, str) else len(only), x.shape[1])]
         rows, there = at.first() if isinstance(only, str) else at.find(only[:, 0] * length + only[:, 1])
-        chosen = self.transformer(x, at, heads, every, rows, adapters)[-1]
+        chosen = self.transformer.packed(x, at, heads, every, rows, adapters)[-1]
         return at, [chosen if there is None else chosen.masked_fill(~there[:, None], 0)]
 
     def cuda_graphs(self, on: bool = True, most: int = 64) -> "DistilBertModel":
@@ -824,16 +869,42 @@ class DistilBertModel(PreTrainedModel):
         all_live = input_ids.device.type == "cpu" and int(cu_seqlens[-1]) == len(input_ids)
         live = None if all_live else cu_seqlens
         at = Packing(len(cu_seqlens) - 1, max_seqlen, cu_seqlens, max_seqlen, live=live)
+        if not self._can_pack():
+            return self._padded(input_ids, position_ids, at, only)
         with torch.no_grad():
             table = self.embeddings.word_embeddings.weight
-            x = self.embeddings(table, input_ids, position_ids, at.live)
-            return self.transformer(x, at, None, every=False, only=only, adapters=self._adapters(None))[-1]
+            x = self.embeddings.packed(table, input_ids, position_ids, at.live)
+            return self.transformer.packed(x, at, None, every=False, only=only, adapters=self._adapters(None))[-1]
+
+    @torch.no_grad()
+    def _padded(self, input_ids: Tensor, position_ids: Tensor, at: Packing, only: Tensor | None) -> Tensor:
+        """`forward_packed` by way of [batch, max_seqlen, dim], for modules that are not ours or are watched."""
+        starts, column = at.cu_seqlens[:-1].long(), torch.arange(at.max_seqlen, device=input_ids.device)
+        keep = column < at.cu_seqlens.diff()[:, None]  # [batch, max_seqlen]
+        row = (starts[:, None] + column).where(keep, 0)
+        if row.numel() == 0:
+            return self.embeddings.word_embeddings.weight.new_zeros(len(input_ids), self.config.dim)
+        ids, positions = input_ids[row], position_ids[row]
+        hidden = self._dense(ids, None, keep, None, positions, None, False, self._adapters(None))[0][-1]
+        out = hidden.new_zeros(len(input_ids) + 1, hidden.shape[2])  # with a row for what is padded
+        out[row.where(keep, len(input_ids))] = hidden
+        return out[:-1] if only is None else out[only]
 
     def _adapters(self, names: str | Sequence[str] | None) -> Sequence[str]:
         return self.__dict__.get("_active_adapters", ()) if names is None else self.adapter_stack(names)
 
+    def _can_pack(self) -> bool:
+        """Whether only our own modules run, with nobody to watch them."""
+        blocks: Any = self.transformer.layer
+        return (
+            self.embeddings.is_plain()
+            and _is_ours(self.transformer, Transformer)
+            and all(_is_ours(block, TransformerBlock) and block.is_plain() for block in blocks)
+            and (torch.compiler.is_compiling() or not is_hooked(self))
+        )
+
     def _needs_dense(self, inputs_embeds: Tensor | None, head_mask: Tensor | None) -> bool:
-        if self.training or not self.embeddings.is_plain():
+        if self.training or not self._can_pack():
             return True
         if not torch.is_grad_enabled():
             return False

@@ -348,8 +348,8 @@ class DistilBertTokenizer:
         first = self._cut_and_encode(texts, room if pairs is None else may_cut[0], encode)
         second = None if pairs is None else self._cut_and_encode(pairs, may_cut[1], encode, "text_pair")
         if second is not None and pairs is not None and strategy == "longest_first":
-            for row, (one, two) in enumerate(zip(first, second, strict=True)):
-                if min(len(one), len(two)) > room:  # the longer keeps the odd token: here both have to be read
+            for row in range(len(texts)):
+                if min(len(first[row]), len(second[row])) > room:  # the longer keeps the odd token: read both
                     first[row], second[row] = encode([str(texts[row]), str(pairs[row])])
         encodings = []
         for row, one in enumerate(first):

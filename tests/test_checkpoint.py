@@ -283,7 +283,7 @@ def test_bad_indexes(saved, index, error, message):
 def test_a_shard_that_lacks_what_the_index_puts_in_it(saved):
     path, _ = saved
     tensors = load_file(path / "model.safetensors")
-    index = {"weight_map": {name: "a.safetensors" for name in tensors} | {"of.no.use": "a.safetensors"}}
+    index = {"weight_map": dict.fromkeys(tensors, "a.safetensors") | {"of.no.use": "a.safetensors"}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     (path / "model.safetensors").rename(path / "a.safetensors")
     DistilBertModel.from_pretrained(path)

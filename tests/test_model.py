@@ -327,6 +327,52 @@ def test_replaced_or_hooked_projections_are_called():
     assert len(calls) == 3
 
 
+def test_hooks_see_padded_states_with_a_gradient_and_without():
+    ours, theirs = pair()
+    ids, keep = inputs()
+    plain = ours(ids, keep)[0].detach()
+    names = ["embeddings", "transformer.layer.0", "transformer.layer.1.ffn", "transformer.layer.1.attention.q_lin"]
+    seen, expected = [], []
+
+    for model, into in ((ours, seen), (theirs, expected)):
+        for name in names:
+            model.get_submodule(name).register_forward_hook(lambda module, args, out, into=into: into.append(out))
+    theirs(ids, keep)
+    for grad in (True, False):
+        seen.clear()
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(ours(ids, keep)[0], plain, rtol=0, atol=TOLERANCE)
+        for got, wanted in zip(seen, expected, strict=True):
+            torch.testing.assert_close(got[keep], wanted[keep], rtol=0, atol=TOLERANCE)
+    seen.clear()
+    cu_seqlens = torch.tensor([0, *keep.sum(1).cumsum(0)], dtype=torch.int32)
+    rows = ours.forward_packed(ids[keep], cu_seqlens, 21)
+    torch.testing.assert_close(rows, plain[keep], rtol=0, atol=TOLERANCE)
+    assert len(seen) == len(names) and all(x.dim() == 3 for x in seen)
+    some = ours.forward_packed(ids[keep], cu_seqlens, 21, only=torch.tensor([3, 1]))
+    torch.testing.assert_close(some, rows[[3, 1]])
+
+
+def test_modules_that_are_not_ours_are_called():
+    ours, _ = pair()
+    ids, keep = inputs()
+
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    class Quiet(type(ours.transformer.layer[1].attention)):
+        def forward(self, x, *args):
+            return torch.zeros_like(x), None
+
+    ours.transformer.layer[0].ffn = Double()
+    ours.transformer.layer[1].attention.__class__ = Quiet
+    expected = ours(ids, keep)[0]
+    assert expected.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids, keep)[0], expected.detach(), rtol=0, atol=0)
+
+
 # --- embeddings of other sizes ------------------------------------------------------------------------------------
 
 

@@ -161,7 +161,7 @@ class Live:
             attention = block.attention
             if attention._qkv is None or not attention._still_fits():  # moved to another place or dtype
                 _lay_side_by_side(attention)
-            x = block(x, at)
+            x = block.packed(x, at)
             states = [*states, x] if every else [x]
         return [at.unpack(x) for x in states]
 
