@@ -8,11 +8,13 @@ Numbers, parameter names and files are those of the adapters library (Poth et al
 Houlsby et al., 2019 (arXiv:1902.00751), Pfeiffer et al., 2020 (arXiv:2005.00247), Hu et al., 2021 (arXiv:2106.09685).
 """
 
+import ast
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,23 @@ _LORA_FIXED: dict[str, Any] = {
     "use_dora": False,
     "use_gating": False,
 }
+# fields whose values change nothing where the fixed ones above are as they are
+_NO_EFFECT = {
+    "dtype",
+    "factorized_phm_W",
+    "factorized_phm_rule",
+    "hypercomplex_nonlinearity",
+    "init_weights_seed",
+    "inv_adapter_reduction_factor",
+    "learn_phm",
+    "phm_bias",
+    "phm_c_init",
+    "phm_dim",
+    "phm_init_range",
+    "phm_rank",
+    "shared_W_phm",
+    "shared_phm_rule",
+}
 _LORA: dict[str, Any] = _LORA_FIXED | {
     "alpha": 8,
     "attn_matrices": ["q", "v"],
@@ -78,18 +97,34 @@ NAMED = {
 ALIASES = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}
 
 
-def complete(config: str | dict[str, Any]) -> dict[str, Any]:
-    """An adapter's settings with defaults filled in, checked: they may come from a file. Raises ValueError."""
+INITIAL = {"lora": ("lora", "bert"), "bottleneck": ("bert", "mam_adapter")}  # values of init_weights
+
+
+def complete(config: Any) -> dict[str, Any]:
+    """An adapter's settings with defaults filled in, checked: they may come from a file.
+
+    config: a name, a name with changes as in "lora[r=4]", a mapping, or the adapters library's configuration object.
+    Raises ValueError or TypeError.
+    """
     if isinstance(config, str):
-        name = ALIASES.get(config, config)
-        if name not in NAMED:
+        named = re.fullmatch(r"(\w+)(?:\[(.*)\])?", config)
+        name = ALIASES.get(named[1], named[1]) if named else ""
+        if named is None or name not in NAMED:
             raise ValueError(f"an adapter's config is one of {', '.join(NAMED)}, or a dictionary; got {config!r}")
-        return dict(NAMED[name])
+        config = NAMED[name] | _changes(named[2] or "", config)
+    elif hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise TypeError(f"an adapter's config is a name or a dictionary of settings, got {config!r}")
     lora = config.get("architecture") == "lora"
     fixed = _LORA_FIXED if lora else _BOTTLENECK_FIXED
-    settings = (_LORA if lora else _BOTTLENECK) | config
+    defaults = _LORA if lora else _BOTTLENECK
+    settings = defaults | dict(config)
     if settings.get("architecture") not in (None, "lora"):
         raise ValueError(f"adapters of architecture {settings['architecture']!r} are not supported")
+    for name in sorted(map(str, settings.keys() - defaults.keys() - _NO_EFFECT)):
+        if settings[name] is not None and settings[name] is not False:
+            raise ValueError(f"an adapter with {name}={settings[name]!r} is not supported")
     for name, value in fixed.items():
         if settings[name] != value:
             raise ValueError(f"an adapter with {name}={settings[name]!r} is not supported, only {value!r}")
@@ -108,9 +143,39 @@ def complete(config: str | dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"an adapter's attn_matrices are q, k and v, got {settings['attn_matrices']!r}")
     if not lora and str(settings["non_linearity"]).lower() not in ACTIVATIONS:
         raise ValueError(f"non_linearity {settings['non_linearity']!r} is not one of {', '.join(ACTIVATIONS)}")
-    if not isinstance(settings["leave_out"], list):
+    if not isinstance(settings["leave_out"], list) or any(type(layer) is not int for layer in settings["leave_out"]):
         raise ValueError(f"an adapter's leave_out is a list of layers, got {settings['leave_out']!r}")
+    initial = INITIAL["lora" if lora else "bottleneck"]
+    if settings["init_weights"] not in initial:
+        raise ValueError(f"init_weights {settings['init_weights']!r} is not supported, only {' and '.join(initial)}")
     return settings
+
+
+def _changes(text: str, config: str) -> dict[str, Any]:
+    """What stands in the brackets of "lora[r=4,dropout=0.1]"."""
+    changes = {}
+    for change in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"{change!r} in the adapter's config {config!r} is not setting=value")
+        try:
+            changes[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            changes[name.strip()] = {"true": True, "false": False}.get(value.strip().lower(), value.strip())
+    return changes
+
+
+def named(names: str | Sequence[str] | None, what: str) -> list[str]:
+    """A name or several as a list; TypeError for anything else."""
+    found = [names] if isinstance(names, str) else [] if names is None else names
+    if not isinstance(found, Sequence) or not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{what} must be a name or a list of names, got {names!r}")
+    return list(found)
+
+
+def only_safetensors(use_safetensors: bool) -> None:
+    if not use_safetensors:
+        raise ValueError("use_safetensors=False asks for a pickle; only safetensors are written (both are read)")
 
 
 class Bottleneck(nn.Module):
@@ -126,6 +191,9 @@ class Bottleneck(nn.Module):
         for linear in (down, up):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
+        if settings["init_weights"] == "mam_adapter":  # He et al., 2022 (arXiv:2110.04366)
+            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            nn.init.zeros_(up.weight)
 
     def forward(self, y: Tensor, residual: Tensor, add_norm: Callable, live: Tensor | None) -> Tensor:  # [..., dim]
         h = add_norm(y, residual) if self.norm_first else y
@@ -142,12 +210,17 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(dim, rank))
         self.dropout = nn.Dropout(settings["dropout"])
         self.scaling = settings["alpha"] / rank
+        self.init_weights = settings["init_weights"]
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.lora_B.zero_()
+        if self.init_weights == "bert":
+            nn.init.normal_(self.lora_A, std=0.02)
+            nn.init.normal_(self.lora_B, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
         return self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scaling
@@ -204,57 +277,68 @@ class WithAdapters(nn.Module):
     @property
     def adapters_config(self) -> dict[str, dict[str, Any]]:
         """name -> settings"""
-        known = getattr(self.config, "adapters", None) or {}
-        return {name: known["config_map"][key] for name, key in known.get("adapters", {}).items()}
+        return dict(self.base_model.__dict__.get("_adapter_settings", {}))
 
     def _remember(self, settings: dict[str, dict[str, Any]]) -> None:
-        """Write all adapters' settings into the configuration, in the adapters library's form."""
+        self.base_model.__dict__["_adapter_settings"] = settings
+
+    def _adapters_in_file(self) -> dict[str, Any] | None:
+        """What a checkpoint's configuration tells of the adapters, in the adapters library's form."""
+        settings = {name: value for name, value in self.adapters_config.items() if name != self._merged_adapter()}
         keys = {
             name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
             for name, value in settings.items()
         }
-        self.config.adapters = {
+        form = {
             "adapters": keys,
             "config_map": {keys[name]: value for name, value in settings.items()},
             "fusions": {},
             "fusion_config_map": {},
             "fusion_name_map": {},
         }
+        return form if settings else None
 
     def _build_adapters(self) -> None:
         """The adapters that the configuration of a loaded checkpoint tells of."""
-        for name, settings in self.adapters_config.items():
+        told = getattr(self.config, "adapters", None) or {}
+        keys, configs = (told.get("adapters", {}), told.get("config_map", {})) if isinstance(told, dict) else (None, {})
+        if not isinstance(keys, dict) or not isinstance(configs, dict):
+            raise ValueError(f"config.adapters holds no adapters and config_map, but {str(told)[:80]}")
+        for name, key in keys.items():
             try:
-                self._insert(name, complete(settings))
-            except ValueError as error:
+                settings = complete(configs.get(key, key))  # a well-known configuration is told by its name alone
+                self._insert(self._usable(name), settings)
+            except (ValueError, TypeError) as error:
                 logger.warning("adapter %r of the checkpoint is left out: %s", name, error)
+            else:
+                self._remember(self.adapters_config | {name: settings})
+
+    @staticmethod
+    def _usable(name: Any) -> str:
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"an adapter cannot be named {name!r}")
+        return name
 
     def add_adapter(
         self,
         adapter_name: str,
-        config: str | dict[str, Any] = "seq_bn",
+        config: str | dict[str, Any] | None = "seq_bn",
         overwrite_ok: bool = False,
         set_active: bool = False,
     ) -> None:
-        """config: seq_bn, double_seq_bn, lora, or a dictionary of settings as in adapter_config.json. A LoRA changes
-        nothing until it is trained; bottlenecks start near nothing. Raises ValueError."""
-        if (
-            not isinstance(adapter_name, str)
-            or not adapter_name
-            or "." in adapter_name
-            or hasattr(nn.ModuleDict, adapter_name)
-        ):
-            raise ValueError(f"an adapter cannot be named {adapter_name!r}")
-        known = self.adapters_config
+        """config: seq_bn, double_seq_bn, lora, with changes as in "lora[r=4]", or a dictionary of settings as in
+        adapter_config.json. A LoRA changes nothing until it is trained; bottlenecks start near nothing. Raises
+        ValueError or TypeError."""
+        self._usable(adapter_name)
+        known, active = self.adapters_config, self.active_adapters
         if adapter_name in known and not overwrite_ok:
             raise ValueError(f"there is an adapter {adapter_name!r}; pass overwrite_ok=True to replace it")
-        settings = complete(config)
+        settings = complete("seq_bn" if config is None else config)
         if adapter_name in known:
             self.delete_adapter(adapter_name)
         self._insert(adapter_name, settings)
         self._remember(self.adapters_config | {adapter_name: settings})
-        if set_active:
-            self.set_active_adapters(adapter_name)
+        self.set_active_adapters(adapter_name if set_active else active)
 
     def _insert(self, name: str, settings: dict[str, Any]) -> None:
         dim, like = self.config.dim, next(self.parameters())
@@ -314,53 +398,68 @@ class WithAdapters(nn.Module):
         """The adapters that a call uses when it names none."""
         return list(self.base_model.__dict__.get("_active_adapters", ()))
 
+    @active_adapters.setter
+    def active_adapters(self, names: str | Sequence[str] | None) -> None:
+        self.set_active_adapters(names)
+
     def set_active_adapters(self, names: str | Sequence[str] | None) -> None:
-        self.base_model.__dict__["_active_adapters"] = self.adapter_stack(names)
+        self.adapter_stack(names)
+        self.base_model.__dict__["_active_adapters"] = tuple(named(names, "adapters"))
 
     def adapter_stack(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
-        """A name or several, checked: one after another, at most one LoRA."""
-        stack = tuple(self._known_adapter(name) for name in ([names] if isinstance(names, str) else names or ()))
-        loras = [name for name in stack if self.adapters_config[name].get("architecture") == "lora"]
-        if len(loras) > 1:
-            raise ValueError(f"one LoRA can be active at a time, not {', '.join(loras)}")
-        return stack
+        """What a call goes through that names these: one after another, at most one LoRA, none that is merged."""
+        stack = [self._known_adapter(name) for name in named(names, "adapter_names")]
+        merged = self._merged_adapter() if stack else None
+        loras = {name for name in stack if self.adapters_config[name].get("architecture") == "lora"}
+        if len(loras | {merged} - {None}) > 1 and loras:
+            also = f" ({merged} is merged; reset_adapter undoes it)" if merged else ""
+            raise ValueError(f"one LoRA can be active at a time, not {', '.join(sorted(loras))}{also}")
+        return tuple(name for name in stack if name != merged)
 
-    def train_adapter(self, adapter_name: str) -> None:
-        """Activate an adapter and let only it, and what stands on the encoder, be trained."""
-        self.set_active_adapters(adapter_name)
+    def train_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Activate an adapter, or several, and let only them, and what stands on the encoder, be trained."""
+        names = named(adapter_name, "adapter_name")
+        if self._merged_adapter() in names:
+            raise ValueError(f"adapter {self._merged_adapter()!r} is merged; call reset_adapter before training it")
+        self.set_active_adapters(names)
         self.base_model.requires_grad_(False)
-        for module in self._modules_of(adapter_name):
-            module.requires_grad_(True)
+        for name in names:
+            for module in self._modules_of(name):
+                module.requires_grad_(True)
         self.train()
 
     # --- merging ------------------------------------------------------------------------------------------------
 
+    def _projections(self) -> Iterator[nn.Linear]:
+        for _, block in self._blocks():
+            yield from (block.attention.q_lin, block.attention.k_lin, block.attention.v_lin)
+
     def _merged_adapter(self) -> str | None:
-        return self.base_model.__dict__.get("_merged", (None, None))[0]
+        return next((p.__dict__["_unmerged"][0] for p in self._projections() if "_unmerged" in p.__dict__), None)
 
     @torch.no_grad()
     def merge_adapter(self, adapter_name: str) -> None:
-        """Add a LoRA's product to the weights it stands on, in place: calls then cost nothing more. `reset_adapter`
-        restores the weights bit for bit."""
+        """Add a LoRA's product to the weights it stands on, in place: calls then cost nothing more, and all go through
+        it. `reset_adapter` restores the weights bit for bit; what `save_pretrained` writes has it for good."""
         if self.adapters_config[self._known_adapter(adapter_name)].get("architecture") != "lora":
             raise ValueError(f"adapter {adapter_name!r} is a bottleneck; only a LoRA can be merged")
+        if self._merged_adapter() == adapter_name:
+            return
         if self._merged_adapter() is not None:
             raise ValueError(f"adapter {self._merged_adapter()!r} is merged; call reset_adapter first")
-        kept = []
-        for _, block in self._blocks():
-            for linear in (block.attention.q_lin, block.attention.k_lin, block.attention.v_lin):
-                loras = getattr(linear, "loras", {})
-                if adapter_name in loras:
-                    kept.append((linear, linear.weight.detach().clone()))
-                    linear.weight.add_(loras[adapter_name].delta().to(linear.weight.dtype))
-        self.base_model.__dict__["_merged"] = (adapter_name, kept)
-        self.set_active_adapters([name for name in self.active_adapters if name != adapter_name])
+        for linear in self._projections():
+            loras = getattr(linear, "loras", {})
+            if adapter_name in loras:
+                kept = linear.weight.detach().clone()
+                linear.weight.add_(loras[adapter_name].delta().to(linear.weight.dtype))
+                linear.__dict__["_unmerged"] = (adapter_name, kept, linear.weight._version)
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
         """Undo `merge_adapter`."""
-        for linear, weight in self.base_model.__dict__.pop("_merged", (None, []))[1]:
-            linear.weight.copy_(weight)
+        for linear in self._projections():
+            if "_unmerged" in linear.__dict__:
+                linear.weight.copy_(linear.__dict__.pop("_unmerged")[1])
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -370,8 +469,10 @@ class WithAdapters(nn.Module):
         ours = (f".adapters.{name}.", f".loras.{name}.")
         return {prefix + key: value for key, value in self.state_dict().items() if any(part in key for part in ours)}
 
-    def save_adapter(self, save_directory: str | Path, adapter_name: str) -> None:
-        """Write adapter_config.json and adapter.safetensors, which the adapters library reads, too."""
+    def save_adapter(self, save_directory: str | Path, adapter_name: str, use_safetensors: bool = True) -> None:
+        """Write adapter_config.json and adapter.safetensors, which the adapters library reads with its
+        use_safetensors=True."""
+        only_safetensors(use_safetensors)
         settings = self.adapters_config[self._known_adapter(adapter_name)]
         directory = Path(save_directory)
         if directory.exists() and not directory.is_dir():
@@ -396,11 +497,12 @@ class WithAdapters(nn.Module):
         load_as: str | None = None,
         set_active: bool = False,
         overwrite_ok: bool = True,
+        use_safetensors: bool | None = None,
     ) -> str:
         """Add a saved adapter, of this library or of the adapters library, and return its name.
 
-        adapter.safetensors is read, or pytorch_adapter.bin with weights_only=True. Raises OSError for files, ValueError
-        for what is in them.
+        adapter.safetensors is read, or where it is missing pytorch_adapter.bin with weights_only=True; use_safetensors
+        says which. Raises OSError for files, ValueError for what is in them.
         """
         directory = Path(save_directory)
         if not (directory / CONFIG).is_file():
@@ -415,15 +517,16 @@ class WithAdapters(nn.Module):
             )
         try:
             settings = complete(settings)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{directory / CONFIG}: {error}") from error
         name = saved if load_as is None else load_as
         if name in self.adapters_config and not overwrite_ok:
             raise ValueError(f"there is an adapter {name!r}; pass overwrite_ok=True to replace it")
-        with Weights.of_file(directory / WEIGHTS, directory / PICKLE) as weights:
+        with Weights.of_file(directory / WEIGHTS, directory / PICKLE, use_safetensors) as weights:
             found = {}
             for key in weights.shapes:
-                new = key.replace(f".adapters.{saved}.", f".adapters.{name}.").replace(
+                new = key if key.startswith("distilbert.") else f"distilbert.{key}"  # saved from a bare encoder
+                new = new.replace(f".adapters.{saved}.", f".adapters.{name}.").replace(
                     f".loras.{saved}.", f".loras.{name}."
                 )
                 found[new] = key

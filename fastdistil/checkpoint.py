@@ -84,6 +84,8 @@ def find(
     revision: str | None = None,
     local_files_only: bool = False,
     extra_files: Iterable[str] = (),
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """The checkpoint's directory: the path itself when it exists, else a download of that hub id.
 
@@ -112,6 +114,8 @@ def find(
                 name,
                 revision=revision,
                 local_files_only=local_files_only,
+                cache_dir=cache_dir,
+                token=token,
                 allow_patterns=[*HUB_FILES, *extra_files],
             )
         )
@@ -197,10 +201,11 @@ class Weights:
                 self.add(name, shape, dtype, read)
 
     @classmethod
-    def of_file(cls, safe: Path, pickled: Path) -> "Weights":
-        """One file's tensors: `safe`, or where it is missing, `pickled`."""
+    def of_file(cls, safe: Path, pickled: Path, use_safetensors: bool | None = None) -> "Weights":
+        """One file's tensors: `safe`, or where it is missing, `pickled`, unless use_safetensors says which."""
         self = cls.from_tensors({})
-        self.where = safe if safe.is_file() or not pickled.is_file() else pickled
+        is_safe = safe.is_file() or not pickled.is_file() if use_safetensors is None else use_safetensors
+        self.where = safe if is_safe else pickled
         for found in self._safe(safe) if self.where == safe else self._pickled(pickled):
             self.add(*found)
         return self
@@ -398,16 +403,24 @@ def _log(model: nn.Module, report: LoadReport) -> None:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, directory: Path, *, max_shard_size: int | str = "50GB") -> None:
-    """Write config.json and model.safetensors (or its shards and their index), which transformers reads back."""
+def save(
+    model: nn.Module,
+    directory: Path,
+    config: DistilBertConfig,
+    wanted: Callable[[str], bool],
+    *,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write config.json and model.safetensors (or its shards and their index), which transformers reads back. wanted:
+    whether a tensor of this name is written."""
     from huggingface_hub import save_torch_state_dict
 
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; give a directory to save into")
     directory.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(directory)  # type: ignore[union-attr, operator]
+    config.save_pretrained(directory)
     tied = getattr(model, "_tied_weights_keys", None) or {}
-    state = model.state_dict()
+    state = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
     kept = {n: t for n, t in state.items() if not (n in tied and t.data_ptr() == state[tied[n]].data_ptr())}
     save_torch_state_dict(
         kept,

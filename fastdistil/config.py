@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import numbers
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -235,9 +236,16 @@ class DistilBertConfig:
             setattr(self, name, value)
         self._validate()
 
+    def updated(self, values: dict[str, Any]) -> "DistilBertConfig":
+        """This configuration with other values of its own fields; TypeError for a field it lacks."""
+        _check_names(values, self.__dict__)
+        self.update(values)
+        return self
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> "DistilBertConfig":
-        """From a config.json's dictionary, of a DistilBERT or of a BERT that converts to one. Overrides win."""
+        """From a config.json's dictionary, of a DistilBERT or of a BERT that converts to one. Overrides win; TypeError
+        for one that is no field of either."""
         if not isinstance(values, dict):
             raise ValueError(f"a configuration is a JSON object, got {type(values).__name__}")
         values = dict(values)
@@ -249,6 +257,7 @@ class DistilBertConfig:
                 f"model_type is {model_type!r}; fastdistil loads 'distilbert' and 'bert' checkpoints, whose encoders "
                 "it computes exactly, and no others"
             )
+        _check_names(overrides, values.keys() | cls().__dict__.keys())
         if "num_labels" in overrides and "id2label" not in overrides:
             values.pop("id2label", None), values.pop("label2id", None)
         return cls(**(values | overrides))
@@ -275,6 +284,13 @@ class DistilBertConfig:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
+
+
+def _check_names(given: dict[str, Any], known: Iterable[str]) -> None:
+    allowed = {*known, *DistilBertConfig._aliases, "num_labels", "torch_dtype"}
+    for name in given:
+        if name not in allowed:
+            raise TypeError(f"{name!r} is neither an argument nor a field of the configuration")
 
 
 def _labels(id2label: Any) -> dict[int, str]:

@@ -1,7 +1,8 @@
 """DistilBERT's heads: what they read, how they are trained, and transformers' classes around them.
 
 `HEADS` describes each kind of head once. A head is a list of layers; `read` runs it on what the encoder leaves, packed
-where it is packed, and pads its logits at the end. At padded positions logits are those of a hidden state of zeros.
+where it is packed, and pads its logits at the end. At padded positions logits are those of a hidden state of zeros,
+unless a loss is asked for that reads them: then they are transformers'.
 """
 
 import copy
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastdistil.adapters import named, only_safetensors
 from fastdistil.checkpoint import Weights, read_object
 from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
 from fastdistil.model import DistilBertModel, Encoded, PreTrainedModel, apply_linear, mean_rows, pick
@@ -49,6 +51,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """logits: [batch, n]; labels: [batch] class numbers, [batch] or [batch, n] values, or [batch, n] of 0 and 1."""
+    _check_tensor("labels", labels)
     if problem_type == "single_label_classification":
         return token_loss(logits, labels, problem_type)
     if labels.numel() != logits.numel():
@@ -60,6 +63,7 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
 
 def token_loss(logits: Tensor, labels: Tensor, problem_type: str = "") -> Tensor:
     """Cross entropy; logits: [..., n]; labels: [...] class numbers, -100 where none."""
+    _check_tensor("labels", labels)
     logits = logits.flatten(0, -2)
     if labels.is_floating_point() or labels.numel() != len(logits):
         raise ValueError(f"labels must be {len(logits)} integers, got {labels.dtype} {list(labels.shape)}")
@@ -72,11 +76,33 @@ def span_loss(logits: Tensor, labels: tuple[Tensor, Tensor], problem_type: str =
     0, one past the end counts for nothing."""
     length = logits.shape[1]
     losses = []
+    if not isinstance(labels, (tuple, list)) or len(labels) != 2:
+        raise TypeError("question answering takes start_positions and end_positions, two tensors")
     for name, scores, wanted in zip(("start_positions", "end_positions"), logits.unbind(-1), labels, strict=True):
+        _check_tensor(name, wanted)
         if wanted.is_floating_point() or wanted.numel() != len(scores):
             raise ValueError(f"{name} must be {len(scores)} integers, got {wanted.dtype} {list(wanted.shape)}")
         losses.append(F.cross_entropy(scores, wanted.flatten().long().clamp(0, length), ignore_index=length))
     return (losses[0] + losses[1]) / 2
+
+
+def reads_padding(kind: str, labels: Any, mask: Tensor | None) -> bool:
+    """Whether the loss of a head of this kind is computed from logits at padded positions. (Where looking would stall
+    the device, labels at padding are taken to be -100 unless there is a gradient.)"""
+    if HEADS[kind].first or labels is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return False
+    if kind == "question_answering":
+        return True  # a softmax over the length
+    if not isinstance(labels, Tensor) or labels.shape[-1:] != mask.shape[-1:] or labels.dim() != 2:
+        return False  # an error, or logits_at
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return bool(((labels != IGNORED) & (mask == 0)).any())
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
@@ -227,24 +253,26 @@ class _Headed(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in the encoder; the projectors onto the vocabulary follow, with a bias of 0 for new entries."""
+        """As in the encoder; the projectors onto the vocabulary follow. A new entry's bias is 0, or of a projector that
+        is not tied, with mean_resizing, the mean of the old."""
         words = self.get_input_embeddings()
         before, count = words.weight, words.num_embeddings
         words = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         n = words.num_embeddings
         for projector in self.projectors().values():
-            old, bias = projector.weight, projector.bias
+            old, bias, fill = projector.weight, projector.bias, 0.0
             if old is before:
                 projector.weight = words.weight
             elif n != len(old) == count:
                 new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
                 if n > len(old) and mean_resizing:
                     new[len(old) :] = mean_rows(old, n - len(old))
+                    fill = 0.0 if bias is None else float(bias.float().mean())
                 new[: len(old)] = old[:n]
                 projector.weight = nn.Parameter(new, requires_grad=old.requires_grad)
             projector.out_features = len(projector.weight)
             if bias is not None and len(bias) != projector.out_features:
-                padded = F.pad(bias.data, (0, projector.out_features - len(bias)))
+                padded = F.pad(bias.data, (0, projector.out_features - len(bias)), value=fill)
                 projector.bias = nn.Parameter(padded, requires_grad=bias.requires_grad)
         return words
 
@@ -286,6 +314,7 @@ class _WithHead(_Headed):
             token_type_ids,
             only="first" if HEADS[self.head_type].first else None,
             adapter_names=adapter_names,
+            padding_too=reads_padding(self.head_type, labels, attention_mask),
         )
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
@@ -345,6 +374,7 @@ class DistilBertForMaskedLM(_WithHead):
             token_type_ids,
             only=logits_at,
             adapter_names=adapter_names,
+            padding_too=logits_at is None and reads_padding(self.head_type, labels, attention_mask),
         )
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
@@ -380,11 +410,12 @@ class DistilBertForSequenceClassification(_WithHead):
         return [self.pre_classifier, nn.ReLU(), self.dropout, self.classifier]
 
     def _problem_type(self, labels: Tensor) -> str:
+        _check_tensor("labels", labels)
         if self.config.problem_type is None:
             if self.num_labels == 1:
                 self.config.problem_type = "regression"
             else:
-                kind = "multi" if labels.is_floating_point() else "single"
+                kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"
                 self.config.problem_type = f"{kind}_label_classification"
         return self.config.problem_type
 
@@ -440,6 +471,7 @@ class DistilBertForQuestionAnswering(_WithHead):
         adapter_names: str | Sequence[str] | None = None,
     ) -> ModelOutput | tuple:
         """Inputs as in `DistilBertModel.forward`. start_positions, end_positions: integers [batch], both or no loss."""
+        labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
         encoded = self.distilbert.encode(
             input_ids,
             attention_mask,
@@ -450,8 +482,8 @@ class DistilBertForQuestionAnswering(_WithHead):
             position_ids,
             token_type_ids,
             adapter_names=adapter_names,
+            padding_too=reads_padding(self.head_type, labels, attention_mask),
         )
-        labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
 
@@ -496,9 +528,11 @@ class DistilBertForMultipleChoice(_WithHead):
         def flat(x: Tensor | None) -> Tensor | None:  # [batch, choices, ...] -> [batch * choices, ...]
             return x.flatten(0, 1) if x is not None and x.dim() > 2 else x
 
+        if _dims(attention_mask) != 4:  # [batch * choices, 1, L, L] is flat
+            attention_mask = flat(attention_mask)
         encoded = self.distilbert.encode(
             flat(input_ids),
-            flat(attention_mask),
+            attention_mask,
             head_mask,
             flat(inputs_embeds),
             output_attentions,
@@ -537,6 +571,8 @@ class MultiHeadOutput:
 
 def complete(settings: dict[str, Any], config: DistilBertConfig) -> dict[str, Any]:
     """A flexible head's settings with defaults filled in, checked: they may come from a file."""
+    if not isinstance(settings, dict):
+        raise TypeError(f"a head is described by a dictionary, got {settings!r}")
     settings = dict(settings)
     kind = settings.pop("head_type", None)
     if kind not in HEADS:
@@ -547,6 +583,8 @@ def complete(settings: dict[str, Any], config: DistilBertConfig) -> dict[str, An
             raise TypeError(f"id2label must map numbers to names, got {id2label!r}")
         settings["label2id"] = {label: int(i) for i, label in id2label.items()}
     unknown = settings.keys() - HEADS[kind].settings.keys() - {"bias", "dropout_prob"}
+    if kind == "classification":
+        unknown -= {"problem_type"}  # which a checkpoint of transformers' class brings
     if unknown:
         raise ValueError(f"a {kind} head has no setting {sorted(unknown)[0]!r}")
     settings = {"head_type": kind} | HEADS[kind].settings | settings
@@ -566,6 +604,10 @@ def complete(settings: dict[str, Any], config: DistilBertConfig) -> dict[str, An
     if probability is not None and not (isinstance(probability, (int, float)) and 0 <= probability <= 1):
         raise ValueError(f"a head's dropout_prob must be from 0 to 1, got {probability!r}")
     count = settings.get("num_labels", settings.get("num_choices"))
+    if kind == "question_answering" and count != 2:
+        raise ValueError(f"a head's num_labels is {count}; question answering has 2, a start and an end")
+    if settings.get("problem_type") not in (None, "regression"):
+        raise ValueError(f"a head's problem_type is regression or absent, got {settings['problem_type']!r}")
     if count is not None:
         labels = settings["label2id"] or {f"LABEL_{i}": i for i in range(count)}
         if not isinstance(labels, dict) or set(labels.values()) != set(range(count)):
@@ -613,12 +655,23 @@ class DistilBertModelWithHeads(_Headed):
     """
 
     def __init__(self, config: DistilBertConfig):
+        config = copy.deepcopy(config)  # its heads are this model's alone
         super().__init__(config)
         self.heads = nn.ModuleDict()
         self._active: list[str] = []
-        config.prediction_heads = dict(getattr(config, "prediction_heads", None) or {})
-        for name, settings in config.prediction_heads.items():
-            self.add_prediction_head_from_config(name, settings, overwrite_ok=True)
+        told = getattr(config, "prediction_heads", None) or {}
+        if not isinstance(told, dict):
+            raise ValueError(f"config.prediction_heads must map names to heads, got {str(told)[:80]}")
+        config.prediction_heads = {}
+        for name, settings in told.items():
+            kind = settings.get("head_type") if isinstance(settings, dict) else None
+            if isinstance(kind, str) and kind not in HEADS:
+                logger.warning("head %r of the checkpoint is left out: heads of type %r are not supported", name, kind)
+                continue
+            try:
+                self.add_prediction_head_from_config(name, settings, overwrite_ok=True)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"config.prediction_heads[{name!r}]: {error}") from error
 
     @classmethod
     def _for_checkpoint(cls, config: DistilBertConfig) -> DistilBertConfig:
@@ -642,6 +695,9 @@ class DistilBertModelWithHeads(_Headed):
             }
             if two and config.problem_type == "multi_label_classification":
                 settings["head_type"] = "multilabel_classification"
+            elif two and config.problem_type == "regression":
+                settings["problem_type"] = "regression"
+        config = copy.deepcopy(config)
         config.prediction_heads = dict(getattr(config, "prediction_heads", None) or {}) | {"default": settings}
         return config
 
@@ -667,7 +723,7 @@ class DistilBertModelWithHeads(_Headed):
         self, head_name: str, config: dict[str, Any], overwrite_ok: bool = False, set_active: bool = True
     ) -> None:
         """config: head_type and its settings, as in config.prediction_heads. Raises ValueError."""
-        if not isinstance(head_name, str) or not head_name or "." in head_name or hasattr(nn.ModuleDict, head_name):
+        if not isinstance(head_name, str) or not head_name or "." in head_name or hasattr(nn.ModuleDict(), head_name):
             raise ValueError(f"a head cannot be named {head_name!r}")
         if head_name in self.heads and not overwrite_ok:
             raise ValueError(f"there is a head {head_name!r}; pass overwrite_ok=True to replace it")
@@ -789,7 +845,7 @@ class DistilBertModelWithHeads(_Headed):
                 self.config.label2id = {label: i for i, label in labels.items()}
 
     def _names(self, names: str | Sequence[str] | None) -> list[str]:
-        return [self._known(name) for name in ([names] if isinstance(names, str) else names or [])]
+        return [self._known(name) for name in named(names, "head")]
 
     def _known(self, name: str) -> str:
         if name not in self.heads:
@@ -827,6 +883,14 @@ class DistilBertModelWithHeads(_Headed):
     def get_output_embeddings(self) -> nn.Module | None:
         active = self._active[0] if len(self._active) == 1 else ""
         return next((p for name, p in self.projectors().items() if name.startswith(f"heads.{active}.")), None)
+
+    def set_output_embeddings(self, projector: nn.Linear) -> None:
+        old = self.get_output_embeddings()
+        name = next((name for name, found in self.projectors().items() if found is old), None)
+        if name is None:
+            raise ValueError("no masked-LM head is active, so there are no output embeddings to set")
+        holder: Any = self.heads[name.split(".")[1]]
+        holder[len(holder) - 1] = projector
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         words = super().resize_token_embeddings(*args, **kwargs)
@@ -867,7 +931,8 @@ class DistilBertModelWithHeads(_Headed):
         if logits_at is not None and set(kinds) != {"masked_lm"}:
             raise ValueError(f"logits_at is for masked-LM heads, not for {', '.join(kinds) or 'the encoder alone'}")
         only = "first" if names and all(HEADS[kind].first for kind in kinds) else logits_at
-        mask = _flat(attention_mask, 2)
+        mask = attention_mask if _dims(attention_mask) == 4 else _flat(attention_mask, 2)
+        given = self._labels(names, kinds, labels, start_positions, end_positions)
         encoded = self.distilbert.encode(
             _flat(input_ids, 2),
             mask,
@@ -879,24 +944,38 @@ class DistilBertModelWithHeads(_Headed):
             _flat(token_type_ids, 2),
             only=only,
             adapter_names=adapter_names,
+            padding_too=logits_at is None
+            and any(
+                reads_padding(kind, of_head, mask)
+                for kind, of_head in zip(kinds, given, strict=True)
+                if kind != "tagging"  # which leaves padding out of its loss
+            ),
         )
         if not names:
             hidden = encoded.hidden if encoded.at is None else encoded.at.unpack(encoded.hidden)
             whole = BaseModelOutput(hidden, encoded.states, encoded.attentions)
             return whole if return_dict else whole.to_tuple()
-        spans = None if start_positions is None or end_positions is None else (start_positions, end_positions)
         outputs, losses = [], []
-        for name in names:
-            given = labels.get(name) if isinstance(labels, dict) else labels
-            if self.heads_config[name]["head_type"] == "question_answering" and not isinstance(labels, dict):
-                given = spans
-            out = self._answer(name, encoded, given, mask)
+        for name, of_head in zip(names, given, strict=True):
+            out = self._answer(name, encoded, of_head, mask)
             outputs.append(out if return_dict else out.to_tuple())
             losses.append(getattr(out, "loss", None))
         if len(outputs) == 1:
             return outputs[0]
         summed = [loss for loss in losses if loss is not None] if isinstance(labels, dict) else []
         return MultiHeadOutput(outputs, torch.stack(summed).sum() if summed else None)
+
+    def _labels(self, names: list[str], kinds: list[str], labels: Any, start: Any, end: Any) -> list[Any]:
+        """The labels of each head, None where it has none."""
+        spans = None if start is None or end is None else (start, end)
+        if isinstance(labels, dict):
+            for name in labels:
+                if name not in names:
+                    raise ValueError(f"there are labels for head {name!r}, which does not answer; {names} do")
+            return [labels.get(name) for name in names]
+        if labels is not None and kinds == ["question_answering"]:
+            raise ValueError("question answering takes start_positions and end_positions, not labels")
+        return [spans if kind == "question_answering" else labels for kind in kinds]
 
     def _answer(self, name: str, encoded: Encoded, labels: Any, mask: Tensor | None) -> ModelOutput:
         head: Any = self.heads[name]
@@ -914,16 +993,17 @@ class DistilBertModelWithHeads(_Headed):
             logits = logits.view(-1, settings["num_choices"])
         elif kind == "multilabel_classification":
             problem_type = "multi_label_classification"
-        elif kind == "classification" and settings["num_labels"] == 1:
+        elif kind == "classification" and (settings["num_labels"] == 1 or settings.get("problem_type") == "regression"):
             problem_type = "regression"
-        elif kind == "tagging" and labels is not None and mask is not None and mask.dim() == 2:
+        elif kind == "tagging" and isinstance(labels, Tensor) and mask is not None and mask.dim() == 2:
             labels = labels.where(mask.expand(labels.shape) == 1, IGNORED)
         return finish(kind, logits, labels, problem_type, encoded)
 
     # --- files --------------------------------------------------------------------------------------------------
 
-    def save_head(self, save_directory: str | Path, head_name: str | None = None) -> None:
-        """Write head_config.json and model_head.safetensors, which adapters reads, too."""
+    def save_head(self, save_directory: str | Path, head_name: str | None = None, use_safetensors: bool = True) -> None:
+        """Write head_config.json and model_head.safetensors, which adapters reads with its use_safetensors=True."""
+        only_safetensors(use_safetensors)
         name = self.active_head if head_name is None else head_name
         if not isinstance(name, str):
             raise ValueError(f"name the head to save; the active ones are {name}")
@@ -945,24 +1025,34 @@ class DistilBertModelWithHeads(_Headed):
         state = {f"heads.{name}.{k}": v.contiguous().clone() for k, v in self.heads[name].state_dict().items()}
         save_file(state, directory / HEAD_WEIGHTS, metadata={"format": "pt"})
 
-    def save_all_heads(self, save_directory: str | Path) -> None:
+    def save_all_heads(self, save_directory: str | Path, use_safetensors: bool = True) -> None:
         """`save_head` of every head, each into a directory of its name."""
         for name in self.heads:
-            self.save_head(Path(save_directory) / name, name)
+            self.save_head(Path(save_directory) / name, name, use_safetensors)
 
     def load_head(
-        self, save_directory: str | Path, load_as: str | None = None, id2label: dict[int, str] | None = None
+        self,
+        save_directory: str | Path,
+        load_as: str | None = None,
+        id2label: dict[int, str] | None = None,
+        use_safetensors: bool | None = None,
     ) -> tuple[str, str]:
         """Add (or replace) and activate a saved head, of this library or of adapters; returns (directory, name).
 
-        load_as: another name for it. id2label: other names for its labels. model_head.safetensors is read, or
-        pytorch_model_head.bin with weights_only=True. Raises OSError for files, ValueError for what is in them.
+        load_as: another name for it. id2label: other names for its labels. model_head.safetensors is read, or where it
+        is missing pytorch_model_head.bin with weights_only=True; use_safetensors says which. A head that adapters
+        saved from one of transformers' classes has no name: it is "default". Raises OSError for files, ValueError for
+        what is in them.
         """
         directory = Path(save_directory)
         if not (directory / HEAD_CONFIG).is_file():
             raise FileNotFoundError(f"{directory} holds no {HEAD_CONFIG}; give the directory of a saved head")
         description = read_object(directory / HEAD_CONFIG)
         settings, name = description.get("config"), load_as or description.get("name")
+        prefix, places = f"heads.{description.get('name')}.", dict[str, int]()
+        if settings is None and description.get("model_class") in STATIC:
+            settings, places = self._of_static(description)
+            prefix, name = "", name or "default"
         if not isinstance(settings, dict) or not isinstance(name, str):
             raise ValueError(f"{directory / HEAD_CONFIG} describes no flexible head (its config and its name)")
         if id2label is not None:
@@ -974,17 +1064,23 @@ class DistilBertModelWithHeads(_Headed):
         except (ValueError, TypeError) as error:
             raise ValueError(f"{directory / HEAD_CONFIG}: {error}") from error
         head = build(settings, self.config)
-        with Weights.of_file(directory / HEAD_WEIGHTS, directory / HEAD_PICKLE) as weights:
-            prefix = f"heads.{description.get('name')}."
+        with Weights.of_file(directory / HEAD_WEIGHTS, directory / HEAD_PICKLE, use_safetensors) as weights:
             expected = {k: tuple(v.shape) for k, v in head.state_dict().items()}
-            found = {k.removeprefix(prefix): shape for k, shape in weights.shapes.items() if k.startswith(prefix)}
+            source = {}
+            for key in weights.shapes:
+                part, _, end = key.rpartition(".")
+                if part in places:
+                    source[f"{places[part]}.{end}"] = key
+                elif not places and key.startswith(prefix):
+                    source[key.removeprefix(prefix)] = key
+            found = {k: weights.shapes[key] for k, key in source.items()}
             for key in sorted(expected.keys() | found.keys()):
                 if expected.get(key) != found.get(key):
                     raise ValueError(
                         f"{weights.where}: {prefix}{key} should be {expected.get(key, 'absent')} by {HEAD_CONFIG}, "
                         f"but is {found.get(key, 'absent')}"
                     )
-            state = {key: weights.read(prefix + key) for key in expected}
+            state = {key: weights.read(source[key]) for key in expected}
         self.add_prediction_head_from_config(name, settings, overwrite_ok=True)
         added: Any = self.heads[name]
         words, last = self.get_input_embeddings().weight, f"{len(added) - 1}.weight"
@@ -994,9 +1090,55 @@ class DistilBertModelWithHeads(_Headed):
         added.load_state_dict(state)
         return str(directory), name
 
+    def _of_static(self, description: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+        """The settings of a head saved from one of transformers' classes, and where its layers go."""
+        config = copy.deepcopy(self.config)
+        config.architectures, config.problem_type = [description["model_class"]], None
+        labels = description.get("label2id")
+        if isinstance(labels, dict) and labels:
+            config.id2label = {number: label for label, number in labels.items()}
+        kind = STATIC[description["model_class"]]
+        return self._for_checkpoint(config).prediction_heads["default"], HEADS[kind].parts
+
+    # --- adapters of the same name -----------------------------------------------------------------------------
+
+    def set_active_adapters(self, names: str | Sequence[str] | None) -> None:
+        """As the encoder's; a head with the last one's name becomes the active one."""
+        super().set_active_adapters(names)
+        if (active := self.active_adapters) and active[-1] in self.heads:
+            self.active_head = active[-1]
+
+    def save_adapter(
+        self, save_directory: str | Path, adapter_name: str, use_safetensors: bool = True, with_head: bool = True
+    ) -> None:
+        """As the encoder's; with_head: beside it the head of the same name, if there is one."""
+        super().save_adapter(save_directory, adapter_name, use_safetensors)
+        if with_head and adapter_name in self.heads:
+            self.save_head(save_directory, adapter_name)
+
+    def load_adapter(
+        self,
+        save_directory: str | Path,
+        load_as: str | None = None,
+        set_active: bool = False,
+        overwrite_ok: bool = True,
+        use_safetensors: bool | None = None,
+        with_head: bool = True,
+    ) -> str:
+        """As the encoder's; with_head: also the head that was saved beside it, if there is one."""
+        name = super().load_adapter(save_directory, load_as, set_active, overwrite_ok, use_safetensors)
+        if with_head and (Path(save_directory) / HEAD_CONFIG).is_file():
+            self.load_head(save_directory, load_as=load_as, use_safetensors=use_safetensors)
+        return name
+
     def to_static(self, head_name: str | None = None) -> _WithHead:
         """One of transformers' classes with the encoder's and a head's weights (copies). ValueError if none computes
-        what the head computes."""
+        what the head computes, and while adapters are active: merge them, or switch them off."""
+        if active := self.adapter_stack(self.active_adapters):
+            raise ValueError(
+                f"adapters {', '.join(active)} are active, and would be lost; merge_adapter makes a LoRA part of the "
+                "weights, set_active_adapters(None) switches adapters off"
+            )
         name = self.active_head if head_name is None else head_name
         if not isinstance(name, str):
             raise ValueError(f"name the head to export; the active ones are {name}")
@@ -1011,6 +1153,8 @@ class DistilBertModelWithHeads(_Headed):
             config.id2label, config.label2id = self.get_labels_dict(name) or {}, dict(settings["label2id"])
         if settings["head_type"] == "multilabel_classification":
             config.problem_type = "multi_label_classification"
+        elif settings.get("problem_type") == "regression":
+            config.problem_type = "regression"
         given = settings.get("dropout_prob")
         probability = config.seq_classif_dropout if given is None else given
         field_name = {"tagging": "dropout", "question_answering": "qa_dropout"}.get(kind, "seq_classif_dropout")
@@ -1026,9 +1170,10 @@ class DistilBertModelWithHeads(_Headed):
                     f"head {name!r} has {setting} {settings.get(setting)!r}, but {head.static} has "
                     f"{wanted.get(setting)!r}"
                 )
+        config.__dict__.pop("adapters", None)
         model = next(cls for cls in _WithHead.__subclasses__() if cls.__name__ == head.static)(config)
         own = self.state_dict()
-        state = {k: v for k, v in own.items() if k.startswith("distilbert.")}
+        state = {k: own[k] for k in model.state_dict() if k.startswith("distilbert.")}
         for part, place in head.parts.items():
             for end in ("weight", "bias"):
                 state[f"{part}.{end}"] = own[f"heads.{name}.{place}.{end}"]
@@ -1049,6 +1194,10 @@ def model_class(config: DistilBertConfig) -> type[PreTrainedModel]:
 def _static_kind(settings: dict[str, Any]) -> str:
     kind = settings["head_type"]
     return "classification" if kind == "multilabel_classification" else kind
+
+
+def _dims(x: Any) -> int:
+    return x.dim() if isinstance(x, Tensor) else 0
 
 
 def _flat(x: Tensor | None, dim: int) -> Tensor | None:

@@ -5,6 +5,8 @@ Two ways through the same weights. Packed: padding is dropped once at the embedd
 training mode, attentions or a 4-D mask is asked for. Both give hidden states that are 0 at padded positions.
 """
 
+import copy
+import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
 from fastdistil.outputs import BaseModelOutput
 from fastdistil.packing import Packing, find_rows
+
+logger = logging.getLogger("fastdistil")
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -262,6 +266,10 @@ def _before_load(embeddings: Embeddings, state_dict: dict[str, Tensor], prefix: 
 
 
 def _after_load(attention: MultiHeadSelfAttention, incompatible_keys: Any) -> None:  # a closure could not be pickled
+    for linear in (attention.q_lin, attention.k_lin, attention.v_lin):
+        merged = linear.__dict__.get("_unmerged")
+        if merged is not None and linear.weight._version != merged[2]:  # other weights: there is nothing to undo
+            del linear.__dict__["_unmerged"]
     attention._lay_side_by_side()
 
 
@@ -429,6 +437,11 @@ class PreTrainedModel(WithAdapters):
         output_loading_info: bool = False,
         state_dict: dict[str, Tensor] | None = None,
         torch_dtype: str | torch.dtype | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        low_cpu_mem_usage: bool | None = None,
         **overrides: Any,
     ) -> Any:
         """Load a DistilBERT or BERT checkpoint from a directory or a hub id, in eval mode.
@@ -436,15 +449,26 @@ class PreTrainedModel(WithAdapters):
         dtype: "auto" is the checkpoint's own; else a torch dtype or its name. A local directory is read without any
         network access. use_safetensors=False reads pytorch_model.bin (with weights_only=True) instead.
         output_loading_info: also return a dictionary of missing_keys, unexpected_keys and mismatched_keys.
-        Other keywords override the configuration. BERT checkpoints convert exactly for a single segment: the vector
-        of token type 0 is added to every position. Raises OSError for files, ValueError for what is in them.
+        cache_dir and token are the hub's. device_map: one device, or "auto"; attn_implementation and low_cpu_mem_usage
+        are transformers' and have no meaning here. Other keywords override the configuration. BERT checkpoints convert
+        exactly for a single segment: the vector of token type 0 is added to every position. Raises OSError for files,
+        ValueError for what is in them, TypeError for a keyword that is none of the configuration's.
         """
+        if device is None and device_map is not None:
+            device = _one_device(device_map)
         if path_or_repo is None and state_dict is not None and config is not None:
             directory = None
         else:
             extra = ("pytorch_model*.bin", "pytorch_model.bin.index.json") if use_safetensors is False else ()
-            directory = find(path_or_repo, revision=revision, local_files_only=local_files_only, extra_files=extra)
-            config = read_config(directory, **overrides) if config is None else config
+            directory = find(
+                path_or_repo,
+                revision=revision,
+                local_files_only=local_files_only,
+                extra_files=extra,
+                cache_dir=cache_dir,
+                token=token,
+            )
+            config = read_config(directory, **overrides) if config is None else copy.deepcopy(config).updated(overrides)
         config = cls._for_checkpoint(config)
         if state_dict is not None:
             weights = Weights.from_tensors(state_dict)
@@ -488,7 +512,17 @@ class PreTrainedModel(WithAdapters):
         """Write config.json and model.safetensors, or shards of at most max_shard_size with their index."""
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
-        save(self, Path(directory), max_shard_size=max_shard_size)
+        config, merged = copy.deepcopy(self.config), self._merged_adapter()
+        adapters = self._adapters_in_file()
+        config.__dict__.pop("adapters", None)
+        if adapters is not None:
+            config.adapters = adapters
+        if merged is not None:
+            logger.warning(
+                "adapter %r is merged: the weights are saved with it, and it is not saved beside them", merged
+            )
+        kept = (lambda name: True) if merged is None else (lambda name: f".loras.{merged}." not in name)
+        save(self, Path(directory), config, kept, max_shard_size=max_shard_size)
 
     def post_init(self) -> None:
         """Initial values in transformers' order, so that one seed gives one model in both libraries."""
@@ -702,11 +736,13 @@ class DistilBertModel(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         only: Tensor | str | None = None,
         adapter_names: str | Sequence[str] | None = None,
+        padding_too: bool = False,
     ) -> "Encoded":
         """`forward` for heads: the last hidden states stay packed where they are.
 
         only: "first", the first token of each sequence, or int64 [n, 2], the (row, column) of chosen tokens; then the
-        last block answers for these alone.
+        last block answers for these alone. padding_too: `hidden` is padded, with what transformers has at padded
+        positions, which some losses read.
         """
         config = self.config
         want_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -738,12 +774,17 @@ class DistilBertModel(PreTrainedModel):
             _check_only(only, batch, length, device)
         adapters = self._adapters(adapter_names)
 
-        if self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0:
+        dense = self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0
+        if dense or padding_too:
             states, weights = self._dense(
-                input_ids, inputs_embeds, keep, mask, positions, heads, bool(want_attentions), adapters
+                input_ids, inputs_embeds, keep, mask, positions, heads, bool(want_attentions), adapters, padding_too
             )
+            last = states[-1]
+            if keep is not None:
+                padded = ~keep.unsqueeze(-1)
+                states = [x.masked_fill(padded, 0) for x in (states if want_states else states[-1:])]
             return Encoded(
-                pick(states[-1], keep, only),
+                pick(last if padding_too else states[-1], keep, only),
                 None,
                 tuple(states) if want_states else None,
                 tuple(weights) if want_attentions else None,
@@ -770,18 +811,19 @@ class DistilBertModel(PreTrainedModel):
         heads: Tensor | None,
         want_attentions: bool,
         adapters: Sequence[str],
+        padding_too: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """[B, L] -> hidden states n_layers + 1 times [B, L, dim], and attentions"""
-        if input_ids is not None and keep is not None:
-            input_ids = input_ids.where(keep, 0)  # what lies in the padding is never looked up
-        elif inputs_embeds is not None and keep is not None:
+        """[B, L] -> hidden states n_layers + 1 times [B, L, dim], and attentions; what they hold at padded positions
+        means something only with padding_too"""
+        if input_ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
+            known = (input_ids >= 0) & (input_ids < len(self.embeddings.word_embeddings.weight))
+            input_ids = input_ids.where(keep | known if padding_too else keep, 0)
+        elif inputs_embeds is not None and keep is not None and not padding_too:
             inputs_embeds = inputs_embeds.masked_fill(~keep.unsqueeze(-1), 0)
         x = self.embeddings(input_ids, inputs_embeds, positions)  # [B, L, dim]
         if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
             mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
-        states, weights = self.transformer(x, mask, heads, want_attentions, adapters)
-        padded = None if keep is None else ~keep.unsqueeze(-1)
-        return [x if padded is None else x.masked_fill(padded, 0) for x in states], weights
+        return self.transformer(x, mask, heads, want_attentions, adapters)
 
     def _packed(
         self,
@@ -891,7 +933,8 @@ class DistilBertModel(PreTrainedModel):
         return out[:-1] if only is None else out[only]
 
     def _adapters(self, names: str | Sequence[str] | None) -> Sequence[str]:
-        return self.__dict__.get("_active_adapters", ()) if names is None else self.adapter_stack(names)
+        active = self.__dict__.get("_active_adapters", ()) if names is None else names
+        return self.adapter_stack(active) if active else ()
 
     def _can_pack(self) -> bool:
         """Whether only our own modules run, with nobody to watch them."""
@@ -996,7 +1039,12 @@ def _masks(attention_mask: Tensor | None, batch: int, length: int, heads: int) -
     if attention_mask.dim() == 4:
         if shape[2:] != (length, length) or shape[0] not in (1, batch) or shape[1] not in (1, heads):
             raise ValueError(f"a 4-D attention_mask must be [{batch}, 1, {length}, {length}], got {list(shape)}")
-        return None, attention_mask if attention_mask.is_floating_point() else attention_mask != 0
+        # as in the padding's case, a query that may attend to nothing attends to everything
+        if attention_mask.is_floating_point():
+            nothing = attention_mask.amax(-1, keepdim=True) == -torch.inf
+            return None, attention_mask.masked_fill(nothing, 0)
+        allowed = attention_mask != 0
+        return None, allowed | ~allowed.any(-1, keepdim=True)
     if shape not in ((batch, length), (1, length)):
         raise ValueError(f"attention_mask must be [{batch}, {length}], got {list(shape)}")
     return (attention_mask != 0).expand(batch, length), None
@@ -1049,6 +1097,18 @@ def as_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {str(name)!r} was asked for, but torch finds no CUDA device of that number")
     return device
+
+
+def _one_device(device_map: Any) -> str | torch.device:
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map in ("auto", "balanced", "sequential"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, int) and not isinstance(device_map, bool):
+        return f"cuda:{device_map}"
+    if not isinstance(device_map, (str, torch.device)):
+        raise ValueError(f"device_map {device_map!r} spreads a model over devices, which is not supported; name one")
+    return device_map
 
 
 def _dtype(wanted: str | torch.dtype | None, config: DistilBertConfig, weights: Weights) -> torch.dtype:

@@ -244,13 +244,13 @@ class TextClassificationPipeline(Pipeline):
     def _function(self, name: str | None) -> Callable[[np.ndarray], np.ndarray]:
         if name is None:
             problem = getattr(self.model.config, "problem_type", None)
+            if isinstance(self.model, DistilBertModelWithHeads):
+                problem = self.model.heads_config[str(self.model.active_head)].get("problem_type")
             if self.kind == "multilabel_classification":
                 name = "sigmoid"
-            elif isinstance(self.model, DistilBertForSequenceClassification) and problem == "regression":
+            elif problem == "regression":
                 name = "none"
-            elif (
-                isinstance(self.model, DistilBertForSequenceClassification) and problem == "multi_label_classification"
-            ):
+            elif problem == "multi_label_classification":
                 name = "sigmoid"
             else:
                 name = "sigmoid" if len(self.labels) == 1 else "softmax"

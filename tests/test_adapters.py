@@ -156,21 +156,32 @@ def test_training_touches_the_adapter_and_the_heads_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_merged_and_restored_to_the_bit(dtype):
     model = make().to(dtype)
+    model.add_adapter("other", "lora[r=2]")
     ids, keep = inputs()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.inference_mode():
         expected, plain = model(ids, keep, adapter_names="lora")[0], model(ids, keep)[0]
         model.set_active_adapters("lora")
         model.merge_adapter("lora")
-        assert model.active_adapters == [], "or it would count twice"
         merged = model(ids, keep)[0]
+        assert torch.equal(model(ids, keep, adapter_names="lora")[0], merged), "it must not count twice"
+        assert torch.equal(model(ids, keep, adapter_names=[])[0], merged)
+        model.merge_adapter("lora")  # nothing more to do
+        with pytest.raises(ValueError, match=r"lora is merged; reset_adapter undoes it"):
+            model(ids, keep, adapter_names="other")
         torch.testing.assert_close(merged, expected, rtol=0, atol=TOLERANCE if dtype is torch.float32 else 2e-2)
         assert not torch.allclose(merged, plain, atol=5e-2)
-        for call in (model.merge_adapter, model.delete_adapter):
-            with pytest.raises(ValueError, match="adapter 'lora' is merged; call reset_adapter first"):
-                call("lora")
+        for call, name in (
+            (model.merge_adapter, "other"),
+            (model.delete_adapter, "lora"),
+            (model.train_adapter, "lora"),
+        ):
+            with pytest.raises(ValueError, match="adapter 'lora' is merged; call reset_adapter"):
+                call(name)
         model.reset_adapter()
-        assert torch.equal(model(ids, keep)[0], plain)
+        assert model.active_adapters == ["lora"]
+        torch.testing.assert_close(model(ids, keep)[0], expected, rtol=0, atol=0)
+        assert torch.equal(model(ids, keep, adapter_names=[])[0], plain)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model.reset_adapter()  # nothing to undo
 
@@ -233,17 +244,139 @@ def test_saved_with_the_model(tmp_path, caplog):
         (lambda m: m.merge_adapter("both"), "is a bottleneck; only a LoRA can be merged"),
         (lambda m: m.save_adapter("nowhere", "x"), "there is no adapter 'x'"),
         (lambda m: m.train_adapter("x"), "there is no adapter 'x'"),
+        (lambda m: m.add_adapter("training"), "cannot be named 'training'"),
+        (lambda m: m.add_adapter("x", {"foo": 1}), "an adapter with foo=1 is not supported"),
+        (lambda m: m.add_adapter("x", {"leave_out": ["0"]}), "leave_out is a list of layers"),
+        (lambda m: m.add_adapter("x", {"init_weights": "ia3"}), "init_weights 'ia3' is not supported, only bert and"),
+        (lambda m: m.add_adapter("x", "lora[r]"), "'r' in the adapter's config"),
+        (lambda m: m.add_adapter("x", 3), "is a name or a dictionary of settings, got 3"),
+        (
+            lambda m: m(torch.ones(1, 3).long(), adapter_names=5),
+            "adapter_names must be a name or a list of names, got 5",
+        ),
+        (lambda m: m.train_adapter(["x"]), "there is no adapter 'x'"),
     ],
 )
 def test_bad_input(call, error):
     model = make()
     before = list(model.state_dict())
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises((ValueError, TypeError), match=error):
         call(model)
     assert list(model.state_dict()) == before and list(model.adapters_config) == ["pfeiffer", "lora", "both"]
     model.add_adapter("second", "lora")
     with pytest.raises(ValueError, match="one LoRA can be active at a time, not lora, second"):
         model.set_active_adapters(["lora", "second"])
+
+
+def test_a_merged_model_is_saved_without_the_adapter(tmp_path, caplog):
+    model = make(cls=DistilBertModelWithHeads)
+    ids, keep = inputs()
+    model.merge_adapter("lora")
+    merged = model(ids, keep)[0]
+    model.save_pretrained(tmp_path)
+    assert "adapter 'lora' is merged" in caplog.text
+    again, report = DistilBertModelWithHeads.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()) and set(again.adapters_config) == {"pfeiffer", "both"}
+    torch.testing.assert_close(again(ids, keep)[0], merged, rtol=0, atol=TOLERANCE)
+    model.set_active_adapters("both")
+    torch.testing.assert_close(again(ids, keep, adapter_names="both")[0], model(ids, keep)[0], rtol=0, atol=TOLERANCE)
+
+
+def test_weights_loaded_over_merged_ones_stay():
+    model, other = make(), make(seed=1)
+    model.merge_adapter("lora")
+    model.load_state_dict(other.state_dict())
+    model.reset_adapter()
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_an_adapter_saved_from_a_bare_encoder_loads(tmp_path):
+    """The adapters library then writes keys without the encoder's prefix."""
+    model = make()
+    model.save_adapter(tmp_path, "both")
+    state = load_file(tmp_path / "adapter.safetensors")
+    save_file({k.removeprefix("distilbert."): v for k, v in state.items()}, tmp_path / "adapter.safetensors")
+    for cls in (DistilBertModel, DistilBertModelWithHeads):
+        fresh = cls(DistilBertConfig(**TINY))
+        assert fresh.load_adapter(tmp_path) == "both"
+        found = {k.removeprefix("distilbert."): v for k, v in fresh.state_dict().items() if ".both." in k}
+        assert found and all(torch.equal(v, model.state_dict()[k]) for k, v in found.items())
+
+
+def test_a_configuration_told_by_its_name(tmp_path, caplog):
+    """As the adapters library writes its own defaults; and one that is not supported cannot be named."""
+    model = make()
+    model.delete_adapter("lora"), model.delete_adapter("both")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["adapters"] |= {"adapters": {"pfeiffer": "seq_bn", "odd": "prefix_tuning"}, "config_map": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = DistilBertModel.from_pretrained(tmp_path)
+    ids, keep = inputs()
+    expected = model(ids, keep, adapter_names="pfeiffer")[0]
+    torch.testing.assert_close(again(ids, keep, adapter_names="pfeiffer")[0], expected)
+    assert "adapter 'odd' of the checkpoint is left out" in caplog.text
+    for call in (lambda: again(ids, adapter_names="odd"), lambda: again.save_adapter(tmp_path / "o", "odd")):
+        with pytest.raises(ValueError, match="no adapter 'odd'"):
+            call()
+    again.save_pretrained(tmp_path / "again")
+    assert list(DistilBertModel.from_pretrained(tmp_path / "again").adapters_config) == ["pfeiffer"]
+
+
+def test_models_of_one_configuration_keep_their_own():
+    config = DistilBertConfig(**TINY)
+    one, two = DistilBertModel(config), DistilBertModel(config)
+    two.add_adapter("theirs")
+    with pytest.raises(ValueError, match="no adapter 'theirs'"):
+        one(inputs()[0], adapter_names="theirs")
+    heads = [DistilBertModelWithHeads(config) for _ in range(2)]
+    heads[0].add_tagging_head("a"), heads[1].add_qa_head("b")
+    assert [list(model.heads_config) for model in heads] == [["a"], ["b"]]
+    assert [list(DistilBertModelWithHeads(model.config).heads) for model in heads] == [["a"], ["b"]]
+    assert not hasattr(config, "prediction_heads")
+
+
+def test_an_active_adapter_stays_active_when_it_is_loaded_again(tmp_path):
+    model = make()
+    model.active_adapters = ["pfeiffer", "both"]
+    model.save_adapter(tmp_path, "pfeiffer")
+    model.load_adapter(tmp_path)
+    assert model.active_adapters == ["pfeiffer", "both"]
+    model.load_adapter(tmp_path, set_active=True)
+    assert model.active_adapters == ["pfeiffer"]
+
+
+def test_a_head_beside_its_adapter(tmp_path):
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY)).eval()
+    model.add_classification_head("sst", num_labels=3)
+    model.add_tagging_head("other")
+    model.add_adapter("sst", "lora")
+    model.set_active_adapters("sst")
+    assert model.active_head == "sst", "the head of the adapter's name"
+    model.save_adapter(tmp_path / "both", "sst", use_safetensors=True)
+    model.save_adapter(tmp_path / "alone", "sst", with_head=False)
+    for directory, options, heads in (("both", {}, ["sst"]), ("both", {"with_head": False}, []), ("alone", {}, [])):
+        fresh = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+        fresh.load_adapter(tmp_path / directory, use_safetensors=True, **options)
+        assert list(fresh.heads) == heads
+    with pytest.raises(ValueError, match="only safetensors are written"):
+        model.save_adapter(tmp_path / "c", "sst", use_safetensors=False)
+    with pytest.raises(OSError, match=r"pytorch_adapter.bin could not be read"):
+        fresh.load_adapter(tmp_path / "both", use_safetensors=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "initial", "spread"),
+    [("lora", "lora", [True, False]), ("lora", "bert", [True, True]), ("seq_bn", "bert", [True, True]),
+     ("seq_bn", "mam_adapter", [True, False])],
+)  # fmt: skip
+def test_initial_weights(kind, initial, spread):
+    model = DistilBertModel(DistilBertConfig(**TINY))
+    model.add_adapter("a", f"{kind}[init_weights={initial}]")
+    pair = ("lora_A", "lora_B") if kind == "lora" else ("down.0.weight", "up.weight")
+    for name, expected in zip(pair, spread, strict=True):
+        found = [p for k, p in model.named_parameters() if ".a." in k and k.endswith(name)]
+        assert found and all((p.std() > 0.01).item() is expected for p in found)
 
 
 def test_bad_files(tmp_path):

@@ -127,8 +127,8 @@ def test_heads_are_added_chosen_and_deleted():
 def test_several_heads_answer_from_one_pass(names):
     model = model_with_heads()
     ids, keep = inputs()
-    calls = []
-    model.distilbert.embeddings.register_forward_hook(lambda *a: calls.append(1))
+    calls, encode = [], model.distilbert.encode
+    model.distilbert.encode = lambda *args, **kwargs: (calls.append(1), encode(*args, **kwargs))[1]
     labels = {
         "sentiment": torch.tensor([0, 1, 2, 0]),
         "tags": torch.randint(0, 5, (4, 9)),
@@ -139,13 +139,13 @@ def test_several_heads_answer_from_one_pass(names):
             model.active_head = names
             assert model.active_head == names
             out = model(ids, keep)
-            assert len(calls) == (1 if mode is torch.inference_mode else 0)
+            assert len(calls) == 1
             assert len(out) == len(names) and out.loss is None and out["head_outputs"] is out.head_outputs
             for name, part in zip(names, out, strict=True):
                 alone = model(ids, keep, head=name)
                 for a, b in zip(part.to_tuple(), alone.to_tuple(), strict=True):
                     torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
-            both = model(ids, keep, labels=labels)
+            both = model(ids, keep, labels={name: labels[name] for name in names if name in labels})
             torch.testing.assert_close(both.loss, sum(p.loss for p in both if p.loss is not None))
             calls.clear()
 
@@ -217,6 +217,94 @@ def test_what_no_static_class_computes_is_not_exported():
         model.to_static("deep")
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_regression_stays_one(count, tmp_path):
+    torch.manual_seed(0)
+    config = DistilBertConfig(**TINY, num_labels=count, problem_type="regression")
+    static = fastdistil.DistilBertForSequenceClassification(config).eval()
+    static.save_pretrained(tmp_path)
+    model = DistilBertModelWithHeads.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "again")
+    ids, keep = inputs()
+    labels = torch.randn(4, count)
+    expected = static(ids, keep, labels=labels).loss
+    for other in (model, DistilBertModelWithHeads.from_pretrained(tmp_path / "again"), model.to_static().eval()):
+        torch.testing.assert_close(other(ids, keep, labels=labels).loss, expected)
+    assert model.to_static().config.problem_type == "regression"
+
+
+def test_active_adapters_are_not_lost_on_the_way_to_a_static_class():
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY)).eval()
+    model.add_classification_head("a", activation_function="relu")
+    model.add_adapter("low", "lora", set_active=True)
+    torch.nn.init.normal_(model.distilbert.transformer.layer[0].attention.q_lin.loras["low"].lora_B)
+    ids, keep = inputs()
+    through = model(ids, keep).logits
+    with pytest.raises(ValueError, match="adapters low are active, and would be lost; merge_adapter makes a LoRA"):
+        model.to_static()
+    model.merge_adapter("low")
+    static = model.to_static()
+    torch.testing.assert_close(static(ids, keep).logits, through, rtol=0, atol=TOLERANCE)
+    assert static.adapters_config == {}
+
+
+def test_a_questions_loss_is_the_static_classs(tmp_path):
+    torch.manual_seed(0)
+    static = fastdistil.DistilBertForQuestionAnswering(DistilBertConfig(**TINY)).eval()
+    static.save_pretrained(tmp_path)
+    model = DistilBertModelWithHeads.from_pretrained(tmp_path)
+    ids, keep = inputs()
+    spans = dict(start_positions=torch.tensor([1, 0, 0, 0]), end_positions=torch.tensor([3, 2, 0, 1]))
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            expected = static(ids, keep, **spans).loss
+            assert torch.equal(model(ids, keep, **spans).loss, expected)
+            named = model(ids, keep, labels={"default": tuple(spans.values())}).loss
+            assert torch.equal(named, expected)
+
+
+def test_a_head_that_is_not_supported_is_left_out(tmp_path, caplog):
+    model = model_with_heads()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["prediction_heads"]["tree"] = {"head_type": "dependency_parsing", "num_labels": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = DistilBertModelWithHeads.from_pretrained(tmp_path)
+    assert set(again.heads) == set(model.heads) == set(again.config.prediction_heads)
+    assert "head 'tree' of the checkpoint is left out: heads of type 'dependency_parsing'" in caplog.text
+    for heads, message in (
+        ([1], "config.prediction_heads must map names to heads"),
+        ({"a": 5}, r"config.prediction_heads\['a'\]: a head is described by a dictionary, got 5"),
+        ({"a": {"head_type": "tagging", "num_labels": "3"}}, r"\['a'\]: a head's num_labels must be an integer"),
+        ({"a": {"head_type": "question_answering", "num_labels": 3}}, r"\['a'\]: a head's num_labels is 3; question"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"prediction_heads": heads}))
+        with pytest.raises(ValueError, match=message):
+            DistilBertModelWithHeads.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_head_saved_by_adapters_from_a_static_class_loads(name, tmp_path):
+    """Such a head has no name and no settings, and transformers' names for its layers."""
+    torch.manual_seed(0)
+    static = getattr(fastdistil, name)(DistilBertConfig(**TINY, **STATIC[name])).eval()
+    static.save_pretrained(tmp_path)
+    state = {k: v for k, v in static.state_dict().items() if not k.startswith("distilbert.")}
+    torch.save(state, tmp_path / "pytorch_model_head.bin")
+    labels = static.config.label2id
+    description = {"config": None, "hidden_size": 24, "label2id": labels, "model_class": name, "name": None}
+    (tmp_path / "head_config.json").write_text(json.dumps(description))
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY, activation=static.config.activation)).eval()
+    model.distilbert.load_state_dict(static.distilbert.state_dict())
+    assert model.load_head(tmp_path, load_as="z")[1] == "z" and model.load_head(tmp_path)[1] == "default"
+    ids, keep = inputs()
+    if name.endswith("Choice"):
+        ids, keep = ids.view(2, 2, 9), keep.view(2, 2, 9)
+    with torch.inference_mode():
+        for got, expected in zip(model(ids, keep, head="z").to_tuple(), static(ids, keep).to_tuple(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_tied_heads_follow_the_vocabulary(tmp_path):
     model = model_with_heads()
     model.save_head(tmp_path, "words")
@@ -266,12 +354,25 @@ def test_logits_at_chosen_tokens():
         (lambda m: m.delete_head("x"), "there is no head 'x'"),
         (lambda m: m.get_labels("x"), "there is no head 'x'"),
         (lambda m: m.save_head("nowhere", "x"), "there is no head 'x'"),
+        (lambda m: m.save_head("nowhere", "tags", use_safetensors=False), "only safetensors are written"),
+        (lambda m: m.add_tagging_head("training"), "cannot be named 'training'"),
+        (lambda m: m.add_qa_head("x", num_labels=3), "question answering has 2"),
+        (lambda m: m(torch.ones(1, 3).long(), head=5), "head must be a name or a list of names, got 5"),
+        (
+            lambda m: m(torch.ones(1, 3).long(), head="tags", labels={"tgas": torch.ones(1, 3).long()}),
+            "there are labels for head 'tgas', which does not answer",
+        ),
+        (
+            lambda m: m(torch.ones(1, 3).long(), head="answer", labels=torch.ones(1, 3).long()),
+            "takes start_positions and end_positions, not labels",
+        ),
+        (lambda m: m(torch.ones(1, 3).long(), head="tags", labels=[1]), "labels must be a tensor, got list"),
     ],
 )
 def test_bad_input(call, error):
     model = model_with_heads()
     names = list(model.heads)
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises((ValueError, TypeError), match=error):
         call(model)
     assert list(model.heads) == names == list(model.config.prediction_heads) and model.active_head == "words"
 

@@ -9,6 +9,7 @@ import torch
 
 import fastdistil
 from fastdistil import DistilBertConfig
+from fastdistil.model import FFN
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,6 +84,7 @@ class Case:
             self.inputs["attention_mask"] = keep.to(r.choice([torch.int64, torch.float32]))
         if r.random() < 0.3:
             self.inputs["position_ids"] = torch.randint(0, 16, (1, length), generator=g)
+        self.at_padding = r.random() < 0.3  # where transformers' loss reads labels, too
         self.labels = {} if r.random() < 0.2 else self._labels(batch, choices, labels, g)
         self.return_dict = r.random() < 0.6
         self.inputs["output_hidden_states"] = r.random() < 0.3
@@ -94,8 +96,6 @@ class Case:
         if self.multiple:
             return {"labels": torch.randint(0, choices, (batch,), generator=g)}
         if self.name.endswith("QuestionAnswering"):
-            if not self.keep.all():
-                return {}  # logits at padded positions take part in transformers' loss
             return {
                 name: torch.randint(-1, length + 2, (batch,), generator=g)
                 for name in ("start_positions", "end_positions")
@@ -110,7 +110,7 @@ class Case:
         labels = torch.randint(0, n, self.keep.shape, generator=g)
         labels[torch.rand(self.keep.shape, generator=g) < 0.3] = -100
         labels[:, 0] = 0  # a mean over nothing is NaN
-        return {"labels": labels.where(self.keep, -100)}
+        return {"labels": labels if self.at_padding else labels.where(self.keep, -100)}
 
     def compare(self, ours, theirs, keys):
         assert len(ours) == len(theirs) == len(keys)
@@ -197,14 +197,13 @@ def test_left_padding_reads_the_first_real_token(name):
             torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
 
 
-def test_logits_at_chosen_tokens():
+def test_logits_at_chosen_tokens(monkeypatch):
     ours, _ = pair("DistilBertForMaskedLM", **TINY)
     ids, keep = inputs()
     at = torch.tensor([[0, 8], [1, 2], [0, 0], [2, 0]])
     padding = torch.tensor([[1, 5], [3, 0]])
     whole = ours(ids, keep).logits
-    seen = []
-    ours.distilbert.transformer.layer[-1].ffn.register_forward_hook(lambda m, args, out: seen.append(out.shape[0]))
+    seen = watch(monkeypatch)
     for mode in (torch.inference_mode, torch.enable_grad):
         with mode():
             out = ours(ids, keep, logits_at=at, labels=torch.tensor([3, -100, 1, 59]))
@@ -215,17 +214,63 @@ def test_logits_at_chosen_tokens():
             full = ours(ids[:2], logits_at=at[:2]).logits
             torch.testing.assert_close(full, ours(ids[:2]).logits[at[:2, 0], at[:2, 1]], rtol=0, atol=TOLERANCE)
             assert ours(ids, keep, logits_at=at[:0]).logits.shape == (0, 60)
-    assert seen[:2] == [4, 2], "the last block answers for the chosen tokens alone"
+    assert seen[:4] == [13, 4, 13, 2], "the last block answers for the chosen tokens alone"
 
 
-def test_a_classifier_reads_the_first_token_alone_in_the_last_block():
+def watch(monkeypatch):
+    """How many rows each block's feed-forward network is given, as it comes."""
+    seen, packed = [], FFN.packed
+    monkeypatch.setattr(FFN, "packed", lambda self, x, live: (seen.append(len(x)), packed(self, x, live))[1])
+    return seen
+
+
+def test_a_classifier_reads_the_first_token_alone_in_the_last_block(monkeypatch):
     ours, _ = pair("DistilBertForSequenceClassification", **TINY)
-    seen = []
-    for block in ours.distilbert.transformer.layer:
-        block.ffn.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
+    seen = watch(monkeypatch)
     with torch.inference_mode():
         ours(*inputs())
-    assert seen == [(13, 24), (4, 24)]
+    assert seen == [13, 4]
+
+
+@pytest.mark.parametrize("name", ["DistilBertForMaskedLM", "DistilBertForTokenClassification"])
+def test_labels_without_padding_leave_the_packed_path_alone(name, monkeypatch):
+    """Only a label at padding, or a question's answer, makes the loss read what is there."""
+    ours, theirs = pair(name, **TINY)
+    ids, keep = inputs(3)
+    labels = torch.randint(0, 2, (3, 9)).where(keep, -100)
+    seen = watch(monkeypatch)
+    for wanted in (labels, labels.where(keep, 1)):
+        seen.clear()
+        with torch.inference_mode():
+            got = ours(ids, keep, labels=wanted).loss
+            torch.testing.assert_close(got, theirs(ids, keep, labels=wanted).loss, rtol=0, atol=TOLERANCE)
+        assert bool(seen) is (wanted is labels)
+    nonsense = ids.where(keep, 10**6)  # in the padding there need not be a token
+    with torch.inference_mode():
+        assert ours(nonsense, keep, labels=labels.where(keep, 1)).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int16])
+def test_labels_that_are_no_class_numbers_are_many_labels(kind):
+    ours, _ = pair("DistilBertForSequenceClassification", **TINY, num_labels=3)
+    labels = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        ours(torch.ones(2, 4).long()).logits, labels.float()
+    )
+    torch.testing.assert_close(ours(torch.ones(2, 4).long(), labels=labels.to(kind)).loss, expected)
+    assert ours.config.problem_type == "multi_label_classification"
+
+
+def test_a_query_that_may_attend_to_nothing_attends_to_everything():
+    ours, _ = pair("DistilBertForTokenClassification", **TINY)
+    ids, _ = inputs()
+    keep = torch.ones(4, 1, 9, 9, dtype=torch.bool)
+    keep[1, 0, 2] = False
+    expected = ours(ids).logits
+    for mask in (keep, keep.long(), torch.zeros(4, 1, 9, 9).masked_fill(~keep, -torch.inf)):
+        for attentions in (False, True):
+            got = ours(ids, mask, output_attentions=attentions).logits
+            torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -293,6 +338,29 @@ def test_resized_vocabulary(tied):
         kept = min(n, 50)
         assert torch.equal(out.weight[:kept], theirs.get_output_embeddings().weight[:kept])
     assert ours.resize_token_embeddings(71).weight is words.weight
+    ours.get_output_embeddings().bias.data.uniform_()
+    mean = ours.get_output_embeddings().bias.mean()
+    ours.resize_token_embeddings(73)
+    torch.testing.assert_close(ours.get_output_embeddings().bias[71:].mean(), mean * 0 if tied else mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "message"),
+    [
+        ("DistilBertForSequenceClassification", dict(labels=[1, 0]), "labels must be a tensor, got list"),
+        ("DistilBertForTokenClassification", dict(labels=3), "labels must be a tensor, got int"),
+        ("DistilBertForMaskedLM", dict(labels=[[1]]), "labels must be a tensor, got list"),
+        (
+            "DistilBertForQuestionAnswering",
+            dict(start_positions=[1], end_positions=[1]),
+            "start_positions must be a ten",
+        ),
+    ],
+)
+def test_labels_of_a_wrong_type(name, labels, message):
+    ours, _ = pair(name, **TINY)
+    with pytest.raises(TypeError, match=message):
+        ours(torch.ones(2, 3, dtype=torch.int64), **labels)
 
 
 def test_a_bert_masked_lm_converts_exactly(tmp_path):

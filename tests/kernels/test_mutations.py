@@ -1,5 +1,6 @@
 """Breaks each kernel in a copy of the tree and asks that its tests notice."""
 
+import json
 import os
 import re
 import shutil
@@ -224,7 +225,7 @@ MUTANTS = {
 
 @pytest.mark.skipif(not interpreted(), reason="runs under Triton's interpreter")
 @pytest.mark.parametrize(("kernel", "tests", "old", "new"), MUTANTS.values(), ids=MUTANTS)
-def test_a_broken_kernel_is_noticed(kernel, tests, old, new, tmp_path):
+def test_a_broken_kernel_is_noticed(kernel, tests, old, new, tmp_path, run_tests):
     copy_tree(tmp_path)
     path = tmp_path / "kernels" / f"{kernel}.py"
     source = path.read_text()
@@ -241,7 +242,7 @@ def test_a_broken_kernel_is_noticed(kernel, tests, old, new, tmp_path):
 
 @pytest.mark.skipif(not interpreted(), reason="runs under Triton's interpreter")
 @pytest.mark.parametrize("line", [None, "import no_such_module", "no_such_name", "tl.no_such_function"])
-def test_only_a_wrong_result_counts(line, tmp_path):
+def test_only_a_wrong_result_counts(line, tmp_path, run_tests):
     """The control: an unbroken copy passes, and one that cannot be imported is not taken for a noticed mutant."""
     copy_tree(tmp_path)
     if line:
@@ -257,14 +258,50 @@ def copy_tree(tree):
         copy(ROOT / part, tree / part, **({"symlinks": True} if copy is shutil.copytree else {}))
 
 
-def run_tests(tree, *selection):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", *selection],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+# imports what takes long once, and forks for every copy of the tree
+SERVER = """
+import json, os, sys
+import numpy, pytest, torch, triton.language
+for line in sys.stdin:
+    tree, report, arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(tree)
+        sys.path.insert(0, tree)
+        output = os.open(report, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_tests(tmp_path_factory):
+    """run_tests(tree, arguments...): pytest's output on a copy of the tree."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=tmp_path_factory.mktemp("server"),  # where there is no fastdistil to import
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
     )
-    # a broken kernel may also break the process as it ends, so the report counts and not the exit status
-    assert " passed" in done.stdout or " failed" in done.stdout, f"the copy did not run:\n{done.stdout}{done.stderr}"
-    return done.stdout
+
+    def run(tree, *selection):
+        report = tree / "report.txt"
+        report.unlink(missing_ok=True)
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *selection]  # which are for plugins
+        print(json.dumps([str(tree), str(report), arguments]), file=server.stdin, flush=True)
+        assert server.stdout.readline() == "done\n"
+        output = report.read_text()
+        # a broken kernel may also break the process as it ends, so the report counts and not the exit status
+        assert " passed" in output or " failed" in output, f"the copy did not run:\n{output}"
+        return output
+
+    yield run
+    server.stdin.close()
+    server.wait()
