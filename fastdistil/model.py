@@ -68,7 +68,7 @@ def apply_linear(module: Any, x: Tensor, live: Tensor | None) -> Tensor:  # [row
 
 
 def apply_add_norm(module: Any, x: Tensor, residual: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] x 2
-    if not is_plain(module, nn.LayerNorm):
+    if not is_plain(module, nn.LayerNorm) or module.weight.dtype is not x.dtype:
         return module(x + residual)
     return ops.add_layer_norm(x, residual, module.weight, module.bias, module.eps, live)
 
@@ -201,6 +201,8 @@ class MultiHeadSelfAttention(nn.Module):
             return torch.cat([part(x) for part in parts], dim=-1)
         if self._qkv is not None and type(x) is Tensor and not torch.compiler.is_compiling() and self._still_fits():
             return ops.qkv_projection(x, *self._qkv, live)
+        if not torch.compiler.is_compiling() and len(x) <= self.dim:  # the weights are more to copy than the result
+            return torch.cat([ops.linear(x, part.weight, part.bias, live) for part in parts], dim=-1)
         weight = torch.cat([part.weight for part in parts])
         return ops.qkv_projection(x, weight, torch.cat([part.bias for part in parts]), live)
 

@@ -1,6 +1,6 @@
 """Padded `[batch, length]` <-> packed rows, without reading anything back from the device.
 
-On CPU in eager mode the rows are exactly the live tokens. On CUDA, and whenever a graph is traced, the capacity is
+On CPU in eager mode the rows are exactly the live tokens. On CUDA, and whenever a call is traced, the capacity is
 `batch * length`, a number the host knows; how many rows are live stays on the device in `cu_seqlens[-1]`.
 """
 
@@ -70,7 +70,7 @@ class Packing:
 
 def find_rows(keep: Tensor | None, batch: int, length: int, device: torch.device) -> Packing:
     """Locate the live tokens. keep: bool [batch, length], True at real tokens, anywhere; None when all are real."""
-    exact = device.type == "cpu" and not torch.compiler.is_compiling()
+    exact = device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     if keep is None or (exact and bool(keep.all())):
         starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         return Packing(batch, length, starts, length)

@@ -10,9 +10,13 @@ def accelerate(model: nn.Module) -> Any:
 
     model: a transformers model with or without a head, a sentence-transformers `SentenceTransformer`, or anything that
     holds such an encoder. Parameters, their names, the call and its result stay the same; at padded positions hidden
-    states are 0. Inference without gradients takes the packed path; training, gradients, attentions, 4-D masks, hooks
-    on inner modules and compilation run transformers' own code as before. Copies and pickles are accelerated, too, and
-    independent. Raises TypeError where there is no such encoder, ValueError for one that is not supported.
+    states are 0, but for column 0 of a row padded on the left, where heads and poolers find its first real token.
+
+    Inference without gradients takes the packed path. Training, gradients, attentions, 4-D masks, hooks, patched or
+    replaced modules, a Dropout that is left on, tracing and compilation run transformers' own code as before. Query,
+    key and value weights move to one buffer, unless someone else holds their memory. Copies and pickles are
+    accelerated, too, and independent. Raises TypeError where there is no such encoder, ValueError for one that is not
+    supported.
     """
     from fastdistil.integrations.live import accelerate
 

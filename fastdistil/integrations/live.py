@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
 
 from fastdistil import ops
@@ -24,6 +26,7 @@ from fastdistil.model import FFN, MultiHeadSelfAttention, TransformerBlock, appl
 from fastdistil.packing import Packing, find_rows
 
 TOO_WIDE = 128  # head size
+OLD = int(transformers.__version__.split(".")[0]) < 5
 # arguments that the packed path answers; any other, if given, is for transformers' own code
 KNOWN = {
     "input_ids",
@@ -52,32 +55,87 @@ class Layer:
     output_layer_norm: nn.Module
 
 
+class Unknown(Exception):
+    """A module that is not transformers' own stands where our blocks would read its leaves."""
+
+
 class Fast:
-    """Our blocks around a live model's leaf modules, and what tells whether they are still its own."""
+    """Our blocks around a live model's leaf modules, and what tells whether they still compute what the model does.
+
+    Anything unusual inside the model leaves the call to transformers' code: another class, a patched forward, a hook,
+    a Dropout in training mode. `blocks` is None where that was so from the start.
+    """
 
     def __init__(self, model: Any):
-        self.layers = tuple(model._layers())
-        self.inner = [m for m in model.modules() if m is not model and next(m.children(), None) is not None]
-        heads, activation = model._heads_and_activation()
-        self.blocks = [_block(layer, model.config.hidden_size, heads, activation) for layer in self.layers]
+        self.watched = [(m, m.__dict__, type(m), tuple(m._modules.values())) for m in model.modules()]
+        self.own = self.watched.pop(0)[1:]
+        self.blocks: list[TransformerBlock] | None = None
+        try:
+            heads, dim, activation = model._heads_and_activation()
+            layers = list(model._layers())
+        except (Unknown, AttributeError):
+            return
+        if all(getattr(layer.q_lin, "out_features", dim) == dim for layer in layers):  # no head was pruned
+            self.blocks = [_block(layer, dim, heads, activation) for layer in layers]
 
-    def is_current(self, model: Any) -> bool:
-        same = all(
-            getattr(old, name) is getattr(new, name)
-            for old, new in zip(self.layers, model._layers(), strict=False)
-            for name in Layer.__dataclass_fields__
+    def is_current(self) -> bool:
+        """Whether the model is made of the same modules."""
+        state, _, children = self.own
+        return tuple(state["_modules"].values()) == children and all(
+            type(m) is kind and tuple(state["_modules"].values()) == children
+            for m, state, kind, children in self.watched
         )
-        return same and len(self.layers) == model.config.num_hidden_layers
 
-    def is_hooked(self) -> bool:
-        """Whether a user's hook is on an inner module; transformers' own, which collect outputs, are not needed."""
-        hooks = (hook for m in self.inner for d in (m._forward_hooks, m._forward_pre_hooks) if d for hook in d.values())
-        return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+    def is_plain(self) -> bool:
+        return self.blocks is not None and not any(
+            (state["training"] and isinstance(m, _DropoutNd))
+            or "forward" in state
+            or state.get("max_norm") is not None  # an embedding's, which changes its weights
+            or ((state["_forward_hooks"] or state["_forward_pre_hooks"]) and _is_watched(m))
+            for m, state, _, _ in self.watched
+        )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a user's hook is on a module; transformers' own, which collect outputs, are not needed."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
+def _theirs(module: nn.Module, like: type) -> Any:
+    """The module, if it is of a class that stands beside `like`; else Unknown."""
+    if type(module).__module__ != like.__module__:
+        raise Unknown(type(module))
+    return module
+
+
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _holders(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return _use_count(storage._cdata) if _use_count is not None else 2**31
+
+
+_ALONE = _holders(torch.empty(1))
 
 
 @torch.inference_mode(False)  # what is made inside could not be trained afterwards
-def _lay_side_by_side(attention: MultiHeadSelfAttention) -> None:
-    attention._lay_side_by_side()
+def _lay_side_by_side(attention: Any) -> None:
+    """Only where nobody else holds the weights' memory: a state dict, a flat buffer they are views of."""
+    parts = (attention.q_lin, attention.k_lin, attention.v_lin)
+    attention._qkv, attention.looked_at = None, _address(attention)
+    tensors: list[Any] = [p for part in parts for p in (getattr(part, "weight", None), getattr(part, "bias", None))]
+    if all(
+        isinstance(p, Tensor) and type(p.data) is Tensor and p.untyped_storage().nbytes() == p.nbytes for p in tensors
+    ) and all(_holders(p) <= _ALONE for p in tensors):
+        attention._lay_side_by_side()
+        attention.looked_at = _address(attention)
+
+
+def _address(attention: Any) -> int:
+    weight = getattr(attention.q_lin, "weight", None)
+    return weight.data_ptr() if type(weight) is nn.Parameter and type(weight.data) is Tensor else 0
 
 
 def _block(layer: Layer, dim: int, heads: int, activation: str) -> TransformerBlock:
@@ -109,12 +167,18 @@ class Live:
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_fast"}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __init_subclass__(cls) -> None:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        cls.forward = functools.wraps(cls.plain.forward)(forward)  # type: ignore[attr-defined]
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         names = _parameters(self.plain)
         given = dict(zip(names, args, strict=False)) | kwargs
         fast = self._fast_for(given)
         if fast is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return self.plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         config: Any = self.config  # type: ignore[attr-defined]
         want_states = given.get("output_hidden_states")
         every = bool(config.output_hidden_states if want_states is None else want_states)
@@ -131,46 +195,54 @@ class Live:
         if (
             model.training
             or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or "forward" in self.__dict__
+            or (OLD and given.get("return_dict") is False)  # which keeps what is None
             or any(value is not None and value is not False for k, value in given.items() if k not in KNOWN)
             or given.get("output_hidden_states") not in (None, True, False)  # or a list of layers
             or (model.config.output_attentions if attentions is None else attentions)
             or (ids is None) is (embeds is None)
-            or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2))
+            or (mask is not None and not _fits(mask, ids if embeds is None else embeds))
             or (ids is not None and (ids.dim() != 2 or ids.numel() == 0))
             or (embeds is not None and embeds.numel() == 0)
             or (torch.is_grad_enabled() and (any(p.requires_grad for p in model.parameters()) or _wants_grad(embeds)))
         ):
             return None
         fast = self.__dict__.get("_fast")
-        if fast is None or not fast.is_current(model):
+        if fast is None or not fast.is_current():
             fast = self.__dict__["_fast"] = Fast(model)
-        return None if fast.is_hooked() else fast
+        return fast if fast.is_plain() else None
 
     def _packed(self, fast: Fast, given: dict[str, Any], every: bool) -> list[Tensor]:
         ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
         first: Any = ids if embeds is None else embeds
         batch, length, device = first.shape[0], first.shape[1], first.device
-        if mask is not None and mask.shape not in ((batch, length), (1, length)):
-            raise ValueError(f"attention_mask must be [{batch}, {length}], got {list(mask.shape)}")
         at = find_rows(None if mask is None else (mask != 0).expand(batch, length), batch, length, device)
         positions = given.get("position_ids")
         positions = torch.arange(length, device=device)[None] if positions is None else torch.atleast_2d(positions)
         x = self._embed(at, ids, embeds, positions.expand(batch, length), given.get("token_type_ids"))  # [rows, dim]
         states = [x]
-        for block in fast.blocks:
+        block: Any
+        for block in fast.blocks or ():
             attention = block.attention
-            if attention._qkv is None or not attention._still_fits():  # moved to another place or dtype
+            if attention.looked_at != _address(attention):  # moved to another place or dtype
                 _lay_side_by_side(attention)
             x = block.packed(x, at)
             states = [*states, x] if every else [x]
-        return [at.unpack(x) for x in states]
+        padded = [at.unpack(x) for x in states]
+        if at.source is not None:  # a head reads column 0: where that is padding, it finds the first real token
+            rows, there = at.first()
+            first = x[rows] if len(x) else x.new_zeros(batch, x.shape[1])
+            padded[-1][:, 0] = first if there is None else first.masked_fill(~there[:, None], 0)
+        return padded
 
     def _embed(self, at: Packing, ids: Any, embeds: Any, positions: Tensor, types: Any) -> Tensor:
         """-> [rows, dim]"""
         own: Any = self.embeddings  # type: ignore[attr-defined]
         table, norm, place = own.word_embeddings, own.LayerNorm, own.position_embeddings
         kinds = getattr(own, "token_type_embeddings", None)
-        plain = all(map(_is_plain_embedding, (table, place))) and is_plain(norm, nn.LayerNorm)
+        plain = type(table) is type(place) is nn.Embedding and is_plain(norm, nn.LayerNorm)
+        plain = plain and norm.weight.dtype is table.weight.dtype
         if embeds is None and kinds is None and plain:
             return ops.embed_layer_norm(
                 at.pack(ids), at.pack(positions), table.weight, place.weight, norm.weight, norm.bias, norm.eps, at.live
@@ -183,8 +255,9 @@ class Live:
         return apply_add_norm(norm, x, more, at.live)
 
 
-def _is_plain_embedding(table: nn.Module) -> bool:
-    return type(table) is nn.Embedding and not (table._forward_hooks or table._forward_pre_hooks)
+def _fits(mask: Any, given: Any) -> bool:
+    """Whether a mask tells which tokens of the input are real, and no more."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape in (given.shape[:2], (1, given.shape[1]))
 
 
 def _wants_grad(x: Tensor | None) -> bool:
@@ -202,15 +275,17 @@ class DistilBertModel(Live, transformers.DistilBertModel):
     plain = transformers.DistilBertModel
 
     def _layers(self) -> Iterator[Layer]:
-        for block in self.transformer.layer:
-            a = block.attention
+        for block in _theirs(self.transformer, self.plain).layer:
+            a, ffn = _theirs(_theirs(block, self.plain).attention, self.plain), _theirs(block.ffn, self.plain)
+            _check_activation(ffn.activation, self.config.activation)
             yield Layer(
                 a.q_lin, a.k_lin, a.v_lin, a.out_lin, block.sa_layer_norm,
-                block.ffn.lin1, block.ffn.lin2, block.output_layer_norm,
+                ffn.lin1, ffn.lin2, block.output_layer_norm,
             )  # fmt: skip
 
-    def _heads_and_activation(self) -> tuple[int, str]:
-        return self.config.n_heads, ACTIVATION_ALIASES[self.config.activation]
+    def _heads_and_activation(self) -> tuple[int, int, str]:
+        _theirs(self.embeddings, self.plain)
+        return self.config.n_heads, self.config.dim, ACTIVATION_ALIASES[self.config.activation]
 
     def _result(self, hidden: Tensor, states: tuple[Tensor, ...] | None) -> Any:
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=states)
@@ -222,21 +297,35 @@ class BertModel(Live, transformers.BertModel):
     plain = transformers.BertModel
 
     def _layers(self) -> Iterator[Layer]:
-        for block in self.encoder.layer:
-            a, out = block.attention.self, block.attention.output
+        def own(module: nn.Module) -> Any:
+            return _theirs(module, self.plain)
+
+        for block in own(self.encoder).layer:
+            a, out = own(own(own(block).attention).self), own(block.attention.output)
+            _check_activation(own(block.intermediate).intermediate_act_fn, self.config.hidden_act)
+            own(block.output)
             yield Layer(
                 a.query, a.key, a.value, out.dense, out.LayerNorm,
                 block.intermediate.dense, block.output.dense, block.output.LayerNorm,
             )  # fmt: skip
 
-    def _heads_and_activation(self) -> tuple[int, str]:
-        return self.config.num_attention_heads, ACTIVATION_ALIASES[self.config.hidden_act]
+    def _heads_and_activation(self) -> tuple[int, int, str]:
+        _theirs(self.embeddings, self.plain)
+        config = self.config
+        return config.num_attention_heads, config.hidden_size, ACTIVATION_ALIASES[config.hidden_act]
 
     def _result(self, hidden: Tensor, states: tuple[Tensor, ...] | None) -> Any:
         pooled = self.pooler(hidden) if self.pooler is not None else None
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden, pooler_output=pooled, hidden_states=states
         )
+
+
+def _check_activation(module: Any, name: str) -> None:
+    """Unknown unless the module is the activation that transformers makes for the name."""
+    made = ACT2FN[name]
+    if type(module) is not type(made) or getattr(module, "act", None) != getattr(made, "act", None):
+        raise Unknown(type(module))
 
 
 CLASSES: dict[type, type] = {cls.plain: cls for cls in (DistilBertModel, BertModel)}
