@@ -4,7 +4,9 @@ import argparse
 import io
 import json
 import logging
+import os
 import platform
+import re
 import sys
 import time
 from itertools import islice
@@ -20,11 +22,18 @@ from fastdistil.engine.embedder import describe
 from fastdistil.engine.scheduler import TOKENIZE
 from fastdistil.jobs.embed import embed_rows, report
 from fastdistil.jobs.index import FORMATS, Index
-from fastdistil.jobs.readers import read_rows
+from fastdistil.jobs.readers import Row, read_rows
 from fastdistil.kernels import _target
-from fastdistil.pipelines import ALIASES, TASKS, TokenClassificationPipeline
+from fastdistil.pipelines import (
+    ALIASES,
+    TASKS,
+    FillMaskPipeline,
+    QuestionAnsweringPipeline,
+    TokenClassificationPipeline,
+)
 from fastdistil.verify import verify
 
+SHARED = 64  # tokens that two windows of a long text share
 DONE, FAILED = 0, 1  # argparse itself exits with 2 on wrong use
 
 
@@ -35,6 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # an id may hold what cannot be encoded
     try:
         arguments.command(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (ValueError, TypeError, OSError) as error:
         print(f"fastdistil: {error}", file=sys.stderr)
         return FAILED
@@ -92,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     five.add_argument("--model", required=True, help="checkpoint directory or hub id")
     five.add_argument("--top-k", type=positive, default=5)
     five.add_argument("--json", action="store_true", help="print a JSON object a text")
+    five.add_argument("--truncate", action="store_true", help="cut texts that are too long")
     five.add_argument("text", nargs="+")
     _placement(five)
 
@@ -174,28 +189,47 @@ def predict(arguments: argparse.Namespace) -> None:
         options["top_k"] = arguments.top_k
     if task == "token-classification":
         options["aggregation_strategy"] = arguments.aggregation_strategy
+        if not arguments.truncate and arguments.aggregation_strategy == "none":
+            raise ValueError("--no-truncate needs an --aggregation-strategy other than none, for windows overlap")
     elif task != "question-answering":
         options["truncation"] = arguments.truncate
     answer = _pipeline(arguments, task)
+    if task == "token-classification" and not arguments.truncate:
+        options["stride"] = min(SHARED, answer._limit() // 4)
     rows = read_rows(arguments.input, text_column=arguments.text_column, id_column=arguments.id_column)
     while chunk := list(islice(rows, TOKENIZE)):
-        texts: list[Any] = [row.text for row in chunk]
-        if task == "question-answering":
-            texts = [{"question": arguments.question, "context": text} for text in texts]
         try:
-            results = answer(texts, **options)
+            _print_answers(answer, chunk, arguments.question, options)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"of the texts from {chunk[0].where} on, {error}") from error
-        if len(texts) == 1 and task in ("fill-mask", "question-answering"):
-            results = [results]  # which do not wrap a single answer
-        for row, result in zip(chunk, results, strict=True):
-            print(json.dumps({"id": row.id, "result": result}, ensure_ascii=False, default=float))
+            named = re.search(r"\b(?:inputs|text)\[(\d+)\]", str(error))
+            if named is None:
+                raise type(error)(f"of the texts from {chunk[0].where} on, {error}") from error
+            wrong = int(named[1])
+            if wrong:  # what comes before it is answered
+                _print_answers(answer, chunk[:wrong], arguments.question, options)
+            message = str(error).replace(named[0], chunk[wrong].where, 1)
+            raise type(error)(message.replace("pass truncation=True", "leave --no-truncate out")) from error
+
+
+def _print_answers(answer: Any, rows: list[Row], question: str | None, options: dict[str, Any]) -> None:
+    texts = [row.text if question is None else {"question": question, "context": row.text} for row in rows]
+    results = answer(texts, **options)
+    if len(texts) == 1 and isinstance(answer, (FillMaskPipeline, QuestionAnsweringPipeline)):
+        results = [results]  # which do not wrap a single answer
+    for row, result in zip(rows, results, strict=True):
+        print(json.dumps({"id": row.id, "result": result}, ensure_ascii=False, default=float))
 
 
 def fill_mask(arguments: argparse.Namespace) -> None:
     answer = _pipeline(arguments, "fill-mask")
     for text in arguments.text:
-        found = answer(text, top_k=arguments.top_k)
+        try:
+            found = answer(text, top_k=arguments.top_k, truncation=arguments.truncate)
+        except ValueError as error:
+            message = (
+                str(error).replace("inputs[0]", repr(text[:60])).replace("pass truncation=True", "pass --truncate")
+            )
+            raise ValueError(message) from error
         if arguments.json:
             print(json.dumps({"text": text, "result": found}, ensure_ascii=False))
             continue
@@ -210,6 +244,8 @@ def check(arguments: argparse.Namespace) -> None:
     texts = None
     if arguments.input:
         texts = [row.text for row in islice(read_rows(arguments.input, text_column=arguments.text_column), 64)]
+        if not texts:
+            raise ValueError(f"{', '.join(arguments.input)} holds no text")
     report = verify(arguments.model, texts, device=arguments.device, dtype=arguments.dtype)
     print(report)
     if not report.holds:

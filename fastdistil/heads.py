@@ -1184,10 +1184,19 @@ class DistilBertModelWithHeads(_Headed):
 DistilBertAdapterModel = DistilBertModelWithHeads
 
 
+# BERT's heads that stand on the encoder as ours do (the others read its pooler, or predict sentences, too)
+_LIKE_OURS = {
+    "BertForMaskedLM": "DistilBertForMaskedLM",
+    "BertForTokenClassification": "DistilBertForTokenClassification",
+    "BertForQuestionAnswering": "DistilBertForQuestionAnswering",
+}
+
+
 def model_class(config: DistilBertConfig) -> type[PreTrainedModel]:
     """The class that a checkpoint's configuration names; the encoder where it names none of ours."""
     classes = [*_WithHead.__subclasses__(), DistilBertModelWithHeads]
     named = (getattr(config, "architectures", None) or [""])[0]
+    named = _LIKE_OURS.get(named, named)
     return next((cls for cls in classes if cls.__name__ == named), DistilBertModel)
 
 

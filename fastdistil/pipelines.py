@@ -5,7 +5,9 @@ token, or the masked ones, go through the last block's feed-forward network wher
 Source: transformers' pipelines, version 5 (question answering: version 4.57, which was the last to have it).
 """
 
+import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +28,7 @@ from fastdistil.heads import (
     score,
 )
 from fastdistil.model import DistilBertModel, as_device
-from fastdistil.tokenizer import BatchEncoding, DistilBertTokenizer
+from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
 
@@ -50,8 +52,8 @@ class Pipeline:
                     f"{type(self).__name__} needs a {' or '.join(self.kinds)} head, {type(model).__name__} has {kind}"
                 )
             self.kind, self.layers, self.labels = model.task()
-        if max_batch_tokens is not None and max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens is {max_batch_tokens}; it must be 1 or more")
+        if max_batch_tokens is not None:
+            _check_count("max_batch_tokens", max_batch_tokens)
         self.max_batch_tokens = max_batch_tokens
 
     @torch.inference_mode()
@@ -83,19 +85,32 @@ class Pipeline:
             for row, logits in zip(rows.tolist(), score(self.layers, x).float().split(sizes), strict=True):
                 yield row, logits
 
-    def tokenize(self, texts: Sequence[Any], **options: Any) -> BatchEncoding:
-        """Texts, or dictionaries of text and text_pair, none or all."""
+    def tokenize(self, texts: Sequence[Any], truncation: bool | None, max_length: int | None) -> list[list[int]]:
+        """The ids of texts, or of dictionaries of text and text_pair. They are cut to max_length, by default the most
+        there is room for, with truncation, which max_length alone implies."""
         for row, text in enumerate(texts):
             if not (isinstance(text, str) or (isinstance(text, dict) and {"text"} <= text.keys() <= _PAIR)):
                 raise TypeError(
                     f"inputs[{row}] must be a string, or a dictionary of text and text_pair, got {text!r:.80}"
                 )
-        pairs: list[Any] = [text.get("text_pair") if isinstance(text, dict) else None for text in texts]
-        if any(pair is not None for pair in pairs) and any(pair is None for pair in pairs):
-            row = next(i for i, pair in enumerate(pairs) if (pair is None) is not (pairs[0] is None))
-            raise ValueError(f"inputs[{row}]: either all inputs have a text_pair, or none")
-        whole = [text["text"] if isinstance(text, dict) else text for text in texts]
-        return self.tokenizer(whole, pairs if any(pair is not None for pair in pairs) else None, **options)
+        options: dict[str, Any] = {
+            "truncation": max_length is not None if truncation is None else truncation,
+            "max_length": self._limit() if max_length is None else max_length,
+        }
+        found: list[list[int]] = [[]] * len(texts)
+        pairs: list[Any] = [(text.get("text_pair") or None) if isinstance(text, dict) else None for text in texts]
+        for paired in (False, True):
+            rows = [row for row, pair in enumerate(pairs) if (pair is not None) is paired]
+            whole = [texts[row]["text"] if isinstance(texts[row], dict) else texts[row] for row in rows]
+            if not rows:
+                continue
+            try:
+                ids = self.tokenizer(whole, [pairs[row] for row in rows] if paired else None, **options)["input_ids"]
+            except (ValueError, TypeError) as error:
+                raise type(error)(_with_rows(str(error), rows)) from error
+            for row, one in zip(rows, ids, strict=True):
+                found[row] = one
+        return found
 
     def _limit(self) -> int:
         """The most tokens of a text."""
@@ -103,6 +118,18 @@ class Pipeline:
 
 
 _PAIR = {"text", "text_pair"}
+
+
+def _with_rows(message: str, rows: Sequence[int]) -> str:
+    """A tokenizer's message about text[i] as one about inputs[rows[i]]."""
+    return re.sub(r"\btext(_pair)?\[(\d+)\]", lambda m: f"inputs[{rows[int(m[2])]}]", message, count=1)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} parameter should be >= 1 (got {value})")
 
 
 def _as_list(inputs: Any) -> tuple[list[Any], bool]:
@@ -129,7 +156,7 @@ class FillMaskPipeline(Pipeline):
         inputs: str | Iterable[str],
         top_k: int = 5,
         targets: str | list[str] | None = None,
-        truncation: bool = False,
+        truncation: bool | None = None,
         max_length: int | None = None,
     ) -> list[Any]:
         texts, single = _as_list(inputs)
@@ -138,7 +165,7 @@ class FillMaskPipeline(Pipeline):
             raise ValueError(f"top_k is {top_k!r}; it must be from 1 to the vocabulary's {size}")
         wanted = None if targets is None else self._targets([targets] if isinstance(targets, str) else targets)
         mask = self.tokenizer.mask_token_id
-        rows = self.tokenize(texts, truncation=truncation, max_length=max_length or self._limit())["input_ids"]
+        rows = self.tokenize(texts, truncation, max_length)
         places = [[i for i, token in enumerate(ids) if token == mask] for ids in rows]
         for row, found in enumerate(places):
             if not found:
@@ -161,12 +188,19 @@ class FillMaskPipeline(Pipeline):
         results = []
         for value, token in zip(scores, tokens, strict=True):
             filled = [*ids[:place], token, *ids[place + 1 :]]
-            text = self.tokenizer.decode(
-                [i for i in filled if i != self.tokenizer.pad_token_id], skip_special_tokens=alone
+            left_out = {*self.tokenizer.all_special_ids} if alone else {self.tokenizer.pad_token_id}
+            results.append(
+                {
+                    "score": value,
+                    "token": token,
+                    "token_str": self._text([token]),
+                    "sequence": self._text([i for i in filled if i not in left_out]),
+                }
             )
-            word = self.tokenizer.decode([token])
-            results.append({"score": value, "token": token, "token_str": word, "sequence": text})
         return results
+
+    def _text(self, ids: list[int]) -> str:
+        return _joined([str(token) for token in self.tokenizer.convert_ids_to_tokens(ids)])  # type: ignore[union-attr]
 
     def _targets(self, targets: list[str]) -> list[int]:
         vocabulary, ids = self.tokenizer.get_vocab(), []
@@ -196,11 +230,11 @@ class FeatureExtractionPipeline(Pipeline):
         self,
         inputs: str | Iterable[str],
         return_tensors: bool = False,
-        truncation: bool = False,
+        truncation: bool | None = None,
         max_length: int | None = None,
     ) -> Any:
         texts, single = _as_list(inputs)
-        rows = self.tokenize(texts, truncation=truncation, max_length=max_length or self._limit())["input_ids"]
+        rows = self.tokenize(texts, truncation, max_length)
         out: list[Any] = [None] * len(rows)
         for row, hidden in self.run(rows):
             out[row] = hidden[None].cpu() if return_tensors else hidden[None].tolist()
@@ -222,7 +256,7 @@ class TextClassificationPipeline(Pipeline):
         inputs: Any,
         top_k: int | str | None = "",
         function_to_apply: str | None = None,
-        truncation: bool = False,
+        truncation: bool | None = None,
         max_length: int | None = None,
     ) -> Any:
         texts, single = _as_list(inputs)
@@ -230,7 +264,7 @@ class TextClassificationPipeline(Pipeline):
         if not best_only and top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k is {top_k!r}; it must be 1 or more, or None for every label")
         apply = self._function(function_to_apply)
-        rows = self.tokenize(texts, truncation=truncation, max_length=max_length or self._limit())["input_ids"]
+        rows = self.tokenize(texts, truncation, max_length)
         out: list[Any] = [None] * len(rows)
         for row, logits in self.run(rows, [[0]] * len(rows)):
             scores = apply(logits[0].cpu().numpy())
@@ -272,6 +306,7 @@ class TokenClassificationPipeline(Pipeline):
     score, word, start, end} of neighbours of one label, where B- begins anew: "simple" takes every token's own label,
     "first", "average" and "max" one label a word, its first token's, that of the mean scores, or its surest token's.
     ignore_labels are left out. stride: tokens that two windows of a longer text share; without it a text is cut.
+    is_split_into_words: each input is a list of words; start and end are places in the words joined by `delimiter`.
     """
 
     kinds = ("tagging",)
@@ -283,23 +318,38 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: str = "none",
         ignore_labels: Sequence[str] = ("O",),
         stride: int | None = None,
+        is_split_into_words: bool = False,
+        delimiter: str = " ",
     ) -> list[Any]:
         texts, single = _as_list(inputs)
+        if is_split_into_words and texts and all(isinstance(word, str) for word in texts):
+            texts, single = [texts], True
         if aggregation_strategy not in self.strategies:
             raise ValueError(
                 f"aggregation_strategy {aggregation_strategy!r} is not one of {', '.join(self.strategies)}"
             )
         for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"inputs[{row}] must be a string, got {text!r:.80}")
+            words = text if is_split_into_words and isinstance(text, (list, tuple)) else [text]
+            if (is_split_into_words and words is not text) or not all(isinstance(word, str) for word in words):
+                wanted = "a list of words" if is_split_into_words else "a string"
+                raise TypeError(f"inputs[{row}] must be {wanted}, got {text!r:.80}")
         limit = self._limit()
+        starts: list[list[int] | None] = [None] * len(texts)  # of words, where they are given
         windows: list[tuple[int, Encoding]] = []
-        if stride is None:
+        if stride is not None and aggregation_strategy == "none":
+            raise ValueError("stride needs an aggregation_strategy other than none, for windows overlap")
+        if is_split_into_words:
+            plain = self.tokenizer.backend.encode_batch(texts, is_pretokenized=True, add_special_tokens=False)
+            for row, words in enumerate(texts):
+                lengths = [len(word) + len(delimiter) for word in words]
+                starts[row], texts[row] = [0, *itertools.accumulate(lengths)], delimiter.join(words)
+                windows += [(row, window) for window in cut(self.tokenizer, plain[row], None, limit, stride or 0, row)]
+            if stride is None:  # the first window of each
+                windows = [window for i, window in enumerate(windows) if i == 0 or windows[i - 1][0] != window[0]]
+        elif stride is None:
             encoded = self.tokenizer(texts, truncation=True, max_length=limit)
             windows = list(enumerate(encoded.encodings))
         else:
-            if aggregation_strategy == "none":
-                raise ValueError("stride needs an aggregation_strategy other than none, for windows overlap")
             plain = self.tokenizer(texts, add_special_tokens=False).encodings
             for row, encoding in enumerate(plain):
                 windows += [(row, window) for window in cut(self.tokenizer, encoding, None, limit, stride, row)]
@@ -307,7 +357,7 @@ class TokenClassificationPipeline(Pipeline):
         parts: list[list[dict[str, Any]]] = [[] for _ in windows]
         for i, logits in self.run([encoding.ids for _, encoding in windows]):
             row, encoding = windows[i]
-            tokens = self._tokens(texts[row], encoding, _softmax(logits.cpu().numpy()))
+            tokens = self._tokens(texts[row], encoding, _softmax(logits.cpu().numpy()), starts[row])
             parts[i] = self._aggregated(tokens, aggregation_strategy)
         for (row, _), part in zip(windows, parts, strict=True):
             ignored = set(ignore_labels)
@@ -315,13 +365,18 @@ class TokenClassificationPipeline(Pipeline):
         out = [part[0] if len(part) == 1 else _without_overlaps([e for p in part for e in p]) for part in found]
         return out[0] if single else out
 
-    def _tokens(self, text: str, encoding: Encoding, scores: np.ndarray) -> list[dict[str, Any]]:
+    def _tokens(
+        self, text: str, encoding: Encoding, scores: np.ndarray, starts: list[int] | None = None
+    ) -> list[dict[str, Any]]:
         tokens = []
+        words: list[Any] = encoding.word_ids
         for i, (special, token, (start, end)) in enumerate(
             zip(encoding.special_tokens_mask, encoding.tokens, encoding.offsets, strict=True)
         ):
             if special:
                 continue
+            if starts is not None and words[i] is not None:  # offsets are within the word
+                start, end = start + starts[words[i]], end + starts[words[i]]
             unknown = encoding.ids[i] == self.tokenizer.unk_token_id
             tokens.append(
                 {
@@ -437,7 +492,8 @@ class QuestionAnsweringPipeline(Pipeline):
     list. top_k above 1 gives lists, likeliest first, shorter where there are not so many answers. A long context is cut
     into windows of max_seq_len tokens (by default 384, question included) that share doc_stride tokens (128, or half a
     window); the same answer found twice has its scores added. max_answer_len: in tokens. handle_impossible_answer: ""
-    is an answer, too. align_to_words: answers are whole words.
+    is an answer, too. align_to_words: answers are whole words. max_question_len and padding change nothing, as with
+    transformers' fast tokenizers.
     """
 
     kinds = ("question_answering",)
@@ -454,11 +510,12 @@ class QuestionAnsweringPipeline(Pipeline):
         max_seq_len: int | None = None,
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
+        max_question_len: int = 64,
+        padding: bool | str = "do_not_pad",
     ) -> Any:
         samples = _samples(inputs, question, context)
         for name, number in (("top_k", top_k), ("max_answer_len", max_answer_len)):
-            if number < 1:
-                raise ValueError(f"{name} parameter should be >= 1 (got {number})")
+            _check_count(name, number)
         most = min(self.tokenizer.model_max_length, 384) if max_seq_len is None else max_seq_len
         most = min(most, self.encoder.config.max_position_embeddings)
         stride = min(most // 2, 128) if doc_stride is None else doc_stride
@@ -493,6 +550,8 @@ class QuestionAnsweringPipeline(Pipeline):
         for row, found in enumerate(answers):
             if handle_impossible_answer:
                 found.append({"score": nulls[row], "start": 0, "end": 0, "answer": ""})
+            if not found:  # nothing but spaces
+                found.append({"score": 0.0, "start": 0, "end": 0, "answer": ""})
             found = sorted(found, key=lambda answer: answer["score"], reverse=True)[:top_k]
             out.append(found[0] if len(found) == 1 else found)
         return out[0] if len(out) == 1 else out
@@ -588,7 +647,14 @@ def pipeline(
         place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
-        model = model_class.from_pretrained(directory, dtype=dtype, device=place)  # type: ignore[attr-defined]
+        model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
+            directory, dtype=dtype, device=place, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"{directory} is no checkpoint for {task}: it lacks {', '.join(missing[:4])}"
+                f"{' and more' if len(missing) > 4 else ''}, which would be random"
+            )
         tokenizer = directory if tokenizer is None else tokenizer
     if not isinstance(tokenizer, DistilBertTokenizer):
         tokenizer = DistilBertTokenizer.from_pretrained(tokenizer)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistil.checkpoint import find, read_config
+from fastdistil.checkpoint import Weights, find, read_config
 from fastdistil.heads import model_class
-from fastdistil.model import as_device
+from fastdistil.model import DistilBertModel, as_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 TEXTS = (
@@ -39,8 +39,13 @@ class Line:
 
 @dataclass
 class Report:
-    """What `verify` found. cosine: the least between mean-pooled hidden states here and in float64. flips: predictions
-    that differ from float64's, of how many. not_finite: parameters that hold a NaN or an infinity."""
+    """What `verify` found.
+
+    cosine: the least between mean-pooled hidden states here and in float64. flips: predictions that differ from
+    float64's, of how many; within the bounds they are near ties. not_finite: tensors of the checkpoint that hold a NaN
+    or an infinity. missing: parameters that the checkpoint lacks. unused: its tensors that the model has no place for,
+    which were not checked but for that.
+    """
 
     model: str
     where: str
@@ -48,11 +53,14 @@ class Report:
     cosine: float = 1.0
     flips: tuple[int, int] | None = None
     not_finite: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     peer: str = "transformers is not installed"
 
     @property
     def holds(self) -> bool:
-        return all(line.holds for line in self.lines) and not self.not_finite and self.cosine > 0.999
+        whole = not self.not_finite and not self.missing
+        return whole and all(line.holds for line in self.lines) and self.cosine > 0.999
 
     def __str__(self) -> str:
         rows = [f"{self.model} on {self.where}; {self.peer}", f"{'':28}{'max error':>12}{'mean':>12}{'allowed':>12}"]
@@ -63,6 +71,10 @@ class Report:
         if self.flips is not None:
             rows.append(f"predictions unlike float64's: {self.flips[0]} of {self.flips[1]}")
         rows += [f"NOT FINITE: {name}" for name in self.not_finite]
+        rows += [f"MISSING: {name}" for name in self.missing]
+        if self.unused:
+            more = f" and {len(self.unused) - 4} more" if len(self.unused) > 4 else ""
+            rows.append(f"not used by {self.model}, and not checked: {', '.join(self.unused[:4])}{more}")
         return "\n".join([*rows, "all within bounds" if self.holds else "NOT WITHIN BOUNDS"])
 
 
@@ -86,9 +98,18 @@ def verify(
     directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
     place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = model_class(read_config(directory))
-    model = kind.from_pretrained(directory, dtype=dtype, device=place)
+    texts = texts if texts is None or isinstance(texts, str) else list(texts)
+    if isinstance(texts, str) or texts == []:
+        raise TypeError(f"texts must be a list of one text or more, got {texts!r:.60}")
+    model, loading = kind.from_pretrained(directory, dtype=dtype, device=place, output_loading_info=True)
     report = Report(kind.__name__, f"{place}, {str(model.dtype).removeprefix('torch.')}")
+    report.missing, report.unused = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     report.not_finite = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    with Weights(directory) as weights:
+        for name in report.unused:
+            tensor = weights.read(name)
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                report.not_finite.append(name)
     tokenizer = DistilBertTokenizer.from_pretrained(directory)
     longest = min(model.config.max_position_embeddings, tokenizer.model_max_length)
     batch = tokenizer(list(texts or TEXTS), padding=True, truncation=True, max_length=longest, return_tensors="pt")
@@ -100,6 +121,8 @@ def verify(
     fast = _outputs(model(ids, mask, output_hidden_states=True))
     eager = _outputs(model(ids, mask, output_hidden_states=True, output_attentions=True))  # asks for the dense path
     wide = kind.from_pretrained(directory, dtype=torch.float64, device=place)
+    for name in report.missing:  # random numbers, the same here and there
+        wide.get_parameter(name).copy_(model.get_parameter(name))
     truth = _outputs(wide(ids, mask, output_hidden_states=True, output_attentions=True))
     eps = torch.finfo(model.dtype).eps
     allowed = {}
@@ -110,9 +133,9 @@ def verify(
     last = [x for x in truth if x.startswith(("layer", "embeddings"))][-1]
     means = [((x[last].double() * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)) for x in (fast, truth)]
     report.cosine = float(F.cosine_similarity(*means).min())
-    heads = [name for name in truth if "logits" in name]
-    if heads and truth[heads[0]].shape[-1] > 1:
-        pairs = [(_real(fast[n], keep).argmax(-1), _real(truth[n], keep).argmax(-1)) for n in heads]
+    pairs = [[_decisions(model, x[name], keep) for x in (fast, truth)] for name in truth if "logits" in name]
+    one = kind.__name__ == "DistilBertForSequenceClassification" and model.config.num_labels == 1
+    if pairs and not one and model.config.problem_type != "regression":
         report.flips = (sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs))
     for name, found in _peer(report, directory, ids, mask, model, truth):
         report.lines.append(
@@ -132,6 +155,16 @@ def _real(x: Tensor, keep: Tensor) -> Tensor:
     return (x[keep] if x.shape[:2] == keep.shape else x).double()
 
 
+def _decisions(model: Any, logits: Tensor, keep: Tensor) -> Tensor:
+    """What a head decides by its logits: at every real token, for every text, or for every label."""
+    kind = model.task()[0]
+    if kind == "question_answering":  # [texts, length], a token of each text
+        return logits.masked_fill(~keep, -torch.inf).argmax(-1)
+    if kind == "multilabel_classification" or model.config.problem_type == "multi_label_classification":
+        return logits > 0
+    return (logits[keep] if kind in ("tagging", "masked_lm") else logits).argmax(-1)
+
+
 def _line(name: str, error: Tensor, allowed: float) -> Line:
     return Line(name, float(error.abs().max()), float(error.abs().mean()), allowed)
 
@@ -144,8 +177,9 @@ def _peer(
         import transformers
     except ImportError:
         return
-    architecture = (model.config.architectures or ["AutoModel"])[0]
-    cls = getattr(transformers, architecture, transformers.AutoModel)
+    cls: Any = transformers.AutoModel
+    if not isinstance(model, DistilBertModel):
+        cls = getattr(transformers, (model.config.architectures or [""])[0], cls)
     report.peer = f"beside transformers {transformers.__version__}, {cls.__name__}"
     theirs = cls.from_pretrained(directory, dtype=model.dtype, attn_implementation="eager").eval().to(ids.device)
     found = _outputs(theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True))

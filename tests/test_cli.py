@@ -293,7 +293,11 @@ def test_fill_mask(heads, capsys):
     assert main([*arguments, "--json", "a [MASK] b"]) == 0
     assert len(json.loads(capsys.readouterr().out)["result"]) == 2
     assert main([*arguments, "a b"]) == 1
-    assert "No mask_token ([MASK]) found" in capsys.readouterr().err
+    assert "'a b': No mask_token ([MASK]) found" in capsys.readouterr().err
+    long = "[MASK] " + "long " * 99
+    assert main([*arguments, long]) == 1
+    assert "has 64 positions; pass --truncate" in capsys.readouterr().err
+    assert main([*arguments, "--truncate", long]) == 0
 
 
 @pytest.mark.parametrize(
@@ -302,17 +306,57 @@ def test_fill_mask(heads, capsys):
         ("text-classification", ["--question", "a?"], "--question goes with --task question-answering"),
         ("question-answering", [], "--question goes with --task question-answering"),
         ("token-classification", ["--top-k", "2"], "--top-k is not for --task token-classification"),
-        ("text-classification", ["--no-truncate"], "line 2 on, inputs[1] is 101 tokens long"),
-        ("fill-mask", [], "line 2 on, inputs[0]: No mask_token"),
+        ("text-classification", ["--no-truncate"], "in.jsonl, line 3 is 101 tokens long, the model has 64 positions; "),
+        ("text-classification", ["--no-truncate"], "positions; leave --no-truncate out"),
+        ("fill-mask", [], "in.jsonl, line 2: No mask_token"),
+        ("ner", ["--no-truncate", "--aggregation-strategy", "none"], "needs an --aggregation-strategy other than none"),
     ],
 )
 def test_predict_names_what_is_wrong(task, options, message, heads, tmp_path, capsys):
     path = tmp_path / "in.jsonl"
     path.write_text("\n" + "".join(json.dumps({"text": t}) + "\n" for t in ("short", "long " * 99)))
-    arguments = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--input", str(path), *options]
+    model = heads["token-classification" if task == "ner" else task]
+    arguments = ["predict", "--task", task, "--model", model, "--device", "cpu", "--input", str(path), *options]
     assert main(arguments) == 1
     out, err = capsys.readouterr()
-    assert message in err and out == ""
+    done = 1 if "line 3" in message or "leave" in message else 0  # what came before the bad row
+    assert message in err and [json.loads(line)["id"] for line in out.splitlines()] == list(range(done))
+
+
+def test_predict_answers_all_rows_before_a_bad_one(heads, tmp_path, capsys):
+    path = tmp_path / "in.txt"
+    path.write_text("".join(f"row {i} [MASK]\n" for i in range(1500)) + "no mask\n")
+    arguments = ["predict", "--task", "fill-mask", "--model", heads["fill-mask"], "--device", "cpu", "--quiet"]
+    assert main([*arguments, "--top-k", "1", "--input", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1500 and "in.txt, line 1501: No mask_token" in err
+
+
+def test_long_texts_are_labelled_to_their_end(heads, tmp_path, capsys):
+    path = tmp_path / "in.txt"
+    path.write_text("word " * 150 + "\n")
+    arguments = ["predict", "--task", "ner", "--model", heads["token-classification"], "--device", "cpu", "--quiet"]
+    ends = []
+    for option in ("--truncate", "--no-truncate"):
+        assert main([*arguments, option, "--input", str(path)]) == 0
+        ends.append(max(found["end"] for found in json.loads(capsys.readouterr().out)["result"]))
+    assert ends[0] < 64 * 5 < 700 < ends[1]
+
+
+def test_a_reader_that_has_enough(heads, tmp_path):
+    (tmp_path / "in.txt").write_text("a [MASK]\n" * 3000)
+    command = f"{sys.executable} -m fastdistil.cli predict --task fill-mask --device cpu --quiet --top-k 1"
+    done = subprocess.run(
+        f"{command} --model {heads['fill-mask']} --input {tmp_path / 'in.txt'} | head -n 1",
+        shell=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert len(done.stdout.splitlines()) == 1 and not done.stderr
+
+
+def test_verify_wants_texts(minilm, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("")
+    assert main(["verify", str(minilm), "--input", str(tmp_path / "in.txt")]) == 1
+    assert "in.txt holds no text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["npz", "zip", "negative", "syntax", "deep ids"])

@@ -119,7 +119,8 @@ def test_text_classification(settings, options, tokenizer, their_tokenizer):
     name = "DistilBertForSequenceClassification"
     ours, theirs = pair("text-classification", name, tokenizer, their_tokenizer, **settings)
     both = {"text": TEXTS[0], "text_pair": TEXTS[1]}
-    for inputs in (TEXTS[0], TEXTS, TEXTS[:1], both, [both, both | {"text": "other"}]):
+    single = {"text": TEXTS[0], "text_pair": ""}  # no pair at all
+    for inputs in (TEXTS[0], TEXTS, TEXTS[:1], both, [both, both | {"text": "other"}], single, [both, single, both]):
         same(ours(inputs, **options), theirs(inputs, **options))
 
 
@@ -135,6 +136,37 @@ def test_token_classification(strategy, labels, tokenizer, their_tokenizer):
         same(found, theirs(inputs, **options))
     assert any(found)
     same(ours(TEXTS, ignore_labels=[], **options), theirs(TEXTS, ignore_labels=[], **options))
+
+
+@pytest.mark.parametrize("strategy", ["none", "simple", "first"])
+def test_words_that_are_split_already(strategy, tokenizer, their_tokenizer):
+    settings = {"id2label": NER, "label2id": {v: k for k, v in NER.items()}}
+    ours, theirs = pair(
+        "token-classification", "DistilBertForTokenClassification", tokenizer, their_tokenizer, **settings
+    )
+    words = [text.split() for text in TEXTS]
+    for options in ({}, {"delimiter": "--"}):
+        options |= {"aggregation_strategy": strategy, "is_split_into_words": True, "ignore_labels": []}
+        same(ours(words, **options), theirs(words, **options))
+        same(ours(words[0], **options), theirs([words[0]], **options)[0])
+    long = [f"{word}x{i}" for i, word in enumerate(TEXTS[0].split() * 9)]
+    if strategy == "simple":
+        start = ours([long], stride=5, **options)[0][-1]["end"]
+        assert start == len("--".join(long)) and ours([long], **options)[0][-1]["end"] < start
+
+
+def test_a_word_of_an_answer(tokenizer, their_tokenizer):
+    """The sequence is put together as the library does it, without spaces before full stops, but around quotes."""
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
+    for text in ("you'd [MASK] it, don't you? no.", "[MASK] [MASK], it's ok!"):
+        same(ours(text), theirs(text))
+
+
+def test_a_context_of_spaces(answerer):
+    """As in transformers 4.57."""
+    nothing = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
+    assert answerer(question="where?", context="   ") == nothing
+    assert answerer(question="where?", context="   ", max_question_len=3, padding="max_length") == nothing
 
 
 @pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
@@ -209,13 +241,19 @@ def test_a_model_by_its_directory(tokenizer, tmp_path):
         ("fill-mask", lambda p: p("[MASK]", top_k=10**6), ValueError, "top_k is 1000000; it must be from 1 to"),
         ("fill-mask", lambda p: p(["[MASK]", None]), TypeError, r"inputs\[1\] must be a string"),
         ("fill-mask", lambda p: p(b"[MASK]"), TypeError, "inputs must be a text or a list of texts, got bytes"),
-        ("fill-mask", lambda p: p(["[MASK]", "\ud800 [MASK]"]), ValueError, r"text\[1\] holds a lone surrogate"),
+        ("fill-mask", lambda p: p(["[MASK]", "\ud800 [MASK]"]), ValueError, r"inputs\[1\] holds a lone surrogate"),
         ("text-classification", lambda p: p([["a", "b"]]), TypeError, r"inputs\[0\] must be a string, or a dictionary"),
         (
             "text-classification",
-            lambda p: p(["a", {"text": "a", "text_pair": "b"}]),
+            lambda p: p(["a", {"text": "a", "text_pair": "\ud800"}]),
             ValueError,
-            r"inputs\[1\]: either",
+            r"inputs\[1\] holds a lone surrogate",
+        ),
+        (
+            "text-classification",
+            lambda p: p("a", max_length=0),
+            ValueError,
+            "max_length is 0, which does not even hold",
         ),
         ("text-classification", lambda p: p("a", top_k=0), ValueError, "top_k is 0"),
         ("text-classification", lambda p: p("a", function_to_apply="max"), ValueError, "'max' is not one of softmax"),
@@ -251,6 +289,19 @@ def test_a_model_by_its_directory(tokenizer, tmp_path):
             "top_k parameter should be",
         ),
         ("question-answering", lambda p: p(question="a", context="b", doc_stride=70), ValueError, "is larger than"),
+        (
+            "question-answering",
+            lambda p: p(question="a", context="b", top_k="2"),
+            TypeError,
+            "must be an integer, got '2'",
+        ),
+        (
+            "token-classification",
+            lambda p: p([["a", "b"], "c"], is_split_into_words=True),
+            TypeError,
+            r"inputs\[1\] must be a list of words, got 'c'",
+        ),
+        ("token-classification", lambda p: p([["a"]]), TypeError, r"inputs\[0\] must be a string"),
     ],
 )
 def test_bad_input(task, call, error, message, tokenizer):
@@ -273,5 +324,19 @@ def test_bad_arguments(tokenizer):
         pipeline("fill-mask", model, tokenizer)
     with pytest.raises(FileNotFoundError, match="no directory"):
         pipeline("fill-mask", "./nowhere")
-    with pytest.raises(ValueError, match="max_batch_tokens is 0"):
+    with pytest.raises(ValueError, match=r"max_batch_tokens parameter should be >= 1 \(got 0\)"):
         pipeline("feature-extraction", model, tokenizer, max_batch_tokens=0)
+    with pytest.raises(TypeError, match="max_batch_tokens must be an integer, got '5'"):
+        pipeline("feature-extraction", model, tokenizer, max_batch_tokens="5")
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "text-classification", "feature-extraction"])
+def test_a_checkpoint_without_what_the_task_needs(task, tokenizer, tmp_path):
+    model = fastdistil.DistilBertForTokenClassification(DistilBertConfig(**TINY))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if task == "feature-extraction":
+        assert pipeline(task, tmp_path, device="cpu")("a")
+        return
+    with pytest.raises(ValueError, match=rf"is no checkpoint for {task}: it lacks .*, which would be random"):
+        pipeline(task, tmp_path, device="cpu")

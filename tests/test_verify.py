@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertTokenizer, cpu
@@ -81,6 +82,68 @@ def test_nan_weights_are_named(saved):
     report = verify(saved("DistilBertModel", spoil), device="cpu")
     assert not report.holds and report.not_finite == ["transformer.layer.1.ffn.lin2.bias"]
     assert "NOT FINITE: transformer.layer.1.ffn.lin2.bias" in str(report)
+
+
+def drop(path, part):
+    tensors = load_file(path / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert len(left) < len(tensors)
+    save_file(left, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["classifier", "layer.1"])
+def test_missing_weights_do_not_pass(part, saved, capsys):
+    path = saved("DistilBertForSequenceClassification")
+    drop(path, part)
+    report = verify(path, device="cpu")
+    assert not report.holds and report.missing and all(part in name for name in report.missing)
+    ours = [line for line in report.lines if not line.name.startswith("transformers")]
+    assert all(line.holds and line.allowed < 1e-4 for line in ours), "random as it is, both sides have the same"
+    assert main(["verify", str(path), "--device", "cpu"]) == 1
+    assert f"MISSING: {report.missing[0]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification", "BertForMultipleChoice"])
+def test_heads_of_bert(name, minilm, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = getattr(transformers, name)(config)
+    model.save_pretrained(tmp_path)
+    DistilBertTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    report = verify(tmp_path, device="cpu")
+    covered = name == "BertForMaskedLM"
+    assert report.holds and report.model == ("DistilBertForMaskedLM" if covered else "DistilBertModel")
+    assert covered or ("classifier.weight" in report.unused and "and not checked" in str(report))
+    head = model.cls.predictions.transform.dense if covered else model.classifier
+    with torch.no_grad():
+        head.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    assert not verify(tmp_path, device="cpu").holds
+
+
+def test_decisions_are_counted_as_they_are_taken(saved, monkeypatch):
+    """One for every text, for every real token, or for every label of every text."""
+    counts = {}
+    for name in NAMES[1:]:
+        counts[name] = verify(saved(name), ["a b", "c"], device="cpu").flips
+    assert counts == {
+        "DistilBertForMaskedLM": (0, 7),
+        "DistilBertForSequenceClassification": (0, 2),
+        "DistilBertForTokenClassification": (0, 7),
+        "DistilBertForQuestionAnswering": (0, 4),
+        "DistilBertForMultipleChoice": (0, 1),
+    }
+
+    def many(model):
+        model.config.problem_type = "multi_label_classification"
+
+    assert verify(saved("DistilBertForSequenceClassification", many), ["a b", "c"], device="cpu").flips == (0, 4)
+    with pytest.raises(TypeError, match="texts must be a list of one text or more, got 'abc'"):
+        verify(saved("DistilBertModel"), "abc", device="cpu")
 
 
 def test_a_missing_checkpoint(capsys):
