@@ -553,7 +553,7 @@ class QuestionAnsweringPipeline(Pipeline):
             if not found:  # nothing but spaces
                 found.append({"score": 0.0, "start": 0, "end": 0, "answer": ""})
             found = sorted(found, key=lambda answer: answer["score"], reverse=True)[:top_k]
-            out.append(found[0] if len(found) == 1 else found)
+            out.append(found[0] if top_k == 1 else found)
         return out[0] if len(out) == 1 else out
 
     def _spans(
