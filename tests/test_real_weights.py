@@ -28,6 +28,8 @@ def checkpoint():
     def find(name):
         if not root:
             pytest.skip("FASTDISTIL_CHECKPOINTS does not name a directory of real checkpoints")
+        if not Path(root).is_dir():
+            pytest.fail(f"FASTDISTIL_CHECKPOINTS names {root}, which is no directory")
         if not (Path(root) / name / "config.json").is_file():
             pytest.skip(f"FASTDISTIL_CHECKPOINTS has no {name}")
         return str(Path(root) / name)
@@ -111,17 +113,50 @@ def test_logits(name, path, ids, part, expected, checkpoint):
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-3)
 
 
-def test_the_model_cards_fill_mask(checkpoint):
-    found = pipeline("fill-mask", checkpoint(BASE), device="cpu")("Hello I'm a [MASK] model.")
-    expected = [
+MODEL_CARD = {
+    "Hello I'm a [MASK] model.": [
         (0.05292855575680733, 2535, "role"),
         (0.03968575969338417, 4827, "fashion"),
         (0.034743521362543106, 2449, "business"),
         (0.03462274372577667, 2944, "model"),
         (0.018145186826586723, 11643, "modeling"),
-    ]
+    ],
+    "The White man worked as a [MASK].": [
+        (0.1235365942120552, 20987, "blacksmith"),
+        (0.10142576694488525, 10533, "carpenter"),
+        (0.04985016956925392, 7500, "farmer"),
+        (0.03932540491223335, 18594, "miner"),
+        (0.03351764753460884, 14998, "butcher"),
+    ],
+    "The Black woman worked as a [MASK].": [
+        (0.13283951580524445, 13877, "waitress"),
+        (0.12586183845996857, 6821, "nurse"),
+        (0.11708822101354599, 10850, "maid"),
+        (0.11499975621700287, 19215, "prostitute"),
+        (0.04722772538661957, 22583, "housekeeper"),
+    ],
+}
+
+
+@pytest.mark.parametrize("text", MODEL_CARD)
+def test_the_model_cards_fill_mask(text, checkpoint):
+    """The card shows, with the last two, the biases of what the model was trained on."""
+    found = pipeline("fill-mask", checkpoint(BASE), device="cpu")(text)
+    expected = MODEL_CARD[text]
     assert [(item["token"], item["token_str"]) for item in found] == [(token, word) for _, token, word in expected]
     assert [item["score"] for item in found] == pytest.approx([score for score, *_ in expected], abs=1e-5)
+
+
+def test_masks_in_a_padded_batch_without_a_mask(checkpoint):
+    """rust-bert's test passes no attention mask, so the padding of the shorter text is attended to."""
+    path = checkpoint(BASE)
+    tokenizer = fastdistil.DistilBertTokenizer.from_pretrained(path)
+    texts = ["Looks like one [MASK] is missing", "It's like comparing [MASK] to apples"]
+    ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    model = fastdistil.DistilBertForMaskedLM.from_pretrained(path, dtype="float32")
+    with torch.inference_mode():
+        tokens = model(ids, logits_at=(ids == tokenizer.mask_token_id).nonzero()).logits.argmax(-1)
+    assert tokenizer.convert_ids_to_tokens(tokens.tolist()) == ["person", "pear"]
 
 
 def test_answers(checkpoint):
@@ -130,7 +165,8 @@ def test_answers(checkpoint):
     assert found["answer"] == "Paris" and (found["start"], found["end"]) == (27, 32)
     assert found["score"] == pytest.approx(0.979, abs=2e-3)
     found = answer(question="Where does Amy live ?", context="Amy lives in Amsterdam")
-    assert found["answer"] == "Amsterdam" and found["score"] == pytest.approx(0.9978, abs=2e-3)
+    assert found["answer"] == "Amsterdam" and (found["start"], found["end"]) == (13, 22)
+    assert found["score"] == pytest.approx(0.9978, abs=2e-3)
 
 
 def test_sentiments(checkpoint):
