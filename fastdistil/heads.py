@@ -221,6 +221,18 @@ class _Headed(PreTrainedModel):
         super().__init__(config)
         self.distilbert = DistilBertModel(config)
 
+    def _encode(self, *inputs: Any, adapter_names: Any, only: Any = None, padding_too: bool = False) -> Encoded:
+        """`DistilBertModel.encode`; as a call of the encoder where that is what someone watches or has patched."""
+        encoder: Any = self.distilbert
+        if not (encoder._forward_hooks or encoder._forward_pre_hooks or "forward" in encoder.__dict__):
+            return encoder.encode(*inputs, only=only, adapter_names=adapter_names, padding_too=padding_too)
+        *first, position_ids, token_type_ids = inputs
+        rest = {"position_ids": position_ids, "token_type_ids": token_type_ids, "adapter_names": adapter_names}
+        out: Any = encoder(*first, return_dict=True, **{k: v for k, v in rest.items() if v is not None})
+        hidden, mask = out.last_hidden_state, inputs[1]
+        keep = None if mask is None or mask.dim() != 2 else (mask != 0).expand(hidden.shape[:2])
+        return Encoded(pick(hidden, keep, only), None, out.hidden_states, out.attentions)
+
     def projectors(self) -> dict[str, nn.Linear]:
         """The Linears onto the vocabulary, by name; the configuration ties them to the word embeddings."""
         return {}
@@ -303,7 +315,7 @@ class _WithHead(_Headed):
         token_type_ids: Tensor | None = None,
         adapter_names: str | Sequence[str] | None = None,
     ) -> ModelOutput | tuple:
-        encoded = self.distilbert.encode(
+        encoded = self._encode(
             input_ids,
             attention_mask,
             head_mask,
@@ -363,7 +375,7 @@ class DistilBertForMaskedLM(_WithHead):
     ) -> ModelOutput | tuple:
         """Inputs as in `DistilBertModel.forward`. logits_at: int64 [n, 2], the (row, column) of tokens; then logits
         (and labels) are [n, vocab] (and [n]) of those alone, and nothing of [batch, length, vocab] is made."""
-        encoded = self.distilbert.encode(
+        encoded = self._encode(
             input_ids,
             attention_mask,
             head_mask,
@@ -472,7 +484,7 @@ class DistilBertForQuestionAnswering(_WithHead):
     ) -> ModelOutput | tuple:
         """Inputs as in `DistilBertModel.forward`. start_positions, end_positions: integers [batch], both or no loss."""
         labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
-        encoded = self.distilbert.encode(
+        encoded = self._encode(
             input_ids,
             attention_mask,
             head_mask,
@@ -530,7 +542,7 @@ class DistilBertForMultipleChoice(_WithHead):
 
         if _dims(attention_mask) != 4:  # [batch * choices, 1, L, L] is flat
             attention_mask = flat(attention_mask)
-        encoded = self.distilbert.encode(
+        encoded = self._encode(
             flat(input_ids),
             attention_mask,
             head_mask,
@@ -933,7 +945,7 @@ class DistilBertModelWithHeads(_Headed):
         only = "first" if names and all(HEADS[kind].first for kind in kinds) else logits_at
         mask = attention_mask if _dims(attention_mask) == 4 else _flat(attention_mask, 2)
         given = self._labels(names, kinds, labels, start_positions, end_positions)
-        encoded = self.distilbert.encode(
+        encoded = self._encode(
             _flat(input_ids, 2),
             mask,
             head_mask,

@@ -344,6 +344,26 @@ def test_resized_vocabulary(tied):
     torch.testing.assert_close(ours.get_output_embeddings().bias[71:].mean(), mean * 0 if tied else mean)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hook_on_the_encoder_is_run(name):
+    ours, theirs = pair(name, **TINY)
+    ids, keep = inputs(3)
+    if name.endswith("Choice"):
+        ids, keep = ids[:2, None].expand(2, 2, 9), keep[:2, None].expand(2, 2, 9)
+    with torch.inference_mode():
+        expected = ours(ids, keep).to_tuple()
+    seen = []
+    ours.distilbert.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for a, b in zip(ours(ids, keep).to_tuple(), expected, strict=True):
+                torch.testing.assert_close(a.detach(), b, rtol=0, atol=TOLERANCE)
+    hidden = theirs.distilbert(ids.flatten(0, -2), keep.flatten(0, -2))[0]
+    assert len(seen) == 2
+    for state in seen:
+        torch.testing.assert_close(state[keep.flatten(0, -2)], hidden[keep.flatten(0, -2)], rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("name", "labels", "message"),
     [

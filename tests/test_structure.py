@@ -27,7 +27,7 @@ ALLOWED = {
     "checkpoint": {"config"},
     "adapters": {"checkpoint", "ops"},
     "model": {"adapters", "ops", "reference", "packing", "graphs", "config", "outputs", "checkpoint"},
-    "heads": {"model", "config", "outputs", "checkpoint"},
+    "heads": {"adapters", "model", "config", "outputs", "checkpoint"},
     "integrations": {"integrations", "ops", "config", "model", "packing"},
     "verify": {"heads", "model", "tokenizer", "checkpoint"},
     "tokenizer": {"checkpoint"},
