@@ -90,6 +90,15 @@ class DistilBertTokenizer:
         for name, token in self._special.items():
             if not isinstance(token, str):
                 raise TypeError(f"{name} must be a string, got {token!r}")
+            if any("\ud800" <= c <= "\udfff" for c in token):
+                raise ValueError(f"{name} is {token!r}, which is not text")
+        _check_flags(
+            {
+                "do_lower_case": do_lower_case,
+                "tokenize_chinese_chars": tokenize_chinese_chars,
+                "strip_accents": strip_accents,
+            }
+        )
         self.do_lower_case = do_lower_case
         self.tokenize_chinese_chars, self.strip_accents = tokenize_chinese_chars, strip_accents
         limit = NO_LIMIT if model_max_length is None else model_max_length
@@ -180,6 +189,10 @@ class DistilBertTokenizer:
             if settings.get(name) is not None:
                 given[name] = settings[name]
         given |= overrides
+        try:
+            _check_flags(given)
+        except TypeError as error:
+            raise TypeError(f"{directory / 'tokenizer_config.json'}: {error}") from error
         path = directory / "tokenizer.json"
         if not path.is_file():
             if not (directory / "vocab.txt").is_file():
@@ -203,7 +216,10 @@ class DistilBertTokenizer:
             normalizer.lowercase, normalizer.strip_accents = given["do_lower_case"], given["strip_accents"]
             normalizer.handle_chinese_chars = given["tokenize_chinese_chars"]
             tokenizer.normalizer = normalizer
-        return cls(tokenizer=tokenizer, **given)
+        try:
+            return cls(tokenizer=tokenizer, **given)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{directory}: {error}") from error
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers reads back."""
@@ -452,6 +468,9 @@ class DistilBertTokenizer:
     def _pad(
         self, encodings: list[Encoding], padding: bool | str, max_length: int | None, multiple: int | None
     ) -> None:
+        for name, number in (("max_length", max_length), ("pad_to_multiple_of", multiple)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise TypeError(f"{name} must be an integer, got {number!r}")
         if (max_length is not None and max_length < 0) or (multiple is not None and multiple < 1):
             raise ValueError(f"cannot pad to max_length {max_length} in multiples of {multiple}")
         if padding not in (True, "longest", "max_length"):
@@ -483,6 +502,9 @@ class DistilBertTokenizer:
             special = set(self.all_special_ids)
             ids = [i for i in ids if i not in special]
         size = len(self)
+        for i in ids:
+            if not isinstance(i, (int, float)):
+                raise TypeError(f"token ids are integers, got {i!r}")
         tokens = [self._tokenizer.id_to_token(int(i)) if 0 <= i < 2 * size + 2**16 else None for i in ids]
         for i, token in zip(ids, tokens, strict=True):
             if token is None:
@@ -515,6 +537,14 @@ _CLEAN_UP = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
+
+
+def _check_flags(settings: dict[str, Any]) -> None:
+    """TypeError for a switch of BERT's normaliser that is none; strip_accents may be None."""
+    for name in ("do_lower_case", "tokenize_chinese_chars", "strip_accents"):
+        value = settings.get(name, False)
+        if not isinstance(value, bool) and not (value is None and name == "strip_accents"):
+            raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 def _copy(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -559,7 +589,7 @@ def _strategy(truncation: bool | str) -> str | None:
     names = {True: "longest_first", False: None, "do_not_truncate": None}
     if truncation in ("longest_first", "only_first", "only_second"):
         return str(truncation)
-    if truncation not in names:
+    if not isinstance(truncation, (bool, str)) or truncation not in names:
         raise ValueError(f"truncation must be a bool, longest_first, only_first or only_second, got {truncation!r}")
     return names[truncation]
 

@@ -70,6 +70,20 @@ def test_text_file_several_inputs_and_options(minilm, jsonl, tmp_path):
     np.testing.assert_allclose(embeddings[:3], own.encode(["first", "", "third without end"]), atol=1e-5)
 
 
+def test_standard_input_without_the_column_is_refused(monkeypatch):
+    for lines, error in (
+        ('{"txt": "one"}\n', "no column 'text' among 'txt'"),
+        ('"text"\n', None),
+        ('["text"]\n', None),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        if error is None:
+            assert [row.text for row in read_rows(["-"])] == [lines.strip()]
+            continue
+        with pytest.raises(ValueError, match=f"standard input, line 1: {error}"):
+            list(read_rows(["-"]))
+
+
 @pytest.mark.parametrize(
     "lines", ['{"text": "one"}\n{"text": "two"}\n', "one\ntwo\n", '\n  \n{"text": "one"}\n\n{"text": "two"}']
 )

@@ -215,6 +215,15 @@ def test_bad_rows_are_named(ours, texts, error, message):
         (lambda t: t(["a"], ["b", "c"]), ValueError, "as many"),
         (lambda t: t("a", ["b"]), TypeError, "text_pair must be one too"),
         (lambda t: t("a", truncation="middle"), ValueError, "'middle'"),
+        (lambda t: t("a", truncation=[1]), ValueError, r"truncation must be a bool.*, got \[1\]"),
+        (lambda t: t("a", padding="max_length", max_length="7"), TypeError, "max_length must be an integer, got '7'"),
+        (lambda t: t("a", padding=True, pad_to_multiple_of=2.5), TypeError, "pad_to_multiple_of must be an integer"),
+        (lambda t: t.decode([None]), TypeError, "token ids are integers, got None"),
+        (
+            lambda t: DistilBertTokenizer(tokenizer=t.backend, do_lower_case="x"),
+            TypeError,
+            "do_lower_case must be true",
+        ),
         (lambda t: t("a", padding="always"), ValueError, "'always'"),
         (lambda t: t("a", truncation=True, max_length=1), ValueError, "max_length is 1"),
         (lambda t: t("a", truncation=True, max_length="9"), TypeError, "must be an integer"),
@@ -240,6 +249,7 @@ def test_bad_calls(ours, call, error, message):
         ({"vocab.txt": "a\nb\n"}, ValueError, r"lacks the special tokens \[UNK\]"),
         ({"vocab.txt": "a", "tokenizer_config.json": "["}, ValueError, "not a JSON file"),
         ({"vocab.txt": "a", "tokenizer_config.json": "[]"}, ValueError, "not an object"),
+        ({"tokenizer_config.json": '{"do_lower_case": "x"}'}, TypeError, "config.json: do_lower_case must be true or"),
     ],
 )
 def test_bad_files(tmp_path, files, error, message):

@@ -241,7 +241,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """Embedder's arguments as sentence-transformers' files state them; what we cannot compute is an error."""
     settings: dict[str, Any] = {}
     modules = read_json(directory / "modules.json")
-    for module in modules if isinstance(modules, list) else []:
+    if not isinstance(modules, list) and (directory / "modules.json").is_file():
+        raise ValueError(f"{directory}/modules.json holds a JSON {type(modules).__name__}, not a list of modules")
+    for module in modules or []:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1] if isinstance(module, dict) else ""
         if kind == "Transformer" and module.get("path", "") != "":
             raise ValueError(f"{directory}/modules.json puts the encoder in {module['path']!r}; load that directory")
@@ -282,7 +284,7 @@ def _pooling(path: Path) -> str:
         modes = told if isinstance(told, list) else [told]
     else:
         names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-        modes = [names.get(k, k) for k, on in config.items() if k.startswith("pooling_mode_") and on is True]
+        modes = [names.get(k, k) for k, on in config.items() if k.startswith("pooling_mode_") and on in (True, 1)]
     if len(modes) != 1 or not isinstance(modes[0], str) or modes[0] not in ops.POOLING:
         raise ValueError(f"{path} asks for {', '.join(map(str, modes)) or 'no'} pooling; mean or cls is supported")
     if config.get("include_prompt") is False:
@@ -291,7 +293,10 @@ def _pooling(path: Path) -> str:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    path = (directory / name).resolve()
+    try:
+        path = (directory / name).resolve()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{directory}/modules.json names {name!r}, which is no path: {error}") from error
     if not path.is_relative_to(directory.resolve()):
         raise ValueError(f"{directory}/modules.json names {name!r}, which is outside its directory")
     return directory / name

@@ -19,8 +19,7 @@ class Row(NamedTuple):
 
 def read_rows(inputs: Iterable[str], *, text_column: str = "text", id_column: str | None = None) -> Iterator[Row]:
     """Rows of all inputs in order. .jsonl and .ndjson hold an object a line, anything else a text a line; "-" is
-    standard input, read as jsonl when its first line that is not blank is a JSON object
-    with the text column.
+    standard input, read as jsonl when its first line that is not blank is a JSON object.
 
     Raises FileNotFoundError for a missing file and ValueError naming file and line for a row that cannot be read.
     """
@@ -58,7 +57,7 @@ def _rows(file: BinaryIO, where: str, jsonl: bool, text_column: str) -> Iterator
         for raw in lines:
             head.append(raw)
             if raw.strip():
-                jsonl = _is_object_with(raw.decode("utf-8-sig", "replace"), text_column)
+                jsonl = _is_object(raw.decode("utf-8-sig", "replace"))
                 break
         lines = chain(head, lines)
     for line, raw in enumerate(lines, 1):
@@ -72,10 +71,10 @@ def _rows(file: BinaryIO, where: str, jsonl: bool, text_column: str) -> Iterator
             yield line, _object(text, f"{where}, line {line}", text_column)
 
 
-def _is_object_with(text: str, column: str) -> bool:
+def _is_object(text: str) -> bool:
     try:
-        return column in json.loads(text)
-    except (ValueError, TypeError, RecursionError):
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
         return False
 
 
