@@ -218,8 +218,10 @@ class Weights:
         self.where, self._stack, self._read = Path("state_dict"), ExitStack(), {}
         self.shapes, self.dtypes, self.dtype, self.promised = {}, {}, None, {}
         for name, tensor in tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise ValueError(f"state_dict holds a {type(tensor).__name__} under {name!r}, not a tensor")
+            if not isinstance(name, str) or not _is_usable(tensor):
+                raise ValueError(
+                    f"state_dict holds a {type(tensor).__name__} under {name!r}, not a plain tensor with values"
+                )
             self.add(name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name))
         return self
 
@@ -246,8 +248,7 @@ class Weights:
         if not isinstance(tensors, dict):
             raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors")
         for name, tensor in tensors.items():
-            usable = isinstance(tensor, Tensor) and tensor.layout is torch.strided
-            if not isinstance(name, str) or not usable or tensor.is_quantized or tensor.is_meta:
+            if not isinstance(name, str) or not _is_usable(tensor):
                 raise ValueError(
                     f"{path} holds a {type(tensor).__name__} under {name!r}, not a plain tensor with values"
                 )
@@ -261,6 +262,11 @@ class Weights:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+
+
+def _is_usable(tensor: Any) -> bool:
+    plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    return plain and not tensor.is_quantized and not tensor.is_meta
 
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -146,8 +146,17 @@ class DistilBertConfig:
                 f"config.activation {self.activation!r} is not supported; it must be one of "
                 f"{', '.join(ACTIVATION_ALIASES)}"
             )
-        if not isinstance(self.sinusoidal_pos_embds, bool):
-            raise TypeError(f"config.sinusoidal_pos_embds must be true or false, got {self.sinusoidal_pos_embds!r}")
+        for name in (
+            "sinusoidal_pos_embds",
+            "output_hidden_states",
+            "output_attentions",
+            "return_dict",
+            "tie_word_embeddings",
+        ):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"config.{name} must be true or false, got {value!r}")
+        if self.label2id is not None and not isinstance(self.label2id, dict):
+            raise TypeError(f"config.label2id must map names to numbers, got {self.label2id!r}")
         if self.pad_token_id is not None and not isinstance(self.pad_token_id, int):
             raise TypeError(f"config.pad_token_id must be an integer or None, got {self.pad_token_id!r}")
         chunk = self.chunk_size_feed_forward
@@ -232,6 +241,8 @@ class DistilBertConfig:
         self.to_json_file(Path(directory) / "config.json")
 
     def update(self, values: dict[str, Any]) -> None:
+        if not isinstance(values, dict):
+            raise TypeError(f"update takes a dictionary of fields, got {type(values).__name__}")
         for name, value in values.items():
             setattr(self, name, value)
         self._validate()
@@ -261,6 +272,45 @@ class DistilBertConfig:
         if "num_labels" in overrides and "id2label" not in overrides:
             values.pop("id2label", None), values.pop("label2id", None)
         return cls(**(values | overrides))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: Any,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        return_unused_kwargs: bool = False,
+        **overrides: Any,
+    ) -> Any:
+        """From a directory, a config.json or a hub id. Overrides win; what is no field is an error, or with
+        return_unused_kwargs comes back beside the configuration."""
+        if not isinstance(path_or_repo, (str, Path)):
+            raise TypeError(f"a configuration is given by a directory, a file or a hub id, got {path_or_repo!r}")
+        path = Path(path_or_repo)
+        if path.is_dir():
+            path = path / "config.json"
+        elif not path.exists() and isinstance(path_or_repo, str) and path_or_repo.count("/") < 2:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+            try:
+                path = Path(
+                    hf_hub_download(path_or_repo, "config.json", revision=revision, local_files_only=local_files_only)
+                )
+            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                raise FileNotFoundError(
+                    f"{path_or_repo!r} is neither a local directory nor a hub id that could be found: {error}"
+                ) from error
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no configuration {path}")
+        unused = {}
+        if return_unused_kwargs:
+            known = cls.from_json_file(path).__dict__
+            unused = {k: v for k, v in overrides.items() if k not in known and k not in cls._aliases}
+            overrides = {k: v for k, v in overrides.items() if k not in unused}
+        config = cls.from_json_file(path, **overrides)
+        return (config, unused) if return_unused_kwargs else config
 
     @classmethod
     def from_json_file(cls, path: str | Path, **overrides: Any) -> "DistilBertConfig":

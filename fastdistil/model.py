@@ -46,21 +46,28 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
-_UNHOOKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_UNHOOKED: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
-def is_hooked(model: nn.Module) -> bool:
+def is_hooked(model: nn.Module, blocks: nn.ModuleList) -> bool:
     """Whether a module inside has a forward hook, which is to see [batch, length, dim].
 
-    The scan takes as long as a small op, so it is made only where a hook was registered since the last one.
+    The scan takes as long as a small op, so it is made only where a hook was registered, or a block replaced, since the
+    last one.
     """
-    registered = RemovableHandle.next_id
+    if torch.compiler.is_compiling():
+        return _scan(model)
+    registered = (RemovableHandle.next_id, *map(id, blocks))
     if _UNHOOKED.get(model) == registered:
         return False
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model):
+    if _scan(model):
         return True
     _UNHOOKED[model] = registered
     return False
+
+
+def _scan(model: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
 
 
 def apply_linear(module: Any, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, in] -> [rows, out]
@@ -101,6 +108,7 @@ class Embeddings(nn.Module):
     def is_plain(self) -> bool:
         return (
             _is_ours(self, Embeddings)
+            and _is_off(self.dropout)
             and is_plain(self.LayerNorm, nn.LayerNorm)
             and all(
                 type(table) is nn.Embedding
@@ -120,6 +128,10 @@ class Embeddings(nn.Module):
 
 def _is_ours(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in module.__dict__
+
+
+def _is_off(dropout: Any) -> bool:
+    return type(dropout) is nn.Dropout and not dropout.training and "forward" not in dropout.__dict__
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -165,7 +177,7 @@ class MultiHeadSelfAttention(nn.Module):
                 weights = weights * head_mask.to(weights.dtype)[:, None, None]
             context = weights @ v
         else:
-            p = self.dropout.p if self.training else 0.0
+            p = self.dropout.p if self.dropout.training else 0.0
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         return self.out_lin(context.transpose(1, 2).flatten(2)), weights
 
@@ -284,13 +296,17 @@ class FFN(nn.Module):
         self.activation = ACTIVATION_ALIASES[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, dim] -> [B, L, dim]
-        return self.dropout(self.lin2(reference.ACTIVATIONS[self.activation](self.lin1(x))))
+        return self.dropout(self.lin2(self._activate(self.lin1(x))))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        activation: Any = self.activation  # a name, or what somebody put in its place
+        return reference.ACTIVATIONS[activation](x) if isinstance(activation, str) else activation(x)
 
     def packed(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, dim]
-        if is_plain(self.lin1):
+        if is_plain(self.lin1) and isinstance(self.activation, str):
             x = ops.bias_gelu(x, self.lin1.weight, self.lin1.bias, self.activation, live)  # [rows, hidden_dim]
         else:
-            x = reference.ACTIVATIONS[self.activation](self.lin1(x))
+            x = self._activate(self.lin1(x))
         return apply_linear(self.lin2, x, live)
 
 
@@ -305,10 +321,13 @@ class TransformerBlock(nn.Module):
         self.output_adapters: Adapters | None = None
 
     def is_plain(self) -> bool:
+        attention, ffn = self._modules["attention"], self._modules["ffn"]
         return (
             _is_ours(self, TransformerBlock)
-            and _is_ours(self._modules["attention"], MultiHeadSelfAttention)
-            and _is_ours(self._modules["ffn"], FFN)
+            and _is_ours(attention, MultiHeadSelfAttention)
+            and _is_ours(ffn, FFN)
+            and _is_off(attention._modules["dropout"])  # type: ignore[union-attr]
+            and _is_off(ffn._modules["dropout"])  # type: ignore[union-attr]
         )
 
     def forward(
@@ -458,8 +477,10 @@ class PreTrainedModel(WithAdapters):
         """
         if device is None and device_map is not None:
             device = _one_device(device_map)
+        if config is not None and not isinstance(config, DistilBertConfig):
+            raise TypeError(f"config must be a fastdistil.DistilBertConfig, got {type(config).__name__}")
         if path_or_repo is None and state_dict is not None and config is not None:
-            directory = None
+            directory, config = None, copy.deepcopy(config).updated(overrides)
         else:
             extra = ("pytorch_model*.bin", "pytorch_model.bin.index.json") if use_safetensors is False else ()
             directory = find(
@@ -515,6 +536,10 @@ class PreTrainedModel(WithAdapters):
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         config, merged = copy.deepcopy(self.config), self._merged_adapter()
+        if config.layer_norm_eps != type(config)().layer_norm_eps:
+            logger.warning(
+                "transformers computes a DistilBERT with layer_norm_eps 1e-12, not %s", config.layer_norm_eps
+            )
         adapters = self._adapters_in_file()
         config.__dict__.pop("adapters", None)
         if adapters is not None:
@@ -565,6 +590,34 @@ class PreTrainedModel(WithAdapters):
     def base_model(self) -> Any:
         return getattr(self, self.base_model_prefix, self)
 
+    @classmethod
+    def from_config(cls, config: DistilBertConfig) -> Any:
+        """A model with initial weights."""
+        return cls(config)
+
+    _from_config = from_config
+
+    def init_weights(self) -> None:
+        """Give every parameter its initial value anew."""
+        self.apply(self._init_weights)
+        self.tie_weights()
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of parameters, and of buffers."""
+        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in held)
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], device=self.device)}
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """For transformers' callers; there is one implementation here."""
+
+    def enable_input_require_grads(self) -> None:
+        """Let the word embeddings' result require a gradient, as training adapters under checkpointing needs."""
+        self.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         skip = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
         return sum(
@@ -605,6 +658,9 @@ class PreTrainedModel(WithAdapters):
         old = words.weight
         if new_num_tokens is None and pad_to_multiple_of is None:
             return words
+        for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         n = len(old) if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             if pad_to_multiple_of < 1:
@@ -627,6 +683,8 @@ class PreTrainedModel(WithAdapters):
         """Change the longest input, in tokens. Learned positions keep their rows and get initial values for new ones;
         sinusoidal ones are computed."""
         n = new_num_position_embeddings
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"new_num_position_embeddings must be an integer, got {n!r}")
         if not 1 <= n <= LIMITS["max_position_embeddings"]:
             most = LIMITS["max_position_embeddings"]
             raise ValueError(f"new_num_position_embeddings is {n}; it must be from 1 to {most}")
@@ -897,9 +955,21 @@ class DistilBertModel(PreTrainedModel):
         each sequence's 0, 1, 2... only: int64 [n], the rows to answer for. Returns [rows, dim] or [n, dim]; rows from
         cu_seqlens[-1] on are dead and mean nothing.
         """
-        for name, value in (("input_ids", input_ids), ("position_ids", position_ids)):
-            if value is not None and not isinstance(value, Tensor):
+        for name, value in (("input_ids", input_ids), ("cu_seqlens", cu_seqlens)):
+            if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        for name, given in (("position_ids", position_ids), ("only", only)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+        if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+            raise TypeError(f"max_seqlen must be an integer, got {max_seqlen!r}")
+        if only is not None and (only.dim() != 1 or only.dtype is not torch.int64):
+            raise ValueError(f"only must be int64 [n], got {only.dtype} {list(only.shape)}")
+        if only is not None and only.device.type == "cpu" and len(only) and not torch.compiler.is_compiling():
+            lowest, highest = (int(v) for v in only.aminmax())
+            if lowest < 0 or highest >= len(input_ids):
+                bad = lowest if lowest < 0 else highest
+                raise ValueError(f"only holds {bad}, but there are rows 0 to {len(input_ids) - 1}")
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids must be [rows], got {list(input_ids.shape)}")
         if max_seqlen > self.config.max_position_embeddings:
@@ -945,7 +1015,7 @@ class DistilBertModel(PreTrainedModel):
             self.embeddings.is_plain()
             and _is_ours(self.transformer, Transformer)
             and all(_is_ours(block, TransformerBlock) and block.is_plain() for block in blocks)
-            and (torch.compiler.is_compiling() or not is_hooked(self))
+            and not is_hooked(self, blocks)
         )
 
     def _needs_dense(self, inputs_embeds: Tensor | None, head_mask: Tensor | None) -> bool:
@@ -972,6 +1042,9 @@ class DistilBertModel(PreTrainedModel):
             raise ValueError(f"inputs_embeds must be floating point, got {given.dtype}")
         if inputs_embeds is not None and (given.dim() != 3 or given.shape[2] != self.config.dim):
             raise ValueError(f"inputs_embeds must be [batch, length, {self.config.dim}], got {list(given.shape)}")
+        weight = self.embeddings.word_embeddings.weight
+        if given.device != weight.device and self.embeddings.is_plain():  # or what is patched in moves it
+            raise ValueError(f"the input is on {given.device}, the model on {weight.device}; move one of them")
         if token_type_ids is not None and token_type_ids.shape not in (given.shape[:2], (1, given.shape[1])):
             raise ValueError(f"token_type_ids must be {list(given.shape[:2])}, got {list(token_type_ids.shape)}")
         if token_type_ids is not None and getattr(self.config, "token_types_folded", False):  # noqa: SIM102

@@ -164,6 +164,17 @@ class DistilBertTokenizer:
                     f"{self._tokenizer.token_to_id(content)}"
                 )
 
+    def _add_special(self, settings: dict[str, Any], directory: Path) -> None:
+        """The special tokens beside the usual ones, of which a file may tell that does not hold them."""
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            told = settings.get(name) or []
+            for token in told.values() if isinstance(told, dict) else told:
+                content = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(content, str):
+                    raise ValueError(f"{directory}/tokenizer_config.json: {name} holds {token!r}, not a token")
+                if self._tokenizer.token_to_id(content) is None:
+                    self._tokenizer.add_special_tokens([content])
+
     # --- files --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -199,6 +210,9 @@ class DistilBertTokenizer:
                 raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor vocab.txt")
             made = cls(directory / "vocab.txt", **given)
             made._add_tokens(settings.get("added_tokens_decoder"), directory / "tokenizer_config.json")
+            added = read_object(directory / "added_tokens.json")
+            made._add_tokens({i: token for token, i in added.items()}, directory / "added_tokens.json")
+            made._add_special(settings, directory)
             return made
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -217,9 +231,12 @@ class DistilBertTokenizer:
             normalizer.handle_chinese_chars = given["tokenize_chinese_chars"]
             tokenizer.normalizer = normalizer
         try:
-            return cls(tokenizer=tokenizer, **given)
+            made = cls(tokenizer=tokenizer, **given)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{directory}: {error}") from error
+        made._add_tokens(settings.get("added_tokens_decoder"), directory / "tokenizer_config.json")
+        made._add_special(settings, directory)
+        return made
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers reads back."""
@@ -237,8 +254,10 @@ class DistilBertTokenizer:
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
         self._tokenizer.save(str(directory / "tokenizer.json"))
-        tokens = sorted(self._tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
-        (directory / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in tokens), encoding="utf-8")
+        tokens = {i: token for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items()}
+        last = max(tokens)  # a line is a token's number; where there is none, a later line overrules this
+        lines = "".join(f"{tokens.get(i, tokens[last])}\n" for i in range(last + 1))
+        (directory / "vocab.txt").write_text(lines, encoding="utf-8")
 
     # --- vocabulary ---------------------------------------------------------------------------------------------
 

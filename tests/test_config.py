@@ -104,6 +104,9 @@ def test_old_hub_file_and_bert_file():
         ({"dropout": None}, TypeError, "config.dropout must be a number"),
         ({"initializer_range": float("nan")}, ValueError, "initializer_range"),
         ({"sinusoidal_pos_embds": 1}, TypeError, "sinusoidal_pos_embds"),
+        ({"return_dict": "no"}, TypeError, "config.return_dict must be true or false, got 'no'"),
+        ({"tie_word_embeddings": "x"}, TypeError, "config.tie_word_embeddings"),
+        ({"label2id": 5}, TypeError, "config.label2id must map names to numbers"),
         ({"problem_type": "guess"}, ValueError, "config.problem_type 'guess'"),
         ({"problem_type": "single_label_classification", "num_labels": 1}, ValueError, "more than one label"),
         ({"id2label": ["a"]}, TypeError, "config.id2label"),
@@ -124,6 +127,21 @@ def test_bad_values_name_the_field(values, error, message, tmp_path):
     with pytest.raises(error, match=message) as caught:
         DistilBertConfig.from_json_file(path)
     assert str(path) in str(caught.value)
+
+
+def test_from_pretrained(tmp_path):
+    DistilBertConfig(dim=48, n_heads=3).save_pretrained(tmp_path)
+    for place in (tmp_path, str(tmp_path), tmp_path / "config.json"):
+        assert DistilBertConfig.from_pretrained(place, n_layers=2).n_layers == 2
+    config, unused = DistilBertConfig.from_pretrained(tmp_path, num_hidden_layers=2, foo=1, return_unused_kwargs=True)
+    assert (config.dim, config.n_layers, unused) == (48, 2, {"foo": 1})
+    with pytest.raises(TypeError, match="'foo' is neither an argument nor a field of the configuration"):
+        DistilBertConfig.from_pretrained(tmp_path, foo=1)
+    for place, error in (("./nowhere", FileNotFoundError), ("no/such-model", FileNotFoundError), (3, TypeError)):
+        with pytest.raises(error, match="nowhere|such-model|got 3"):
+            DistilBertConfig.from_pretrained(place, local_files_only=True)
+    with pytest.raises(TypeError, match="update takes a dictionary"):
+        config.update(5)
 
 
 def test_not_json(tmp_path):

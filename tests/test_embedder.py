@@ -137,6 +137,8 @@ def test_bad_budgets(embedder, budget):
             {"modules.json": '[{"type": "x.Pooling", "path": "\\ud800"}]'},
             "modules.json names '.ud800', which is no path",
         ),
+        ({"sentence_bert_config.json": '{"tokenizer_args": {"model_max_length": 8}}'}, "tokenizer_args is .* not supp"),
+        ({"config_sentence_transformers.json": '{"truncate_dim": 8}'}, "truncate_dim is 8, which is not supported"),
         ({"tokenizer_config.json": '{"unk_token": "\\ud800"}'}, "unk_token is '.ud800', which is not text"),
         ({"1_Pooling/config.json": '{"pooling_mode_max_tokens": true}'}, "pooling_mode_max_tokens pooling"),
         ({"1_Pooling/config.json": '{"pooling_mode": "mean", "include_prompt": false}'}, "include_prompt"),

@@ -333,7 +333,7 @@ def test_weights_that_others_hold_stay_where_they_are(holder):
         assert not torch.allclose(got, make("BertModel")(**given)[0] * (got != 0), atol=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_takes_other_masks():
     for name in ("BertModel", "DistilBertModel"):
         model, (given, keep) = make(name), inputs(name)

@@ -353,6 +353,82 @@ def test_hooks_see_padded_states_with_a_gradient_and_without():
     torch.testing.assert_close(some, rows[[3, 1]])
 
 
+def test_hooks_are_run_where_the_model_is_compiled():
+    ours, _ = pair()
+    ids, keep = inputs()
+    for part in ("transformer.layer.0", "transformer.layer.1.ffn.dropout"):
+        ours.get_submodule(part).register_forward_hook(lambda module, args, out: out * 2)
+    with torch.no_grad():
+        expected = ours(ids, keep)[0]
+        compiled = torch.compile(ours, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(ids, keep)[0], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_rest_of_the_surface():
+    ours, _ = pair()
+    assert ours.get_memory_footprint() == 4 * ours.num_parameters()
+    assert ours(**ours.dummy_inputs)[0].shape == (3, 5, 48)
+    torch.manual_seed(0)
+    other = DistilBertModel.from_config(ours.config)
+    assert torch.equal(
+        other.state_dict()["transformer.layer.1.ffn.lin1.weight"], ours.transformer.layer[1].ffn.lin1.weight
+    )
+    other.init_weights()
+    assert not torch.equal(other.transformer.layer[1].ffn.lin1.weight, ours.transformer.layer[1].ffn.lin1.weight)
+    ours.requires_grad_(False)
+    ours.enable_input_require_grads()
+    ours.set_attn_implementation("sdpa")
+    assert ours(inputs()[0])[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, i, c: m.forward_packed(None, c, 9), TypeError, "input_ids must be a tensor, got NoneType"),
+        (lambda m, i, c: m.forward_packed(i, None, 9), TypeError, "cu_seqlens must be a tensor, got NoneType"),
+        (lambda m, i, c: m.forward_packed(i, c, "9"), TypeError, "max_seqlen must be an integer, got '9'"),
+        (lambda m, i, c: m.forward_packed(i, c, 9, only="first"), TypeError, "only must be a tensor, got str"),
+        (
+            lambda m, i, c: m.forward_packed(i, c, 9, only=torch.tensor([99])),
+            ValueError,
+            "only holds 99, but there are",
+        ),
+        (lambda m, i, c: m.forward_packed(i, c, 9, only=torch.tensor([-1])), ValueError, "only holds -1"),
+        (lambda m, i, c: m.forward_packed(i, c, 9, only=torch.tensor([0.0])), ValueError, "only must be int64"),
+        (lambda m, i, c: m.resize_token_embeddings(1.5), TypeError, "new_num_tokens must be an integer, got 1.5"),
+        (lambda m, i, c: m.resize_position_embeddings("8"), TypeError, "must be an integer, got '8'"),
+        (
+            lambda m, i, c: type(m).from_pretrained(None, config=m.config, state_dict=m.state_dict(), foo=1),
+            TypeError,
+            "'foo' is neither",
+        ),
+        (
+            lambda m, i, c: type(m).from_pretrained(".", config={}),
+            TypeError,
+            "config must be a fastdistil.DistilBertConfig, got dict",
+        ),
+        (
+            lambda m, i, c: type(m).from_pretrained(
+                None, config=m.config, state_dict={"a": torch.ones(1, device="meta")}
+            ),
+            ValueError,
+            "state_dict holds a Tensor under 'a', not a plain tensor with values",
+        ),
+    ],
+)
+def test_more_wrong_arguments(call, error, message):
+    ours, _ = pair()
+    with torch.inference_mode(), pytest.raises(error, match=message):
+        call(ours, torch.ones(9, dtype=torch.int64), torch.tensor([0, 9], dtype=torch.int32))
+
+
+def test_overrides_beside_a_configuration():
+    ours, _ = pair()
+    state = ours.state_dict()
+    again = DistilBertModel.from_pretrained(None, config=ours.config, state_dict=state, output_hidden_states=True)
+    assert again.config.output_hidden_states and not ours.config.output_hidden_states
+
+
 def test_modules_that_are_not_ours_are_called():
     ours, _ = pair()
     ids, keep = inputs()
@@ -371,6 +447,51 @@ def test_modules_that_are_not_ours_are_called():
     assert expected.requires_grad
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids, keep)[0], expected.detach(), rtol=0, atol=0)
+
+
+def test_a_hooked_block_that_is_put_in_later_is_watched():
+    ours, other = pair()[0], pair(1)[0]
+    ids, keep = inputs()
+    seen = []
+    other.transformer.layer[0].register_forward_hook(lambda module, args, out: (seen.append(out.shape), out * 2)[1])
+    with torch.inference_mode():
+        before = ours(ids, keep)[0]
+        ours.transformer.layer[1] = other.transformer.layer[0]
+        after = ours(ids, keep)[0]
+    assert seen == [(4, 21, 48)] and not torch.allclose(before, after, atol=1e-2)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "transformer.layer.0.attention", "transformer.layer.1.ffn"])
+def test_a_dropout_that_is_left_on_drops(part):
+    ours, _ = pair()
+    ids, keep = inputs()
+    with torch.inference_mode():
+        assert torch.equal(ours(ids, keep)[0], ours(ids, keep)[0])
+        dropout = ours.get_submodule(part).dropout
+        dropout.train()
+        dropout.p = 0.5
+        assert not torch.equal(ours(ids, keep)[0], ours(ids, keep)[0])
+        dropout.eval()
+        dropout.forward = lambda x: x.flip(-1)
+        changed = ours(ids, keep)[0]
+        del dropout.forward
+        assert part.endswith("attention") or not torch.allclose(ours(ids, keep)[0], changed, atol=1e-4)
+
+
+def test_another_activation_in_place():
+    ours, theirs = pair()
+    ids, keep = inputs()
+    for model in (ours, theirs):
+        model.transformer.layer[0].ffn.activation = torch.nn.Tanh()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            close(ours(ids, keep)[0], theirs(ids, keep)[0], keep)
+
+
+def test_an_input_on_another_device_is_named():
+    ours, _ = pair()
+    with torch.inference_mode(), pytest.raises(ValueError, match="the input is on meta, the model on cpu; move one"):
+        ours(torch.ones(1, 3, dtype=torch.int64, device="meta"))
 
 
 # --- embeddings of other sizes ------------------------------------------------------------------------------------

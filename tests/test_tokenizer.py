@@ -274,6 +274,43 @@ def test_tokenizer_files_that_would_fail_late(minilm, tmp_path, change, message)
         DistilBertTokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.txt"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"additional_special_tokens": ["<x>"]}},
+        {"tokenizer_config.json": {"extra_special_tokens": ["<x>"]}},
+        {"special_tokens_map.json": {"additional_special_tokens": ["<x>"]}},
+        {"added_tokens.json": {"<x>": 8}},
+    ],
+    ids=lambda files: ", ".join(f"{name}: {next(iter(value))}" for name, value in files.items()),
+)
+def test_tokens_that_other_files_add(kind, files, tmp_path):
+    if kind == "tokenizer.json" and next(iter(files)) in ("added_tokens.json", "special_tokens_map.json"):
+        pytest.skip("of a vocab.txt")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]))
+    if kind == "tokenizer.json":
+        DistilBertTokenizer(tmp_path / "vocab.txt").backend.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "vocab.txt").unlink()
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    assert DistilBertTokenizer.from_pretrained(tmp_path)("a <x> b")["input_ids"] == [2, 5, 8, 6, 3]
+    bad = {"tokenizer_config.json": {"additional_special_tokens": [3]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(bad["tokenizer_config.json"]))
+    with pytest.raises(ValueError, match="additional_special_tokens holds 3, not a token"):
+        DistilBertTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_vocabulary_with_a_line_twice_is_saved_with_its_numbers(tmp_path):
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "a", "d"]
+    (tmp_path / "vocab.txt").write_text("\n".join(lines))
+    ours = DistilBertTokenizer(tmp_path / "vocab.txt")
+    ids = ours("a b c d")["input_ids"]
+    ours.save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "tokenizer.json").unlink()
+    assert DistilBertTokenizer.from_pretrained(tmp_path / "again")("a b c d")["input_ids"] == ids == [2, 8, 6, 7, 9, 3]
+
+
 def test_a_max_length_alone_truncates(minilm):
     transformers = pytest.importorskip("transformers")
     ours = DistilBertTokenizer.from_pretrained(minilm)

@@ -263,8 +263,13 @@ def read_settings(directory: Path) -> dict[str, Any]:
         if not isinstance(lower, bool):
             raise ValueError(f"{where}: do_lower_case is {lower!r}; it must be true or false")
         settings["lower_case"] = lower
+    for setting in ("tokenizer_args", "processor_kwargs", "processing_kwargs"):
+        if sentence.get(setting):
+            raise ValueError(f"{where}: {setting} is {sentence[setting]!r:.80}, which is not supported")
     where = f"{directory}/config_sentence_transformers.json"
     told = read_object(directory / "config_sentence_transformers.json")
+    if told.get("truncate_dim") is not None:
+        raise ValueError(f"{where}: truncate_dim is {told['truncate_dim']!r}, which is not supported")
     if name := told.get("default_prompt_name"):
         prompts = told.get("prompts") or {}
         if not isinstance(prompts, dict) or not isinstance(name, str) or name not in prompts:
