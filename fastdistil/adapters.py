@@ -265,6 +265,19 @@ def low_rank(linear: nn.Linear, names: Sequence[str], x: Tensor) -> Tensor | Non
     return None
 
 
+def _merged(weight: Tensor, lora: Any) -> Tensor:
+    return weight + lora.delta().to(weight.dtype)
+
+
+@torch.no_grad()
+def is_merged(linear: Any) -> bool:
+    """Whether a projection's weight still is what `merge_adapter` made of it."""
+    name, kept = linear.__dict__["_unmerged"]
+    kept = kept.to(linear.weight)
+    lora = linear.loras[name] if name in getattr(linear, "loras", ()) else None
+    return lora is not None and torch.equal(linear.weight, _merged(kept, lora))
+
+
 class WithAdapters(nn.Module):
     """Adapters of a model with `base_model`, as the adapters library's methods of these names."""
 
@@ -451,8 +464,8 @@ class WithAdapters(nn.Module):
             loras = getattr(linear, "loras", {})
             if adapter_name in loras:
                 kept = linear.weight.detach().clone()
-                linear.weight.add_(loras[adapter_name].delta().to(linear.weight.dtype))
-                linear.__dict__["_unmerged"] = (adapter_name, kept, linear.weight._version)
+                linear.weight.copy_(_merged(kept, loras[adapter_name]))
+                linear.__dict__["_unmerged"] = (adapter_name, kept)
 
     @torch.no_grad()
     def reset_adapter(self) -> None:

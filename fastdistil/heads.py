@@ -93,8 +93,12 @@ def reads_padding(kind: str, labels: Any, mask: Tensor | None) -> bool:
         return False
     if kind == "question_answering":
         return True  # a softmax over the length
-    if not isinstance(labels, Tensor) or labels.shape[-1:] != mask.shape[-1:] or labels.dim() != 2:
-        return False  # an error, or logits_at
+    length = mask.shape[1]
+    if not isinstance(labels, Tensor) or length == 0 or labels.numel() % length:
+        return False  # an error
+    labels = labels.reshape(-1, length)
+    if len(mask) not in (1, len(labels)):
+        return False  # as above, or choices
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     return bool(((labels != IGNORED) & (mask == 0)).any())
@@ -184,6 +188,17 @@ HEADS = {
 }
 
 
+_ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout, *(type(make()) for make in ACTIVATIONS.values())}
+
+
+def is_row_wise(layers: Sequence[nn.Module]) -> bool:
+    """Whether a head's layers are those it was made with, each token's result its own; else they get padded states."""
+    return all(
+        type(m) in _ROW_BY_ROW and "forward" not in m.__dict__ and not (m._forward_hooks or m._forward_pre_hooks)
+        for m in layers
+    )
+
+
 def score(layers: Sequence[nn.Module], x: Tensor, live: Tensor | None = None) -> Tensor:  # [..., dim] -> [..., out]
     for layer in layers:
         x = apply_linear(layer, x, live) if isinstance(layer, nn.Linear) and x.dim() == 2 else layer(x)
@@ -228,7 +243,12 @@ class _Headed(PreTrainedModel):
             return encoder.encode(*inputs, only=only, adapter_names=adapter_names, padding_too=padding_too)
         *first, position_ids, token_type_ids = inputs
         rest = {"position_ids": position_ids, "token_type_ids": token_type_ids, "adapter_names": adapter_names}
-        out: Any = encoder(*first, return_dict=True, **{k: v for k, v in rest.items() if v is not None})
+        out: Any = encoder(
+            *first,
+            return_dict=True,
+            **{k: v for k, v in rest.items() if v is not None},
+            **({"padding_too": True} if padding_too else {}),
+        )
         hidden, mask = out.last_hidden_state, inputs[1]
         keep = None if mask is None or mask.dim() != 2 else (mask != 0).expand(hidden.shape[:2])
         return Encoded(pick(hidden, keep, only), None, out.hidden_states, out.attentions)
@@ -326,9 +346,15 @@ class _WithHead(_Headed):
             token_type_ids,
             only="first" if HEADS[self.head_type].first else None,
             adapter_names=adapter_names,
-            padding_too=reads_padding(self.head_type, labels, attention_mask),
+            padding_too=self._padding_too(labels, attention_mask),
         )
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
+
+    def _padding_too(self, labels: Any, mask: Tensor | None) -> bool:
+        """Whether the head is to get transformers' states at padded positions, too."""
+        if not HEADS[self.head_type].first and not is_row_wise(self.layers()):
+            return True
+        return reads_padding(self.head_type, labels, mask)
 
     def _answer(self, encoded: Encoded, logits: Tensor, labels: Any, return_dict: bool | None) -> ModelOutput | tuple:
         problem_type = "" if labels is None else self._problem_type(labels)
@@ -386,7 +412,7 @@ class DistilBertForMaskedLM(_WithHead):
             token_type_ids,
             only=logits_at,
             adapter_names=adapter_names,
-            padding_too=logits_at is None and reads_padding(self.head_type, labels, attention_mask),
+            padding_too=logits_at is None and self._padding_too(labels, attention_mask),
         )
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
@@ -494,7 +520,7 @@ class DistilBertForQuestionAnswering(_WithHead):
             position_ids,
             token_type_ids,
             adapter_names=adapter_names,
-            padding_too=reads_padding(self.head_type, labels, attention_mask),
+            padding_too=self._padding_too(labels, attention_mask),
         )
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
@@ -958,9 +984,9 @@ class DistilBertModelWithHeads(_Headed):
             adapter_names=adapter_names,
             padding_too=logits_at is None
             and any(
-                reads_padding(kind, of_head, mask)
-                for kind, of_head in zip(kinds, given, strict=True)
-                if kind != "tagging"  # which leaves padding out of its loss
+                (not HEADS[kind].first and not is_row_wise(list(self.heads[name])))  # type: ignore[call-overload]
+                or (kind != "tagging" and reads_padding(kind, of_head, mask))  # which leaves padding out of its loss
+                for name, kind, of_head in zip(names, kinds, given, strict=True)
             ),
         )
         if not names:
@@ -1140,7 +1166,10 @@ class DistilBertModelWithHeads(_Headed):
         """As the encoder's; with_head: also the head that was saved beside it, if there is one."""
         name = super().load_adapter(save_directory, load_as, set_active, overwrite_ok, use_safetensors)
         if with_head and (Path(save_directory) / HEAD_CONFIG).is_file():
+            active = self.active_head
             self.load_head(save_directory, load_as=load_as, use_safetensors=use_safetensors)
+            if active is not None and not set_active:
+                self.active_head = active
         return name
 
     def to_static(self, head_name: str | None = None) -> _WithHead:

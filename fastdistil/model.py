@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
 from fastdistil import graphs, ops, reference
-from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, low_rank
+from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, is_merged, low_rank
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
 from fastdistil.outputs import BaseModelOutput
@@ -32,6 +32,19 @@ from fastdistil.packing import Packing, find_rows
 
 logger = logging.getLogger("fastdistil")
 
+# transformers' keywords of from_pretrained: without a meaning here, and those that ask for something if they are set
+_IGNORED = ("trust_remote_code", "weights_only", "use_cache", "resume_download")
+_ABSENT = (
+    "adapter_kwargs",
+    "force_download",
+    "key_mapping",
+    "offload_folder",
+    "proxies",
+    "quantization_config",
+    "subfolder",
+    "use_auth_token",
+    "variant",
+)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -121,6 +134,8 @@ class Embeddings(nn.Module):
 
     @staticmethod
     def _lookup(table: nn.Embedding, index: Tensor) -> Tensor:
+        if not isinstance(getattr(table, "weight", None), Tensor):  # somebody's own
+            return table(index)
         # an index outside the table is NaN, not an illegal access
         inside = (index >= 0) & (index < len(table.weight))
         return table(index.where(inside, 0)).masked_fill(~inside.unsqueeze(-1), float("nan"))
@@ -281,8 +296,7 @@ def _before_load(embeddings: Embeddings, state_dict: dict[str, Tensor], prefix: 
 
 def _after_load(attention: MultiHeadSelfAttention, incompatible_keys: Any) -> None:  # a closure could not be pickled
     for linear in (attention.q_lin, attention.k_lin, attention.v_lin):
-        merged = linear.__dict__.get("_unmerged")
-        if merged is not None and linear.weight._version != merged[2]:  # other weights: there is nothing to undo
+        if "_unmerged" in linear.__dict__ and not is_merged(linear):  # other weights: there is nothing to undo
             del linear.__dict__["_unmerged"]
     attention._lay_side_by_side()
 
@@ -475,6 +489,7 @@ class PreTrainedModel(WithAdapters):
         exactly for a single segment: the vector of token type 0 is added to every position. Raises OSError for files,
         ValueError for what is in them, TypeError for a keyword that is none of the configuration's.
         """
+        overrides = {k: v for k, v in overrides.items() if k not in _IGNORED and not (k in _ABSENT and not v)}
         if device is None and device_map is not None:
             device = _one_device(device_map)
         if config is not None and not isinstance(config, DistilBertConfig):
@@ -505,7 +520,7 @@ class PreTrainedModel(WithAdapters):
             model = model.to(_dtype(wanted, config, weights))
             model.__dict__["_load_device"] = as_device(device or "cpu")
             report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
-        config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.eval()
         return (model, report.as_dict()) if output_loading_info else model
 
@@ -531,8 +546,20 @@ class PreTrainedModel(WithAdapters):
         if any(name.endswith("position_embeddings.weight") for name in fresh):
             self._init_weights(next(m for m in self.modules() if isinstance(m, Embeddings)))
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "50GB") -> None:
-        """Write config.json and model.safetensors, or shards of at most max_shard_size with their index."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        max_shard_size: int | str = "50GB",
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
+    ) -> None:
+        """Write config.json and model.safetensors, or shards of at most max_shard_size with their index; nothing unless
+        is_main_process. safe_serialization is always on."""
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False asks for a pickle; only safetensors are written")
+        if not is_main_process:
+            return
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         config, merged = copy.deepcopy(self.config), self._merged_adapter()
@@ -549,7 +576,7 @@ class PreTrainedModel(WithAdapters):
                 "adapter %r is merged: the weights are saved with it, and it is not saved beside them", merged
             )
         kept = (lambda name: True) if merged is None else (lambda name: f".loras.{merged}." not in name)
-        save(self, Path(directory), config, kept, max_shard_size=max_shard_size)
+        save(self, Path(save_directory), config, kept, max_shard_size=max_shard_size)
 
     def post_init(self) -> None:
         """Initial values in transformers' order, so that one seed gives one model in both libraries."""
@@ -758,8 +785,9 @@ class DistilBertModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         adapter_names: str | Sequence[str] | None = None,
+        padding_too: bool = False,
     ) -> BaseModelOutput | tuple:
-        """Hidden states of a padded batch; exactly 0 at padded positions.
+        """Hidden states of a padded batch; exactly 0 at padded positions, or with padding_too transformers'.
 
         input_ids: integers [B, L]; or inputs_embeds: [B, L, dim] in place of the word embeddings. attention_mask:
         [B, L] or [1, L] of any dtype, nonzero at real tokens, wherever they lie; or [B, 1 or heads, L, L], bool (True
@@ -779,6 +807,7 @@ class DistilBertModel(PreTrainedModel):
             position_ids,
             token_type_ids,
             adapter_names=adapter_names,
+            padding_too=padding_too,
         )
         hidden = encoded.hidden if encoded.at is None else encoded.at.unpack(encoded.hidden)
         out = BaseModelOutput(hidden, encoded.states, encoded.attentions)
@@ -822,7 +851,7 @@ class DistilBertModel(PreTrainedModel):
         if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
             input_ids = input_ids.long()
         if inputs_embeds is not None:
-            inputs_embeds = inputs_embeds.to(self.embeddings.word_embeddings.weight.dtype)
+            inputs_embeds = inputs_embeds.to(self.dtype if self._words() is None else self._words().dtype)
         keep, mask = _masks(attention_mask, batch, length, config.n_heads)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(self.dtype)
@@ -876,7 +905,8 @@ class DistilBertModel(PreTrainedModel):
         """[B, L] -> hidden states n_layers + 1 times [B, L, dim], and attentions; what they hold at padded positions
         means something only with padding_too"""
         if input_ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
-            known = (input_ids >= 0) & (input_ids < len(self.embeddings.word_embeddings.weight))
+            words = self._words()
+            known = (input_ids >= 0) & (input_ids < (self.config.vocab_size if words is None else len(words)))
             input_ids = input_ids.where(keep | known if padding_too else keep, 0)
         elif inputs_embeds is not None and keep is not None and not padding_too:
             inputs_embeds = inputs_embeds.masked_fill(~keep.unsqueeze(-1), 0)
@@ -1012,11 +1042,16 @@ class DistilBertModel(PreTrainedModel):
         """Whether only our own modules run, with nobody to watch them."""
         blocks: Any = self.transformer.layer
         return (
-            self.embeddings.is_plain()
+            _is_ours(self.embeddings, Embeddings)
+            and self.embeddings.is_plain()
             and _is_ours(self.transformer, Transformer)
             and all(_is_ours(block, TransformerBlock) and block.is_plain() for block in blocks)
             and not is_hooked(self, blocks)
         )
+
+    def _words(self) -> Any:
+        """The word embeddings' table, unless somebody's own module stands there."""
+        return getattr(getattr(self.embeddings, "word_embeddings", None), "weight", None)
 
     def _needs_dense(self, inputs_embeds: Tensor | None, head_mask: Tensor | None) -> bool:
         if self.training or not self._can_pack():
@@ -1042,8 +1077,8 @@ class DistilBertModel(PreTrainedModel):
             raise ValueError(f"inputs_embeds must be floating point, got {given.dtype}")
         if inputs_embeds is not None and (given.dim() != 3 or given.shape[2] != self.config.dim):
             raise ValueError(f"inputs_embeds must be [batch, length, {self.config.dim}], got {list(given.shape)}")
-        weight = self.embeddings.word_embeddings.weight
-        if given.device != weight.device and self.embeddings.is_plain():  # or what is patched in moves it
+        weight = self._words()
+        if weight is not None and given.device != weight.device and self.embeddings.is_plain():  # else it may be moved
             raise ValueError(f"the input is on {given.device}, the model on {weight.device}; move one of them")
         if token_type_ids is not None and token_type_ids.shape not in (given.shape[:2], (1, given.shape[1])):
             raise ValueError(f"token_type_ids must be {list(given.shape[:2])}, got {list(token_type_ids.shape)}")
@@ -1058,7 +1093,10 @@ class DistilBertModel(PreTrainedModel):
     def _check_ids(self, input_ids: Tensor, keep: Tensor | None) -> None:
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
             return  # reading a value back would stall the device: there a bad id makes its own sequence NaN
-        vocab_size = len(self.embeddings.word_embeddings.weight)
+        words = self._words()
+        if words is None:
+            return
+        vocab_size = len(words)
         lowest, highest = input_ids.aminmax()
         if lowest >= 0 and highest < vocab_size:
             return

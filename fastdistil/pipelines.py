@@ -16,7 +16,7 @@ import torch
 from tokenizers import Encoding, decoders
 from torch import Tensor
 
-from fastdistil.checkpoint import find
+from fastdistil.checkpoint import find, read_config
 from fastdistil.engine.embedder import BUDGET
 from fastdistil.engine.scheduler import Window, batches
 from fastdistil.heads import (
@@ -27,6 +27,7 @@ from fastdistil.heads import (
     DistilBertModelWithHeads,
     score,
 )
+from fastdistil.heads import model_class as class_named_in
 from fastdistil.model import DistilBertModel, as_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
@@ -44,17 +45,29 @@ class Pipeline:
     def __init__(self, model: Any, tokenizer: DistilBertTokenizer, max_batch_tokens: int | None = None):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder: DistilBertModel = model if isinstance(model, DistilBertModel) else model.distilbert
-        self.kind, self.layers, self.labels = "", [], {}
         if self.kinds:
             kind = None if isinstance(model, DistilBertModel) else model.task()[0]
             if kind not in self.kinds:
                 raise ValueError(
                     f"{type(self).__name__} needs a {' or '.join(self.kinds)} head, {type(model).__name__} has {kind}"
                 )
-            self.kind, self.layers, self.labels = model.task()
         if max_batch_tokens is not None:
             _check_count("max_batch_tokens", max_batch_tokens)
         self.max_batch_tokens = max_batch_tokens
+
+    # looked up at every call, for the model may change: its active head, its labels
+
+    @property
+    def kind(self) -> str:
+        return self.model.task()[0] if self.kinds else ""
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        return self.model.task()[1] if self.kinds else []
+
+    @property
+    def labels(self) -> dict[int, str]:
+        return self.model.task()[2] if self.kinds else {}
 
     @torch.inference_mode()
     def run(self, sequences: list[list[int]], only: list[list[int]] | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -67,7 +80,7 @@ class Pipeline:
                     f"inputs[{row}] is {len(sequence)} tokens long, the model has {limit} positions; "
                     "pass truncation=True"
                 )
-        device = self.encoder.device
+        device, layers = self.encoder.device, self.layers
         window = Window.of(iter([sequences]))
         for rows in batches(window.lengths, self.max_batch_tokens or BUDGET[device.type]):
             ids, positions, cu_seqlens = window.gather(rows)
@@ -82,7 +95,7 @@ class Pipeline:
                 torch.from_numpy(positions).to(device),
                 chosen,
             )  # [tokens or chosen, dim]
-            for row, logits in zip(rows.tolist(), score(self.layers, x).float().split(sizes), strict=True):
+            for row, logits in zip(rows.tolist(), score(layers, x).float().split(sizes), strict=True):
                 yield row, logits
 
     def tokenize(self, texts: Sequence[Any], truncation: bool | None, max_length: int | None) -> list[list[int]]:
@@ -112,6 +125,12 @@ class Pipeline:
                 found[row] = one
         return found
 
+    def _encodings(self, texts: list[str], **options: Any) -> list[Encoding]:
+        try:
+            return self.tokenizer(texts, **options).encodings
+        except (ValueError, TypeError) as error:
+            raise type(error)(_with_rows(str(error), range(len(texts)))) from error
+
     def _limit(self) -> int:
         """The most tokens of a text."""
         return min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
@@ -123,6 +142,15 @@ _PAIR = {"text", "text_pair"}
 def _with_rows(message: str, rows: Sequence[int]) -> str:
     """A tokenizer's message about text[i] as one about inputs[rows[i]]."""
     return re.sub(r"\btext(_pair)?\[(\d+)\]", lambda m: f"inputs[{rows[int(m[2])]}]", message, count=1)
+
+
+def _surrogate(texts: Sequence[Sequence[str]]) -> str:
+    """Where a lone surrogate is among lists of words."""
+    for row, words in enumerate(texts):
+        for i, word in enumerate(words):
+            if any("\ud800" <= c <= "\udfff" for c in word):
+                return f"inputs[{row}][{i}] {word!r}"
+    return "which could not be found"
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -323,7 +351,7 @@ class TokenClassificationPipeline(Pipeline):
     ) -> list[Any]:
         texts, single = _as_list(inputs)
         if is_split_into_words and texts and all(isinstance(word, str) for word in texts):
-            texts, single = [texts], True
+            texts = [texts]
         if aggregation_strategy not in self.strategies:
             raise ValueError(
                 f"aggregation_strategy {aggregation_strategy!r} is not one of {', '.join(self.strategies)}"
@@ -339,7 +367,10 @@ class TokenClassificationPipeline(Pipeline):
         if stride is not None and aggregation_strategy == "none":
             raise ValueError("stride needs an aggregation_strategy other than none, for windows overlap")
         if is_split_into_words:
-            plain = self.tokenizer.backend.encode_batch(texts, is_pretokenized=True, add_special_tokens=False)
+            try:
+                plain = self.tokenizer.backend.encode_batch(texts, is_pretokenized=True, add_special_tokens=False)
+            except TypeError as error:
+                raise ValueError(f"one of the inputs holds a word that is not text, {_surrogate(texts)}") from error
             for row, words in enumerate(texts):
                 lengths = [len(word) + len(delimiter) for word in words]
                 starts[row], texts[row] = [0, *itertools.accumulate(lengths)], delimiter.join(words)
@@ -347,10 +378,9 @@ class TokenClassificationPipeline(Pipeline):
             if stride is None:  # the first window of each
                 windows = [window for i, window in enumerate(windows) if i == 0 or windows[i - 1][0] != window[0]]
         elif stride is None:
-            encoded = self.tokenizer(texts, truncation=True, max_length=limit)
-            windows = list(enumerate(encoded.encodings))
+            windows = list(enumerate(self._encodings(texts, truncation=True, max_length=limit)))
         else:
-            plain = self.tokenizer(texts, add_special_tokens=False).encodings
+            plain = self._encodings(texts, add_special_tokens=False)
             for row, encoding in enumerate(plain):
                 windows += [(row, window) for window in cut(self.tokenizer, encoding, None, limit, stride, row)]
         found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
@@ -522,8 +552,8 @@ class QuestionAnsweringPipeline(Pipeline):
         if stride > most:
             raise ValueError(f"`doc_stride` ({stride}) is larger than `max_seq_len` ({most})")
         questions, contexts = ([sample[k] for sample in samples] for k in ("question", "context"))
-        asked = self.tokenizer(questions, add_special_tokens=False).encodings
-        told = self.tokenizer(contexts, add_special_tokens=False).encodings
+        asked = self._encodings(questions, add_special_tokens=False)
+        told = self._encodings(contexts, add_special_tokens=False)
         windows = [
             (row, window)
             for row in range(len(samples))
@@ -647,6 +677,8 @@ def pipeline(
         place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
+        if kind.kinds and class_named_in(read_config(directory)) is DistilBertModelWithHeads:
+            model_class = DistilBertModelWithHeads
         model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
             directory, dtype=dtype, device=place, output_loading_info=True
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistil.checkpoint import Weights, find, read_config
-from fastdistil.heads import model_class
+from fastdistil.heads import DistilBertModelWithHeads, model_class
 from fastdistil.model import DistilBertModel, as_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
@@ -112,7 +112,13 @@ def verify(
                 report.not_finite.append(name)
     tokenizer = DistilBertTokenizer.from_pretrained(directory)
     longest = min(model.config.max_position_embeddings, tokenizer.model_max_length)
-    batch = tokenizer(list(texts or TEXTS), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    chosen = list(texts or TEXTS)
+    if (
+        isinstance(model, DistilBertModelWithHeads) and model.task()[0] == "multiple_choice"
+    ):  # as many as it can choose of
+        count = model.heads_config[str(model.active_head)]["num_choices"]
+        chosen = [chosen[i % len(chosen)] for i in range(-(-len(chosen) // count) * count)]
+    batch = tokenizer(chosen, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     ids, mask = batch["input_ids"].to(place), batch["attention_mask"].to(place)
     keep = mask.bool()
     if kind.__name__.endswith("MultipleChoice"):  # each text a choice

@@ -282,6 +282,20 @@ def test_a_merged_model_is_saved_without_the_adapter(tmp_path, caplog):
     torch.testing.assert_close(again(ids, keep, adapter_names="both")[0], model(ids, keep)[0], rtol=0, atol=TOLERANCE)
 
 
+def test_a_merged_models_own_weights_loaded_again_stay_merged():
+    model = make()
+    ids, keep = inputs()
+    plain, through = model(ids, keep)[0], model(ids, keep, adapter_names="lora")[0]
+    model.merge_adapter("lora")
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.state_dict(), assign=True)
+    for one in (model, copied):
+        torch.testing.assert_close(one(ids, keep, adapter_names="lora")[0], through, rtol=0, atol=TOLERANCE)
+        one.reset_adapter()
+        assert torch.equal(one(ids, keep)[0], plain)
+
+
 def test_weights_loaded_over_merged_ones_stay():
     model, other = make(), make(seed=1)
     model.merge_adapter("lora")
@@ -359,6 +373,12 @@ def test_a_head_beside_its_adapter(tmp_path):
         fresh = DistilBertModelWithHeads(DistilBertConfig(**TINY))
         fresh.load_adapter(tmp_path / directory, use_safetensors=True, **options)
         assert list(fresh.heads) == heads
+    fresh = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    fresh.add_tagging_head("own")
+    fresh.load_adapter(tmp_path / "both")
+    assert fresh.active_head == "own" and set(fresh.heads) == {"own", "sst"}
+    fresh.load_adapter(tmp_path / "both", set_active=True)
+    assert fresh.active_head == "sst"
     with pytest.raises(ValueError, match="only safetensors are written"):
         model.save_adapter(tmp_path / "c", "sst", use_safetensors=False)
     with pytest.raises(OSError, match=r"pytorch_adapter.bin could not be read"):

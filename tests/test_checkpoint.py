@@ -312,6 +312,22 @@ def test_a_missing_encoder_weight_is_reported(saved, caplog):
     assert "initialised anew: transformer.layer.1.ffn.lin2.weight" in caplog.text
 
 
+def test_transformers_keywords(saved, tmp_path):
+    path, _ = saved
+    model = DistilBertModel.from_pretrained(
+        path, trust_remote_code=False, force_download=False, subfolder="", variant=None, attn_implementation="sdpa",
+        device_map="cpu", low_cpu_mem_usage=True,
+    )  # fmt: skip
+    model.save_pretrained(save_directory=tmp_path / "a", safe_serialization=True, is_main_process=True)
+    model.save_pretrained(tmp_path / "b", is_main_process=False)
+    assert (tmp_path / "a" / "model.safetensors").is_file() and not (tmp_path / "b").exists()
+    for keywords in ({"variant": "fp16"}, {"nonsense": 3}):
+        with pytest.raises(TypeError, match=f"'{next(iter(keywords))}' is neither an argument nor a field"):
+            DistilBertModel.from_pretrained(path, **keywords)
+    with pytest.raises(ValueError, match="device_map .* spreads a model over devices"):
+        DistilBertModel.from_pretrained(path, device_map={"a": 0, "b": 1})
+
+
 def test_arguments(tmp_path):
     with pytest.raises(TypeError, match="by a directory or a hub id"):
         find(3)

@@ -344,6 +344,88 @@ def test_resized_vocabulary(tied):
     torch.testing.assert_close(ours.get_output_embeddings().bias[71:].mean(), mean * 0 if tied else mean)
 
 
+@pytest.mark.parametrize("how", ["hook", "patched forward"])
+def test_a_watched_encoder_gives_the_same_loss(how):
+    ours, theirs = pair("DistilBertForQuestionAnswering", **TINY)
+    ids, keep = inputs(3)
+    spans = dict(start_positions=torch.tensor([1, 0, 0]), end_positions=torch.tensor([3, 2, 0]))
+    if how == "hook":
+        ours.distilbert.register_forward_hook(lambda *a: None)
+    else:
+        ours.distilbert.forward = ours.distilbert.forward
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got, expected = ours(ids, keep, **spans).loss, theirs(ids, keep, **spans).loss
+        torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["DistilBertForMaskedLM", "DistilBertForTokenClassification"])
+@pytest.mark.parametrize("shape", [(-1,), (3, 9, 1)], ids=["flat", "with a dimension more"])
+def test_flat_labels_at_padding(name, shape):
+    ours, theirs = pair(name, **TINY)
+    ids, keep = inputs(3)
+    labels = torch.randint(0, 2, (3, 9))
+    with torch.inference_mode():
+        expected = theirs(ids, keep, labels=labels).loss
+        torch.testing.assert_close(ours(ids, keep, labels=labels.reshape(shape)).loss, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_head_of_somebodys_own_gets_padded_states():
+    """An LSTM looks along the text, and a hook expects [batch, length, labels]."""
+    ours, theirs = pair("DistilBertForTokenClassification", **TINY)
+    ids, keep = inputs(3)
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = torch.nn.LSTM(24, 8, bidirectional=True, batch_first=True)
+            self.out = torch.nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.out(self.rnn(x)[0])
+
+    seen = []
+    ours.classifier.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    with torch.inference_mode():
+        ours(ids, keep)
+        assert seen == [(3, 9, 2)]
+        ours.classifier = theirs.classifier = Head().eval()
+        for mask in (keep, None):
+            got, expected = ours(ids, mask).logits, theirs(ids, mask).logits
+            torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_word_embeddings_of_somebodys_own():
+    ours, theirs = pair("DistilBertForTokenClassification", **TINY)
+    ids, keep = inputs(3)
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.table = table
+
+        def forward(self, ids):
+            return self.table(ids) * 2
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs) * 2
+
+    for model in (ours, theirs):
+        words = model.distilbert.embeddings.word_embeddings
+        model.distilbert.embeddings.word_embeddings = Scaled(words)
+    for _ in range(2):
+        with torch.inference_mode():
+            got, expected = ours(ids, keep).logits, theirs(ids, keep).logits
+        torch.testing.assert_close(got[keep], expected[keep], rtol=0, atol=TOLERANCE)
+        for model in (ours, theirs):
+            model.distilbert.embeddings = Wrapped(model.distilbert.embeddings)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hook_on_the_encoder_is_run(name):
     ours, theirs = pair(name, **TINY)

@@ -259,7 +259,12 @@ def _renorm(model, inside):
     model.get_input_embeddings().max_norm = 0.5
 
 
+def _scale(model, inside):
+    inside["ffn" if hasattr(inside["ffn"], "dropout") else "attention_out"].dropout = Doubled(torch.nn.Identity())
+
+
 CHANGES = {
+    "another module for dropout": _scale,
     "another activation": _tanh,
     "a patched network": _patch("ffn"),
     "a patched attention": _patch("attention"),
@@ -283,10 +288,44 @@ def test_what_is_changed_inside_holds(change, name):
             ffn, activation = (
                 (block.intermediate, "intermediate_act_fn") if name == "BertModel" else (block.ffn, "activation")
             )
-            inside = {"owner": owner, "layers": owner.layer, "ffn": ffn, "attention": block.attention}
+            out = block.attention.output if name == "BertModel" else None
+            inside = {
+                "attention_out": out,
+                "owner": owner,
+                "layers": owner.layer,
+                "ffn": ffn,
+                "attention": block.attention,
+            }
             change(model, inside | {"activation": activation})
         same(fast(**given), plain(**given), keep)
         assert not torch.allclose(fast(**given)[0][keep], before[keep], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "Bert"])
+@pytest.mark.parametrize("head", ["QuestionAnswering", "MaskedLM", "TokenClassification"])
+def test_a_loss_that_reads_padding(kind, head, packed):
+    name = f"{kind}For{head}"
+    plain, fast = make(name), accelerate(make(name))
+    given, keep = inputs(name)
+    labels = {"labels": torch.randint(0, 2, (3, 9))}
+    if head == "QuestionAnswering":
+        labels = {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.tensor([5, 2, 0])}
+    for model in (plain, fast):
+        model.base_model.requires_grad_(False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(
+                fast(**given, **labels).loss, plain(**given, **labels).loss, rtol=0, atol=TOLERANCE
+            )
+    assert not packed
+    copied = copy.deepcopy(fast)
+    with torch.inference_mode():
+        same(copied(**given), plain(**given), keep)
+        assert packed
+        torch.testing.assert_close(
+            copied(**given, **labels).loss, plain(**given, **labels).loss, rtol=0, atol=TOLERANCE
+        )
+    assert not restore(fast)._forward_pre_hooks and pickle.loads(pickle.dumps(copied))._forward_pre_hooks
 
 
 def test_dropout_that_is_left_on_drops():

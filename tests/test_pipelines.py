@@ -148,7 +148,7 @@ def test_words_that_are_split_already(strategy, tokenizer, their_tokenizer):
     for options in ({}, {"delimiter": "--"}):
         options |= {"aggregation_strategy": strategy, "is_split_into_words": True, "ignore_labels": []}
         same(ours(words, **options), theirs(words, **options))
-        same(ours(words[0], **options), theirs([words[0]], **options)[0])
+        same(ours(words[0], **options), theirs(words[0], **options))
     long = [f"{word}x{i}" for i, word in enumerate(TEXTS[0].split() * 9)]
     if strategy == "simple":
         start = ours([long], stride=5, **options)[0][-1]["end"]
@@ -302,6 +302,13 @@ def test_a_model_by_its_directory(tokenizer, tmp_path):
             r"inputs\[1\] must be a list of words, got 'c'",
         ),
         ("token-classification", lambda p: p([["a"]]), TypeError, r"inputs\[0\] must be a string"),
+        ("token-classification", lambda p: p(["a", "\ud800"]), ValueError, r"inputs\[1\] holds a lone surrogate"),
+        (
+            "token-classification",
+            lambda p: p([["a"], ["b", "\ud800"]], is_split_into_words=True),
+            ValueError,
+            r"inputs\[1\]\[1\]",
+        ),
     ],
 )
 def test_bad_input(task, call, error, message, tokenizer):
@@ -328,6 +335,30 @@ def test_bad_arguments(tokenizer):
         pipeline("feature-extraction", model, tokenizer, max_batch_tokens=0)
     with pytest.raises(TypeError, match="max_batch_tokens must be an integer, got '5'"):
         pipeline("feature-extraction", model, tokenizer, max_batch_tokens="5")
+
+
+def test_a_changed_model_answers_as_it_is_now(tokenizer):
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    model.add_classification_head("a", num_labels=2, id2label={0: "no", 1: "yes"})
+    model.add_classification_head("b", num_labels=1)
+    answer = pipeline("text-classification", model, tokenizer)
+    assert answer("a")[0]["label"] == "LABEL_0"
+    model.active_head = "a"
+    assert answer("a")[0]["label"] in ("no", "yes") and sum(
+        x["score"] for x in answer("a", top_k=None)
+    ) == pytest.approx(1)
+
+
+def test_a_flexible_checkpoint_by_its_directory(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    model.add_classification_head("a", num_labels=3)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    same(
+        pipeline("text-classification", tmp_path, device="cpu")(TEXTS),
+        pipeline("text-classification", model, tokenizer)(TEXTS),
+    )
 
 
 @pytest.mark.parametrize("task", ["fill-mask", "text-classification", "feature-extraction"])

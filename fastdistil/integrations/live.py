@@ -26,6 +26,8 @@ from fastdistil.model import FFN, MultiHeadSelfAttention, TransformerBlock, appl
 from fastdistil.packing import Packing, find_rows
 
 TOO_WIDE = 128  # head size
+# heads that read each sequence's first token alone, by the end of their names
+READ_COLUMN_0 = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 OLD = int(transformers.__version__.split(".")[0]) < 5
 # arguments that the packed path answers; any other, if given, is for transformers' own code
 KNOWN = {
@@ -190,6 +192,7 @@ class Live:
     def _fast_for(self, given: dict[str, Any]) -> Fast | None:
         """Our blocks, if the call is one that they answer."""
         model: Any = self
+        padding_is_read = self.__dict__.pop("_padding_is_read", False)
         mask, ids, embeds = given.get("attention_mask"), given.get("input_ids"), given.get("inputs_embeds")
         attentions = given.get("output_attentions")
         if (
@@ -197,6 +200,7 @@ class Live:
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or "forward" in self.__dict__
+            or padding_is_read
             or (OLD and given.get("return_dict") is False)  # which keeps what is None
             or any(value is not None and value is not False for k, value in given.items() if k not in KNOWN)
             or given.get("output_hidden_states") not in (None, True, False)  # or a list of layers
@@ -278,13 +282,14 @@ class DistilBertModel(Live, transformers.DistilBertModel):
         for block in _theirs(self.transformer, self.plain).layer:
             a, ffn = _theirs(_theirs(block, self.plain).attention, self.plain), _theirs(block.ffn, self.plain)
             _check_activation(ffn.activation, self.config.activation)
+            _check_dropouts(a, ffn)
             yield Layer(
                 a.q_lin, a.k_lin, a.v_lin, a.out_lin, block.sa_layer_norm,
                 ffn.lin1, ffn.lin2, block.output_layer_norm,
             )  # fmt: skip
 
     def _heads_and_activation(self) -> tuple[int, int, str]:
-        _theirs(self.embeddings, self.plain)
+        _check_dropouts(_theirs(self.embeddings, self.plain))
         return self.config.n_heads, self.config.dim, ACTIVATION_ALIASES[self.config.activation]
 
     def _result(self, hidden: Tensor, states: tuple[Tensor, ...] | None) -> Any:
@@ -303,14 +308,14 @@ class BertModel(Live, transformers.BertModel):
         for block in own(self.encoder).layer:
             a, out = own(own(own(block).attention).self), own(block.attention.output)
             _check_activation(own(block.intermediate).intermediate_act_fn, self.config.hidden_act)
-            own(block.output)
+            _check_dropouts(a, out, own(block.output))
             yield Layer(
                 a.query, a.key, a.value, out.dense, out.LayerNorm,
                 block.intermediate.dense, block.output.dense, block.output.LayerNorm,
             )  # fmt: skip
 
     def _heads_and_activation(self) -> tuple[int, int, str]:
-        _theirs(self.embeddings, self.plain)
+        _check_dropouts(_theirs(self.embeddings, self.plain))
         config = self.config
         return config.num_attention_heads, config.hidden_size, ACTIVATION_ALIASES[config.hidden_act]
 
@@ -319,6 +324,12 @@ class BertModel(Live, transformers.BertModel):
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden, pooler_output=pooled, hidden_states=states
         )
+
+
+def _check_dropouts(*owners: Any) -> None:
+    for owner in owners:
+        if type(owner.dropout) is not nn.Dropout:
+            raise Unknown(type(owner.dropout))
 
 
 def _check_activation(module: Any, name: str) -> None:
@@ -345,7 +356,25 @@ def accelerate(model: nn.Module) -> Any:
         _check(encoder)
     for encoder in found:
         encoder.__class__ = CLASSES[type(encoder)]
+    for head in model.modules():
+        if (
+            isinstance(head, transformers.PreTrainedModel)
+            and isinstance(head.base_model, Live)
+            and head.base_model is not head
+        ):
+            if type(head).__name__.endswith(READ_COLUMN_0) or _look_for_labels in head._forward_pre_hooks.values():
+                continue
+            head.register_forward_pre_hook(_look_for_labels, with_kwargs=True)
     return model
+
+
+def _look_for_labels(head: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A loss is computed from padded positions, too; the encoder then leaves the call to transformers' code."""
+    kind: Any = type(head)
+    names = _parameters(kind)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    labels = any(given.get(name) is not None for name in ("labels", "start_positions", "end_positions"))
+    head.base_model.__dict__["_padding_is_read"] = labels and given.get("attention_mask") is not None
 
 
 def _check(encoder: Any) -> None:
@@ -366,6 +395,10 @@ def _check(encoder: Any) -> None:
 def restore(model: nn.Module) -> Any:
     for encoder in model.modules():
         if isinstance(encoder, Live):
-            encoder.__dict__.pop("_fast", None)
+            encoder.__dict__.pop("_fast", None), encoder.__dict__.pop("_padding_is_read", None)
             encoder.__class__ = encoder.plain
+        for number, hook in list(encoder._forward_pre_hooks.items()):
+            if hook is _look_for_labels:
+                del encoder._forward_pre_hooks[number]
+                encoder._forward_pre_hooks_with_kwargs.pop(number, None)
     return model
