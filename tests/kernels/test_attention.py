@@ -206,3 +206,12 @@ def test_without_the_mode_the_form_goes_by_the_longest(modes):
     assert {_configs.attention(n, 64, torch.float16, cpu) for n in (9, 32, 64, 128, 129)} == {
         _configs.ATTENTION["half"][-3]
     }
+
+
+def test_a_strided_scale_and_scores_far_below_zero(device):
+    lengths = [70, 3]
+    qkv, cu = rows_of(lengths, 2, 16, torch.float32, device), cu_seqlens(lengths, device)
+    scale = torch.tensor([1.0, 9.0, -0.5, 9.0], device=device)[::2]
+    hold_to_definition("attention", qkv, cu, 70, 2, scale)
+    qkv[:, :32], qkv[:, 32:64] = 30.0, -30.0  # every score is -3600
+    hold_to_definition("attention", qkv, cu, 70, 2)

@@ -100,3 +100,10 @@ def test_rows_past_two_billion_elements(device):
     assert torch.equal(out, layer_norm.embed_layer_norm(last - last[0], last * 0, x[-3:], positions, w, w, 1e-12))
     out = layer_norm.add_layer_norm(x, x, w, w, 1e-12)
     assert torch.equal(out[-3:], layer_norm.add_layer_norm(x[-3:], x[-3:], w, w, 1e-12))
+
+
+def test_strided_ids_and_parameters(device):
+    ids = (torch.arange(20, device=device) % 9)[::2]
+    table = rand(9, 48, dtype=torch.float32, device=device)
+    w, b = (rand(96, dtype=torch.float32, device=device, seed=i)[::2] for i in range(2))
+    hold_to_definition("embed_layer_norm", ids, ids.flip(0), table, table, w, b, 1e-12)
