@@ -107,11 +107,11 @@ def complete(config: Any) -> dict[str, Any]:
     Raises ValueError or TypeError.
     """
     if isinstance(config, str):
-        named = re.fullmatch(r"(\w+)(?:\[(.*)\])?", config)
-        name = ALIASES.get(named[1], named[1]) if named else ""
-        if named is None or name not in NAMED:
+        found = re.fullmatch(r"(\w+)(?:\[(.*)\])?", config)
+        name = ALIASES.get(found[1], found[1]) if found else ""
+        if found is None or name not in NAMED:
             raise ValueError(f"an adapter's config is one of {', '.join(NAMED)}, or a dictionary; got {config!r}")
-        config = NAMED[name] | _changes(named[2] or "", config)
+        config = NAMED[name] | _changes(found[2] or "", config)
     elif hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, Mapping):

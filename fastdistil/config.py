@@ -306,9 +306,7 @@ class DistilBertConfig:
             raise FileNotFoundError(f"there is no configuration {path}")
         unused = {}
         if return_unused_kwargs:
-            known = cls.from_json_file(path).__dict__
-            unused = {k: v for k, v in overrides.items() if k not in known and k not in cls._aliases}
-            overrides = {k: v for k, v in overrides.items() if k not in unused}
+            unused = {name: overrides.pop(name) for name in _unknown(overrides, cls.from_json_file(path).__dict__)}
         config = cls.from_json_file(path, **overrides)
         return (config, unused) if return_unused_kwargs else config
 
@@ -337,10 +335,13 @@ class DistilBertConfig:
 
 
 def _check_names(given: dict[str, Any], known: Iterable[str]) -> None:
+    for name in _unknown(given, known):
+        raise TypeError(f"{name!r} is neither an argument nor a field of the configuration")
+
+
+def _unknown(given: Iterable[str], known: Iterable[str]) -> list[str]:
     allowed = {*known, *DistilBertConfig._aliases, "num_labels", "torch_dtype"}
-    for name in given:
-        if name not in allowed:
-            raise TypeError(f"{name!r} is neither an argument nor a field of the configuration")
+    return [name for name in given if name not in allowed]
 
 
 def _labels(id2label: Any) -> dict[int, str]:

@@ -484,10 +484,11 @@ class PreTrainedModel(WithAdapters):
         dtype: "auto" is the checkpoint's own; else a torch dtype or its name. A local directory is read without any
         network access. use_safetensors=False reads pytorch_model.bin (with weights_only=True) instead.
         output_loading_info: also return a dictionary of missing_keys, unexpected_keys and mismatched_keys.
-        cache_dir and token are the hub's. device_map: one device, or "auto"; attn_implementation and low_cpu_mem_usage
-        are transformers' and have no meaning here. Other keywords override the configuration. BERT checkpoints convert
-        exactly for a single segment: the vector of token type 0 is added to every position. Raises OSError for files,
-        ValueError for what is in them, TypeError for a keyword that is none of the configuration's.
+        cache_dir and token are the hub's. device_map: one device, or "auto"; attn_implementation, low_cpu_mem_usage and
+        what else transformers' callers pass to its loader (trust_remote_code, an empty variant) mean nothing here. Other
+        keywords override the configuration. BERT checkpoints convert exactly for a single segment: the vector of token
+        type 0 is added to every position. Raises OSError for files, ValueError for what is in them, TypeError for a
+        keyword that is none of the configuration's.
         """
         overrides = {k: v for k, v in overrides.items() if k not in _IGNORED and not (k in _ABSENT and not v)}
         if device is None and device_map is not None:
@@ -905,9 +906,12 @@ class DistilBertModel(PreTrainedModel):
         """[B, L] -> hidden states n_layers + 1 times [B, L, dim], and attentions; what they hold at padded positions
         means something only with padding_too"""
         if input_ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
-            words = self._words()
-            known = (input_ids >= 0) & (input_ids < (self.config.vocab_size if words is None else len(words)))
-            input_ids = input_ids.where(keep | known if padding_too else keep, 0)
+            looked_up = keep
+            if padding_too:
+                words = self._words()
+                size = self.config.vocab_size if words is None else len(words)
+                looked_up = keep | ((input_ids >= 0) & (input_ids < size))
+            input_ids = input_ids.where(looked_up, 0)
         elif inputs_embeds is not None and keep is not None and not padding_too:
             inputs_embeds = inputs_embeds.masked_fill(~keep.unsqueeze(-1), 0)
         x = self.embeddings(input_ids, inputs_embeds, positions)  # [B, L, dim]

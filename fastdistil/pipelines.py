@@ -20,11 +20,13 @@ from fastdistil.checkpoint import find, read_config
 from fastdistil.engine.embedder import BUDGET
 from fastdistil.engine.scheduler import Window, batches
 from fastdistil.heads import (
+    HEADS,
     DistilBertForMaskedLM,
     DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification,
     DistilBertForTokenClassification,
     DistilBertModelWithHeads,
+    is_row_wise,
     score,
 )
 from fastdistil.heads import model_class as class_named_in
@@ -81,11 +83,13 @@ class Pipeline:
                     "pass truncation=True"
                 )
         device, layers = self.encoder.device, self.layers
+        # a head of somebody's own may look along the text: it gets one at a time, whole
+        along = bool(self.kinds) and not HEADS[self.kind].first and not is_row_wise(layers)
         window = Window.of(iter([sequences]))
         for rows in batches(window.lengths, self.max_batch_tokens or BUDGET[device.type]):
             ids, positions, cu_seqlens = window.gather(rows)
             sizes, chosen = window.lengths[rows].tolist(), None
-            if only is not None:
+            if only is not None and not along:
                 places = [start + i for start, row in zip(cu_seqlens.tolist(), rows, strict=False) for i in only[row]]
                 sizes, chosen = [len(only[row]) for row in rows], torch.tensor(places, device=device)
             x = self.encoder.forward_packed(
@@ -95,6 +99,11 @@ class Pipeline:
                 torch.from_numpy(positions).to(device),
                 chosen,
             )  # [tokens or chosen, dim]
+            if along:
+                for row, one in zip(rows.tolist(), x.split(sizes), strict=True):
+                    logits = score(layers, one[None])[0].float()
+                    yield row, logits if only is None else logits[only[row]]
+                continue
             for row, logits in zip(rows.tolist(), score(layers, x).float().split(sizes), strict=True):
                 yield row, logits
 

@@ -133,8 +133,10 @@ def test_from_pretrained(tmp_path):
     DistilBertConfig(dim=48, n_heads=3).save_pretrained(tmp_path)
     for place in (tmp_path, str(tmp_path), tmp_path / "config.json"):
         assert DistilBertConfig.from_pretrained(place, n_layers=2).n_layers == 2
-    config, unused = DistilBertConfig.from_pretrained(tmp_path, num_hidden_layers=2, foo=1, return_unused_kwargs=True)
-    assert (config.dim, config.n_layers, unused) == (48, 2, {"foo": 1})
+    config, unused = DistilBertConfig.from_pretrained(
+        tmp_path, num_hidden_layers=2, num_labels=3, foo=1, return_unused_kwargs=True
+    )
+    assert (config.dim, config.n_layers, config.num_labels, unused) == (48, 2, 3, {"foo": 1})
     with pytest.raises(TypeError, match="'foo' is neither an argument nor a field of the configuration"):
         DistilBertConfig.from_pretrained(tmp_path, foo=1)
     for place, error in (("./nowhere", FileNotFoundError), ("no/such-model", FileNotFoundError), (3, TypeError)):

@@ -337,6 +337,30 @@ def test_bad_arguments(tokenizer):
         pipeline("feature-extraction", model, tokenizer, max_batch_tokens="5")
 
 
+@pytest.mark.parametrize("task", ["token-classification", "fill-mask"])
+def test_a_head_that_looks_along_the_text(task, tokenizer, their_tokenizer):
+    """Of one text it must not see another."""
+
+    class Head(torch.nn.Module):
+        def __init__(self, out):
+            super().__init__()
+            self.rnn = torch.nn.LSTM(16, 8, bidirectional=True, batch_first=True)
+            self.out = torch.nn.Linear(16, out)
+
+        def forward(self, x):
+            return self.out(self.rnn(x)[0])
+
+    name = {"token-classification": "DistilBertForTokenClassification", "fill-mask": "DistilBertForMaskedLM"}[task]
+    ours, theirs = pair(task, name, tokenizer, their_tokenizer)
+    part = "classifier" if task == "token-classification" else "vocab_transform"
+    head = Head(2 if task == "token-classification" else 16).eval()
+    for model in (ours.model, theirs.model):
+        setattr(model, part, head)
+    inputs = TEXTS if task == "token-classification" else MASKED
+    options = {"ignore_labels": []} if task == "token-classification" else {}
+    same(ours(inputs, **options), theirs(inputs, **options))
+
+
 def test_a_changed_model_answers_as_it_is_now(tokenizer):
     model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
     model.add_classification_head("a", num_labels=2, id2label={0: "no", 1: "yes"})
