@@ -485,10 +485,10 @@ class PreTrainedModel(WithAdapters):
         network access. use_safetensors=False reads pytorch_model.bin (with weights_only=True) instead.
         output_loading_info: also return a dictionary of missing_keys, unexpected_keys and mismatched_keys.
         cache_dir and token are the hub's. device_map: one device, or "auto"; attn_implementation, low_cpu_mem_usage and
-        what else transformers' callers pass to its loader (trust_remote_code, an empty variant) mean nothing here. Other
-        keywords override the configuration. BERT checkpoints convert exactly for a single segment: the vector of token
-        type 0 is added to every position. Raises OSError for files, ValueError for what is in them, TypeError for a
-        keyword that is none of the configuration's.
+        what else transformers' callers pass to its loader (trust_remote_code, an empty variant) mean nothing here.
+        Other keywords override the configuration. BERT checkpoints convert exactly for a single segment: the vector of
+        token type 0 is added to every position. Raises OSError for files, ValueError for what is in them, TypeError for
+        a keyword that is none of the configuration's.
         """
         overrides = {k: v for k, v in overrides.items() if k not in _IGNORED and not (k in _ABSENT and not v)}
         if device is None and device_map is not None:
