@@ -143,6 +143,12 @@ class _Weights:
                 yield None if parameter is None else (parameter.data_ptr(), parameter.dtype, parameter.stride())
 
 
+def state_of(model: nn.Module) -> tuple | None:
+    """What a graph of a model would have fixed inside it, or None where that cannot be told."""
+    weights = _Weights(model)
+    return weights.when_captured if weights.is_plain() else None
+
+
 def can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 

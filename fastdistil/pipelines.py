@@ -17,8 +17,8 @@ from tokenizers import Encoding, decoders
 from torch import Tensor
 
 from fastdistil.checkpoint import find, read_config
-from fastdistil.engine.embedder import BUDGET
-from fastdistil.engine.scheduler import Window, batches
+from fastdistil.engine.runner import Engine, budget_for
+from fastdistil.engine.scheduler import Window, flatten
 from fastdistil.heads import (
     HEADS,
     DistilBertForMaskedLM,
@@ -71,10 +71,14 @@ class Pipeline:
     def labels(self) -> dict[int, str]:
         return self.model.task()[2] if self.kinds else {}
 
-    @torch.inference_mode()
-    def run(self, sequences: list[list[int]], only: list[list[int]] | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(row, logits [its tokens, out]) of each sequence, as batches are done; without a head, hidden states. only:
-        the tokens to answer for."""
+    def run(
+        self,
+        sequences: list[list[int]],
+        only: list[list[int]] | None = None,
+        finish: Callable[[Tensor], Tensor] = Tensor.float,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(row, logits [its tokens, out], on the CPU) of each sequence, as batches are done; without a head, hidden
+        states. only: the tokens to answer for. finish: what is made of logits [n, out] on the device, [n, ...]."""
         limit = self.encoder.config.max_position_embeddings
         for row, sequence in enumerate(sequences):
             if len(sequence) > limit:
@@ -85,27 +89,32 @@ class Pipeline:
         device, layers = self.encoder.device, self.layers
         # a head of somebody's own may look along the text: it gets one at a time, whole
         along = bool(self.kinds) and not HEADS[self.kind].first and not is_row_wise(layers)
-        window = Window.of(iter([sequences]))
-        for rows in batches(window.lengths, self.max_batch_tokens or BUDGET[device.type]):
-            ids, positions, cu_seqlens = window.gather(rows)
-            sizes, chosen = window.lengths[rows].tolist(), None
+        window = Window.join([flatten(sequences)])
+        sizes = window.lengths if only is None else np.array([len(places) for places in only])
+
+        @torch.inference_mode()
+        def compute(ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray) -> Tensor:
+            lengths, chosen = window.lengths[rows].tolist(), None
             if only is not None and not along:
-                places = [start + i for start, row in zip(cu_seqlens.tolist(), rows, strict=False) for i in only[row]]
-                sizes, chosen = [len(only[row]) for row in rows], torch.tensor(places, device=device)
-            x = self.encoder.forward_packed(
-                torch.from_numpy(ids).to(device),
-                torch.from_numpy(cu_seqlens).to(device),
-                int(window.lengths[rows].max()),
-                torch.from_numpy(positions).to(device),
-                chosen,
-            )  # [tokens or chosen, dim]
-            if along:
-                for row, one in zip(rows.tolist(), x.split(sizes), strict=True):
-                    logits = score(layers, one[None])[0].float()
-                    yield row, logits if only is None else logits[only[row]]
-                continue
-            for row, logits in zip(rows.tolist(), score(layers, x).float().split(sizes), strict=True):
-                yield row, logits
+                starts = itertools.accumulate(lengths, initial=0)
+                places = [start + i for start, row in zip(starts, rows, strict=False) for i in only[row]]
+                chosen = torch.tensor(places, dtype=torch.int64, device=device)
+            x = self.encoder.forward_packed(ids, cu_seqlens, longest, positions, chosen)  # [tokens or chosen, dim]
+            if not along:
+                return finish(score(layers, x))
+            pieces = [score(layers, one[None])[0] for one in x.split(lengths)]
+            if only is not None:
+                pieces = [piece[only[row]] for piece, row in zip(pieces, rows, strict=True)]
+            return finish(torch.cat(pieces))
+
+        for done in self._engine().run([window], compute):
+            if done.result is None:
+                raise MemoryError(f"inputs[{done.rows[0]}]: {done.error}")
+            yield from zip(done.rows.tolist(), done.result.split(sizes[done.rows].tolist()), strict=True)
+
+    def _engine(self) -> Engine:
+        device = self.encoder.device
+        return Engine(device, self.max_batch_tokens or budget_for(device, self.encoder.config.dim))
 
     def tokenize(self, texts: Sequence[Any], truncation: bool | None, max_length: int | None) -> list[list[int]]:
         """The ids of texts, or of dictionaries of text and text_pair. They are cut to max_length, by default the most
@@ -207,15 +216,21 @@ class FillMaskPipeline(Pipeline):
         for row, found in enumerate(places):
             if not found:
                 raise ValueError(f"inputs[{row}]: No mask_token ({self.tokenizer.mask_token}) found on the input")
-        out: list[Any] = [None] * len(rows)
-        for row, logits in self.run(rows, places):
-            probabilities = logits.softmax(-1)
+
+        def best_of(logits: Tensor) -> Tensor:
+            """Scores and tokens, [n, 2 * top_k]: on the device, for logits are as wide as the vocabulary."""
+            probabilities = logits.float().softmax(-1)
             if wanted is not None:
-                probabilities = probabilities[:, torch.tensor(wanted, device=logits.device)]
+                chosen = torch.tensor(wanted, device=logits.device)
+                probabilities = probabilities[:, chosen]
             values, tokens = probabilities.topk(min(top_k, probabilities.shape[1]))
-            if wanted is not None:
-                tokens = torch.tensor(wanted, device=logits.device)[tokens]
-            best = zip(places[row], values.tolist(), tokens.tolist(), strict=True)
+            # a float32 holds every token's number: vocabularies end at 2**24
+            return torch.cat([values, (tokens if wanted is None else chosen[tokens]).float()], 1)
+
+        out: list[Any] = [None] * len(rows)
+        for row, both in self.run(rows, places, best_of):
+            values, tokens = both.chunk(2, 1)
+            best = zip(places[row], values.tolist(), tokens.long().tolist(), strict=True)
             filled = [self._filled(rows[row], *one) for one in best]
             out[row] = filled[0] if len(filled) == 1 else filled
         return out[0] if single or len(out) == 1 else out

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder
-from fastdistil.engine import embedder as module
-from fastdistil.engine.scheduler import Window, batches
+from fastdistil.engine import runner, scheduler
 
 TEXTS = ["a cat sat", "temporary directory", "", "word " * 400, "a cat sat", "it's 3.14, isn't it?"] * 9
 
@@ -47,17 +46,18 @@ def test_order_batches_and_threads_do_not_matter(embedder, monkeypatch):
     order = np.random.default_rng(0).permutation(len(TEXTS))
     np.testing.assert_allclose(embedder.encode([TEXTS[i] for i in order]), expected[order], atol=2e-6)
     threads = torch.get_num_threads()
-    monkeypatch.setattr(module, "WORTH_A_WORKER", 1)
+    monkeypatch.setattr(runner, "WORTH_A_WORKER", 1)
     np.testing.assert_allclose(embedder.encode(TEXTS, max_batch_tokens=300), expected, atol=2e-6)
     assert torch.get_num_threads() == threads
-    with module.cpu_workers(max(threads, 2)) as (pool, workers):
+    with runner.cpu_workers(max(threads, 2)) as (pool, workers):
         assert set(pool.map(lambda _: torch.get_num_threads(), range(20))) == {max(threads, 2) // workers}
     torch.set_num_threads(threads)
-    monkeypatch.setattr(module, "WINDOW", 7)
+    monkeypatch.setattr(scheduler, "HEAD", 3)
+    monkeypatch.setattr(scheduler, "WINDOW", 7)
     np.testing.assert_allclose(embedder.encode(iter(TEXTS)), expected, atol=2e-6)
 
 
-def test_each_text_is_tokenised_once(embedder, monkeypatch):
+def test_each_distinct_text_is_tokenised_once(embedder, monkeypatch):
     seen = []
     encode = DistilBertTokenizer.encode_ids
     monkeypatch.setattr(
@@ -66,7 +66,7 @@ def test_each_text_is_tokenised_once(embedder, monkeypatch):
         lambda self, texts, *a, **k: seen.extend(texts) or encode(self, texts, *a, **k),
     )
     embedder.encode(TEXTS)
-    assert seen == TEXTS
+    assert seen == [*dict.fromkeys(TEXTS)]
 
 
 def test_options(checkpoint):
@@ -179,14 +179,3 @@ def test_bad_options(checkpoint):
     small = DistilBertModel(DistilBertConfig(vocab_size=100, dim=16, n_heads=2, hidden_dim=24, n_layers=1))
     with pytest.raises(ValueError, match="ids up to 30521, the model 100 embeddings"):
         Embedder(small, DistilBertTokenizer.from_pretrained(checkpoint))
-
-
-def test_scheduler():
-    lengths = np.array([3, 9, 1, 9, 20, 2])
-    got = [b.tolist() for b in batches(lengths, 12)]
-    assert got == [[4], [1], [3, 0], [5, 2]]  # longest first, at most 12 tokens unless one text is longer
-    assert list(batches(np.empty(0, np.int64), 12)) == []
-    window = Window.of(iter([[[5, 6, 7], [8]], [[9, 10]]]))
-    ids, positions, cu = window.gather(np.array([2, 0]))
-    assert (ids.tolist(), positions.tolist(), cu.tolist()) == ([9, 10, 5, 6, 7], [0, 1, 0, 1, 2], [0, 2, 5])
-    assert ids.dtype == positions.dtype == cu.dtype == np.int32

@@ -2,29 +2,27 @@
 
 import logging
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from fastdistil import ops
+from fastdistil import graphs, ops
 from fastdistil._register import FORMS
 from fastdistil.checkpoint import find, read_json, read_object
-from fastdistil.engine.scheduler import TOKENIZE, WINDOW, Window, batches
+from fastdistil.engine.runner import Done, Engine, GraphCache, budget_for
+from fastdistil.engine.scheduler import Window, cuts
+from fastdistil.engine.tokens import TextWindows, ahead
 from fastdistil.model import DistilBertModel, as_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
 
-BUDGET = {"cpu": 2_048, "cuda": 16_896}  # tokens a batch
-MOST_WORKERS = 16  # each holds the activations of a batch
-WORTH_A_WORKER = 512  # fewer tokens a thread are quicker with all threads on one batch
+DEVICES = ("cpu", "cuda")
 
 
 class Embedder:
@@ -67,6 +65,7 @@ class Embedder:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.prompt, self.lower_case = prompt, lower_case
+        self._graphs = GraphCache()
 
     @classmethod
     def from_pretrained(
@@ -90,7 +89,7 @@ class Embedder:
         directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
         settings = read_settings(directory)
         place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if place.type not in BUDGET:
+        if place.type not in DEVICES:
             raise ValueError(f"device {str(place)!r} is not supported; use cpu or cuda")
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
@@ -114,12 +113,16 @@ class Embedder:
         texts: str | Iterable[str],
         max_batch_tokens: int | None = None,
         show_progress: bool | None = None,
+        *,
+        tokenizer_processes: int = 0,
     ) -> np.ndarray:
         """Embeddings of texts, float32 [len(texts), dim] in their order; of one string, [dim].
 
-        max_batch_tokens: by default 2,048 on CPU and 16,896 on CUDA. show_progress: texts/s and tokens/s on stderr;
-        by default when that is a terminal. Memory beyond the output is bounded by the token budget and a look-ahead
-        of 65,536 texts. Raises TypeError or ValueError naming the text.
+        max_batch_tokens: by default 2,048 on CPU and about 16,896 on CUDA. show_progress: texts/s and tokens/s on
+        stderr; by default when that is a terminal. tokenizer_processes: how many more processes tokenise, for a GPU
+        that waits for this one's threads. Memory beyond the output is bounded by the token budget and a look-ahead of
+        65,536 texts. Equal texts are computed once. Raises TypeError or ValueError naming the text, MemoryError for a
+        text that does not fit alone.
         """
         if isinstance(texts, str):
             return self.encode([texts], max_batch_tokens, show_progress=False)[0]
@@ -127,71 +130,104 @@ class Embedder:
             raise TypeError(f"texts must be a string or an iterable of strings, got {type(texts).__name__}")
         if not isinstance(texts, (list, tuple)):
             texts = list(texts)
-        budget = BUDGET[self.model.device.type] if max_batch_tokens is None else max_batch_tokens
-        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-            raise ValueError(f"max_batch_tokens is {budget!r}; it must be an integer of 1 or more")
-        out = np.empty((len(texts), self.dim), np.float32)
+        engine = self.engine(max_batch_tokens)
+        source = self.text_windows(tokenizer_processes)
+        try:
+            windows = (source.window(texts[a:b], a) for a, b in cuts(len(texts)))
+            return self._collect(engine, windows, len(texts), show_progress)
+        finally:
+            source.close()
+
+    def encode_tokens(
+        self,
+        input_ids: Any,
+        cu_seqlens: Any,
+        max_batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+    ) -> np.ndarray:
+        """Embeddings of texts that are token ids already, special tokens included: float32 [n, dim].
+
+        input_ids: integers [tokens], one text after another. cu_seqlens: integers [n + 1], where each begins, from 0 to
+        [tokens]; arrays or CPU tensors. Raises TypeError or ValueError naming the text.
+        """
+        ids, ends = np.asarray(input_ids), np.asarray(cu_seqlens)
+        for name, array in (("input_ids", ids), ("cu_seqlens", ends)):
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise TypeError(f"{name} must be a flat array of integers, got {array.dtype} {list(array.shape)}")
+        lengths = np.diff(ends.astype(np.int64))
+        if len(ends) == 0 or ends[0] != 0 or ends[-1] != len(ids) or lengths.min(initial=0) < 0:
+            raise ValueError(f"cu_seqlens must rise from 0 to the {len(ids)} input_ids")
+        self.check_tokens(ids, lengths)
+        engine = self.engine(max_batch_tokens)
+        windows = (Window(ids[ends[a] : ends[b]], lengths[a:b], first=a) for a, b in cuts(len(lengths)))
+        return self._collect(engine, windows, len(lengths), show_progress)
+
+    def check_tokens(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Raise ValueError naming the first text with an id outside the vocabulary or more tokens than max_length."""
+        if len(long := np.flatnonzero(lengths > self.max_length)):
+            raise ValueError(
+                f"texts[{long[0]}] has {lengths[long[0]]} tokens, more than max_length {self.max_length}; cut it"
+            )
+        size = self.model.config.vocab_size
+        if len(ids) and (ids.min() < 0 or ids.max() >= size):
+            at = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
+            row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+            raise ValueError(f"texts[{row}] holds the id {ids[at]}, outside the vocabulary of {size}")
+
+    def budget(self, max_batch_tokens: int | None) -> int:
+        """Tokens a batch, checked; by default as many as suit the device."""
+        if max_batch_tokens is None:
+            return budget_for(self.model.device, self.dim)
+        if isinstance(max_batch_tokens, bool) or not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {max_batch_tokens!r}; it must be an integer of 1 or more")
+        return max_batch_tokens
+
+    def text_windows(self, processes: int = 0) -> TextWindows:
+        prepare = self._prepare if self.prompt or self.lower_case else None
+        return TextWindows(self.tokenizer, self.max_length, prepare, processes)
+
+    def run(self, engine: Engine, windows: Iterable[Window]) -> Iterator[Done]:
+        """Embeddings of windows, batch by batch: float32 [sequences, dim], one of equal texts."""
+        key = None
+        if self.model.device.type != "cpu":  # where the model has the cores that the tokenizer would need
+            windows = ahead(windows)
+            if (state := graphs.state_of(self.model)) is not None:
+                key = state, self.pooling, self.normalize
+        return engine.run(windows, self._compute, key=key)
+
+    def engine(self, max_batch_tokens: int | None = None) -> Engine:
+        return Engine(self.model.device, self.budget(max_batch_tokens), self._graphs)
+
+    def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:
+        out = np.empty((rows, self.dim), np.float32)
         quiet = not sys.stderr.isatty() if show_progress is None else not show_progress
-        with tqdm(total=len(texts), unit="text", unit_scale=True, disable=quiet, file=sys.stderr) as bar:
+        with tqdm(total=rows, unit="text", unit_scale=True, disable=quiet, file=sys.stderr) as bar:
             tokens = 0
-            for first in range(0, len(texts), WINDOW):
-                window = self.tokenize(texts[first : first + WINDOW], first_row=first)
-                for rows, embeddings in self._run(window, budget):
-                    out[first + rows] = embeddings
-                    tokens += int(window.lengths[rows].sum())
-                    bar.update(len(rows))
-                    if not quiet:
-                        elapsed = bar.format_dict["elapsed"] or 1e-9
-                        bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
+            for done in self.run(engine, windows):
+                at, which = done.window.texts(done.rows)
+                if done.result is None:
+                    raise MemoryError(f"texts[{at[0]}]: {done.error}")
+                out[at] = done.result.numpy()[which]
+                tokens += int(done.window.lengths[done.rows].sum())
+                bar.update(len(at))
+                if not quiet:
+                    elapsed = bar.format_dict["elapsed"] or 1e-9
+                    bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
         return out
 
-    def _run(self, window: Window, budget: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows, embeddings) batch by batch."""
-
-        def one(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            ids, positions, cu_seqlens = window.gather(rows)
-            return rows, self.embed_packed(ids, cu_seqlens, positions)
-
-        tokens, threads = len(window.ids), torch.get_num_threads()
-        if self.model.device.type != "cpu" or threads == 1 or tokens < threads * WORTH_A_WORKER:
-            yield from map(one, batches(window.lengths, budget))
-            return
-        # a batch a thread beats every thread on one batch, for no op waits for its slowest thread
-        with cpu_workers(threads) as (pool, workers):
-            rounds = -(-tokens // (budget * workers))
-            yield from pool.map(one, batches(window.lengths, min(budget, -(-tokens // (rounds * workers)) + 1)))
-
     def tokenize(self, texts: Sequence[str], *, first_row: int = 0) -> Window:
-        """Token ids of all texts, each tokenised once."""
+        """Token ids of all texts, each distinct one tokenised once."""
+        return self.text_windows().window(texts, first_row)
 
-        def chunks():
-            for start in range(0, len(texts), TOKENIZE):
-                chunk = texts[start : start + TOKENIZE]
-                if self.prompt or self.lower_case:
-                    chunk = [self._prepare(text) for text in chunk]
-                yield self.tokenizer.encode_ids(chunk, self.max_length, first_row=first_row + start)
-
-        return Window.of(chunks())
-
-    def _prepare(self, text: Any) -> Any:
-        if not isinstance(text, str):
-            return text  # the tokenizer's error names the row
+    def _prepare(self, text: str) -> str:
         text = self.prompt + text
         return text.lower() if self.lower_case else text
 
     @torch.inference_mode()
-    def embed_packed(self, ids: np.ndarray, cu_seqlens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-        """Embeddings of packed token ids: ids, positions int [tokens], cu_seqlens int32 [n + 1] -> float32 [n, dim]."""
-        device = self.model.device
-        longest = int(np.diff(cu_seqlens).max(initial=0))
-        where = torch.from_numpy(cu_seqlens).to(device)
-        hidden = self.model.forward_packed(
-            torch.from_numpy(ids).to(device),
-            where,
-            longest,
-            None if positions is None else torch.from_numpy(positions).to(device),
-        )  # [tokens, dim]
-        return ops.pool(hidden, where, self.pooling, self.normalize).float().cpu().numpy()
+    def _compute(self, ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray) -> Tensor:
+        longest = min(longest, self.model.config.max_position_embeddings)
+        hidden = self.model.forward_packed(ids, cu_seqlens, longest, positions)  # [tokens, dim]
+        return ops.pool(hidden, cu_seqlens, self.pooling, self.normalize).float()
 
 
 def describe(model: DistilBertModel) -> str:
@@ -206,27 +242,6 @@ def describe(model: DistilBertModel) -> str:
     else:
         runs = f"eager torch ops ({why if kernels else ', '.join(modules)})"
     return f"{device}{name}, {str(model.dtype).removeprefix('torch.')}, {runs}"
-
-
-@contextmanager
-def cpu_workers(threads: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Threads that share out torch's intra-op threads: (pool, how many). The caller's own number stays as it is."""
-    workers = min(threads, MOST_WORKERS)
-
-    def share_out() -> None:
-        torch.get_num_threads()  # a thread's first look at the number would overwrite what is set before it
-        torch.set_num_threads(threads // workers)
-        ready.wait()
-
-    ready = threading.Barrier(workers)
-    pool = ThreadPoolExecutor(workers, initializer=share_out)
-    try:
-        # the barrier holds each worker in its start until all have started
-        list(pool.map(lambda _: None, range(workers)))
-        torch.set_num_threads(threads)  # set_num_threads also sets what threads made later start with
-        yield pool, workers
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _threads() -> str:

@@ -1,0 +1,86 @@
+"""Texts to windows of token ids: each distinct text tokenised once, ahead of the model, in other processes if asked."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastdistil.engine.scheduler import TOKENIZE, Window, distinct, flatten
+from fastdistil.tokenizer import DistilBertTokenizer
+
+Item = TypeVar("Item")
+
+
+class TextWindows:
+    """Makes windows of texts. prepare: what is done to a text before. processes: how many tokenise beside this one,
+    for machines where the tokenizer's threads do not keep up; close() ends them."""
+
+    def __init__(
+        self,
+        tokenizer: DistilBertTokenizer,
+        max_length: int | None,
+        prepare: Callable[[str], str] | None = None,
+        processes: int = 0,
+    ):
+        self.tokenizer, self.max_length, self.prepare = tokenizer, max_length, prepare
+        self._pool: ProcessPoolExecutor | None = None
+        if processes:
+            # a fork would copy the locks of the tokenizer's threads and of CUDA
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(processes, context, _start, (tokenizer,))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def window(self, texts: Sequence[Any], first_row: int = 0) -> Window:
+        """Raises TypeError or ValueError naming the row, counted from first_row."""
+        source = None
+        if all(type(text) is str for text in texts):
+            once, source = distinct(list(texts))
+            if source is not None:
+                try:
+                    return Window.join(self._chunks(once, 0), source, first_row)
+                except (ValueError, TypeError):
+                    pass  # said again below, with the text's own row
+        return Window.join(self._chunks(texts, first_row), first=first_row)
+
+    def _chunks(self, texts: Sequence[Any], first_row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        pieces: list[tuple[list[Any], int | None, int]] = []
+        for start in range(0, len(texts), TOKENIZE):
+            chunk = list(texts[start : start + TOKENIZE])
+            if self.prepare is not None:  # the tokenizer's error names what is no text
+                chunk = [self.prepare(text) if isinstance(text, str) else text for text in chunk]
+            pieces.append((chunk, self.max_length, first_row + start))
+        if self._pool is not None:
+            yield from self._pool.map(_tokenize_there, pieces)
+        else:
+            for chunk, most, row in pieces:
+                yield flatten(self.tokenizer.encode_ids(chunk, most, first_row=row))
+
+
+def _start(tokenizer: DistilBertTokenizer) -> None:
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    _tokenizer = tokenizer
+
+
+def _tokenize_there(piece: tuple[list[Any], int | None, int]) -> tuple[np.ndarray, np.ndarray]:
+    chunk, most, row = piece
+    return flatten(_tokenizer.encode_ids(chunk, most, first_row=row))
+
+
+_tokenizer: DistilBertTokenizer
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each made in another thread while the one before it is in use."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield item  # type: ignore[misc]

