@@ -321,6 +321,57 @@ class _WithHead(_Headed):
         """The head's kind, its layers, and the names of its labels."""
         return self.head_type, self.layers(), self.config.id2label
 
+    def save_adapter(
+        self, save_directory: str | Path, adapter_name: str, use_safetensors: bool = True, with_head: bool = True
+    ) -> None:
+        """As the encoder's; with_head: beside it the head, which `train_adapter` trains too."""
+        super().save_adapter(save_directory, adapter_name, use_safetensors)
+        if with_head:
+            labels = {label: number for number, label in self.config.id2label.items()}
+            description = {"config": None, "name": None, "label2id": labels, "num_labels": self.config.num_labels}
+            write_head(self, Path(save_directory), description, self._head())
+
+    def load_adapter(
+        self,
+        save_directory: str | Path,
+        load_as: str | None = None,
+        set_active: bool = False,
+        overwrite_ok: bool = True,
+        use_safetensors: bool | None = None,
+        with_head: bool = True,
+    ) -> str:
+        """As the encoder's; with_head: also the head that was saved beside it, if it is one of this class."""
+        name = super().load_adapter(save_directory, load_as, set_active, overwrite_ok, use_safetensors)
+        directory = Path(save_directory)
+        if not with_head or not (directory / HEAD_CONFIG).is_file():
+            return name
+        description, own = read_object(directory / HEAD_CONFIG), self._head()
+        if description.get("model_class") != type(self).__name__:
+            logger.warning(
+                "%s: the head is left out, for it is one of %s, not of %s",
+                *(directory, description.get("model_class"), type(self).__name__),
+            )
+            return name
+        with Weights.of_file(directory / HEAD_WEIGHTS, directory / HEAD_PICKLE, use_safetensors) as weights:
+            for key in sorted(own.keys() | weights.shapes.keys()):
+                expected, found = (tuple(own[key].shape) if key in own else None), weights.shapes.get(key)
+                if expected != found:
+                    raise ValueError(
+                        f"{weights.where}: {key} should be {expected or 'absent'}, but is {found or 'absent'}"
+                    )
+            state = {key: weights.read(key) for key in own}
+        untie(self, state, directory)
+        with torch.no_grad():
+            for key, value in self._head().items():
+                value.copy_(state[key])
+        if isinstance(labels := description.get("label2id"), dict) and len(labels) == self.config.num_labels:
+            self.config.id2label = {number: label for label, number in labels.items()}
+            self.config.label2id = dict(labels)
+        return name
+
+    def _head(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("distilbert.")}
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -376,7 +427,7 @@ class DistilBertForMaskedLM(_WithHead):
     def __init__(self, config: DistilBertConfig):
         super().__init__(config)
         self.vocab_transform = nn.Linear(config.dim, config.dim)
-        self.vocab_layer_norm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.vocab_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.vocab_projector = nn.Linear(config.dim, config.vocab_size)
         self.activation = ACTIVATIONS[ACTIVATION_ALIASES[config.activation]]()
         self.post_init()
@@ -674,7 +725,7 @@ def build(settings: dict[str, Any], config: DistilBertConfig) -> nn.Sequential:
         for _ in range(depth - 1):
             add(width, width := settings["embedding_size"], last=False)
             if settings["layer_norm"]:
-                layers.append(nn.LayerNorm(width, eps=1e-12))
+                layers.append(nn.LayerNorm(width, eps=config.layer_norm_eps))
         add(width, settings["vocab_size"], last=True)
         return nn.Sequential(*layers)
     probability = settings["dropout_prob"]
@@ -714,7 +765,8 @@ class DistilBertModelWithHeads(_Headed):
     @classmethod
     def _for_checkpoint(cls, config: DistilBertConfig) -> DistilBertConfig:
         """The head that a checkpoint of one of transformers' classes has, as head "default"."""
-        kind = STATIC.get((config.architectures or [None])[0])
+        named = (config.architectures or [""])[0]
+        kind = STATIC.get(_LIKE_OURS.get(named, named))
         if kind is None:
             return config
         settings: dict[str, Any] = {"head_type": kind}
@@ -1050,18 +1102,8 @@ class DistilBertModelWithHeads(_Headed):
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"{directory} is a file; give a directory to save into")
         directory.mkdir(parents=True, exist_ok=True)
-        description = {
-            "config": self.heads_config[name],
-            "hidden_size": self.config.dim,
-            "model_class": "DistilBertModelWithHeads",
-            "model_name": "",
-            "model_type": self.config.model_type,
-            "name": name,
-            "version": "fastdistil",
-        }
-        (directory / HEAD_CONFIG).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        state = {f"heads.{name}.{k}": v.contiguous().clone() for k, v in self.heads[name].state_dict().items()}
-        save_file(state, directory / HEAD_WEIGHTS, metadata={"format": "pt"})
+        state = {f"heads.{name}.{k}": v for k, v in self.heads[name].state_dict().items()}
+        write_head(self, directory, {"config": self.heads_config[name], "name": name}, state)
 
     def save_all_heads(self, save_directory: str | Path, use_safetensors: bool = True) -> None:
         """`save_head` of every head, each into a directory of its name."""
@@ -1120,12 +1162,8 @@ class DistilBertModelWithHeads(_Headed):
                     )
             state = {key: weights.read(source[key]) for key in expected}
         self.add_prediction_head_from_config(name, settings, overwrite_ok=True)
-        added: Any = self.heads[name]
-        words, last = self.get_input_embeddings().weight, f"{len(added) - 1}.weight"
-        if added[-1].weight is words and not torch.equal(state[last].to(words), words):
-            logger.warning("%s: %s%s is not this model's word embeddings: they are not tied", directory, prefix, last)
-            added[-1].weight = nn.Parameter(words.detach().clone())
-        added.load_state_dict(state)
+        untie(self, {f"heads.{name}.{key}": value for key, value in state.items()}, directory)
+        self.heads[name].load_state_dict(state)
         return str(directory), name
 
     def _of_static(self, description: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -1223,6 +1261,29 @@ class DistilBertModelWithHeads(_Headed):
 
 
 DistilBertAdapterModel = DistilBertModelWithHeads
+
+
+def write_head(model: _Headed, directory: Path, described: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """A head's files in the adapters library's format."""
+    description = described | {
+        "hidden_size": model.config.dim,
+        "model_class": type(model).__name__,
+        "model_name": "",
+        "model_type": model.config.model_type,
+        "version": "adapters.1.3.0",  # whose format it is
+    }
+    (directory / HEAD_CONFIG).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, directory / HEAD_WEIGHTS, {"format": "pt"})
+
+
+def untie(model: _Headed, state: dict[str, Tensor], where: Path) -> None:
+    """A weight of its own to every projector whose saved one is not this model's word embeddings."""
+    words = model.get_input_embeddings().weight
+    for name, projector in model.projectors().items():
+        saved = state.get(f"{name}.weight")
+        if projector.weight is words and saved is not None and not torch.equal(saved.to(words), words):
+            logger.warning("%s: %s.weight is not this model's word embeddings: they are not tied", where, name)
+            projector.weight = nn.Parameter(words.detach().clone())
 
 
 # BERT's heads that stand on the encoder as ours do (the others read its pooler, or predict sentences, too)

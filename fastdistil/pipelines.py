@@ -5,6 +5,7 @@ token, or the masked ones, go through the last block's feed-forward network wher
 Source: transformers' pipelines, version 5 (question answering: version 4.57, which was the last to have it).
 """
 
+import inspect
 import itertools
 import logging
 import re
@@ -39,12 +40,16 @@ logger = logging.getLogger("fastdistil")
 class Pipeline:
     """A model and its tokenizer for one task; call it with a text or a list of texts.
 
-    max_batch_tokens: tokens that go through the model together, by default 2,048 on CPU and 16,896 on CUDA.
+    max_batch_tokens: tokens that go through the model together, by default 2,048 on CPU and about 16,896 on CUDA.
+    options: of `answer`, for every call that does not give them.
     """
 
     kinds: tuple[str, ...] = ()  # of heads
+    answer: Callable[..., Any]  # what a call does, with its options
 
-    def __init__(self, model: Any, tokenizer: DistilBertTokenizer, max_batch_tokens: int | None = None):
+    def __init__(self, model: Any, tokenizer: DistilBertTokenizer, max_batch_tokens: int | None = None, **options: Any):
+        inspect.signature(self.answer).bind_partial(**options)  # TypeError for what it does not take
+        self.options = options
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder: DistilBertModel = model if isinstance(model, DistilBertModel) else model.distilbert
         if self.kinds:
@@ -56,6 +61,10 @@ class Pipeline:
         if max_batch_tokens is not None:
             _check_count("max_batch_tokens", max_batch_tokens)
         self.max_batch_tokens = max_batch_tokens
+
+    def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
+        """`answer(inputs, ...)` with the pipeline's own options where the call gives none."""
+        return self.answer(inputs, *args, **(self.options | options))
 
     # looked up at every call, for the model may change: its active head, its labels
 
@@ -132,6 +141,8 @@ class Pipeline:
         pairs: list[Any] = [(text.get("text_pair") or None) if isinstance(text, dict) else None for text in texts]
         for paired in (False, True):
             rows = [row for row, pair in enumerate(pairs) if (pair is not None) is paired]
+            if paired and rows:
+                self._check_two_segments()
             whole = [texts[row]["text"] if isinstance(texts[row], dict) else texts[row] for row in rows]
             if not rows:
                 continue
@@ -148,6 +159,13 @@ class Pipeline:
             return self.tokenizer(texts, **options).encodings
         except (ValueError, TypeError) as error:
             raise type(error)(_with_rows(str(error), range(len(texts)))) from error
+
+    def _check_two_segments(self) -> None:
+        if getattr(self.encoder.config, "token_types_folded", False):
+            raise ValueError(
+                "a BERT checkpoint is converted for one segment, and a pair of texts has two; load it with "
+                "transformers, make it fast with fastdistil.accelerate, and use transformers' own pipeline"
+            )
 
     def _limit(self) -> int:
         """The most tokens of a text."""
@@ -197,7 +215,7 @@ class FillMaskPipeline(Pipeline):
 
     kinds = ("masked_lm",)
 
-    def __call__(
+    def answer(
         self,
         inputs: str | Iterable[str],
         top_k: int = 5,
@@ -278,7 +296,7 @@ class FeatureExtractionPipeline(Pipeline):
     """The last hidden states: nested lists [1][length][dim] of a text, or with return_tensors tensors [1, length, dim];
     of a list of texts a list of these."""
 
-    def __call__(
+    def answer(
         self,
         inputs: str | Iterable[str],
         return_tensors: bool = False,
@@ -303,7 +321,7 @@ class TextClassificationPipeline(Pipeline):
 
     kinds = ("classification", "multilabel_classification")
 
-    def __call__(
+    def answer(
         self,
         inputs: Any,
         top_k: int | str | None = "",
@@ -364,7 +382,7 @@ class TokenClassificationPipeline(Pipeline):
     kinds = ("tagging",)
     strategies = ("none", "simple", "first", "average", "max")
 
-    def __call__(
+    def answer(
         self,
         inputs: str | Iterable[str],
         aggregation_strategy: str = "none",
@@ -543,16 +561,16 @@ class QuestionAnsweringPipeline(Pipeline):
     """Where a text answers a question: {score, start, end, answer}, with characters start to end of the context.
 
     question, context: strings or lists of them (or a dictionary, or a list of such, with these keys). A list gives a
-    list. top_k above 1 gives lists, likeliest first, shorter where there are not so many answers. A long context is cut
-    into windows of max_seq_len tokens (by default 384, question included) that share doc_stride tokens (128, or half a
-    window); the same answer found twice has its scores added. max_answer_len: in tokens. handle_impossible_answer: ""
-    is an answer, too. align_to_words: answers are whole words. max_question_len and padding change nothing, as with
-    transformers' fast tokenizers.
+    list. top_k above 1 gives lists, likeliest first, shorter where there are not so many answers, and a single answer
+    alone. A long context is cut into windows of max_seq_len tokens (by default 384, question included) that share
+    doc_stride tokens (128, or half a window); the same answer found twice has its scores added. max_answer_len: in
+    tokens. handle_impossible_answer: "" is an answer, too. align_to_words: answers are whole words. max_question_len
+    and padding change nothing, as with transformers' fast tokenizers.
     """
 
     kinds = ("question_answering",)
 
-    def __call__(
+    def answer(
         self,
         inputs: Any = None,
         *,
@@ -567,6 +585,7 @@ class QuestionAnsweringPipeline(Pipeline):
         max_question_len: int = 64,
         padding: bool | str = "do_not_pad",
     ) -> Any:
+        self._check_two_segments()
         samples = _samples(inputs, question, context)
         for name, number in (("top_k", top_k), ("max_answer_len", max_answer_len)):
             _check_count(name, number)
@@ -607,7 +626,7 @@ class QuestionAnsweringPipeline(Pipeline):
             if not found:  # nothing but spaces
                 found.append({"score": 0.0, "start": 0, "end": 0, "answer": ""})
             found = sorted(found, key=lambda answer: answer["score"], reverse=True)[:top_k]
-            out.append(found[0] if top_k == 1 else found)
+            out.append(found[0] if len(found) == 1 else found)
         return out[0] if len(out) == 1 else out
 
     def _spans(
@@ -679,13 +698,15 @@ def pipeline(
     max_batch_tokens: int | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    **options: Any,
 ) -> Any:
     """A pipeline for a task: fill-mask, feature-extraction, text-classification (sentiment-analysis),
     token-classification (ner) or question-answering.
 
     model: a directory, a hub id or a loaded model, with flexible heads the active one; tokenizer: likewise, by default
     the model's directory. device: by default cuda when there is one. dtype: "auto" is float32 on CPU and float16 on
-    CUDA. A loaded model stays where and as it is. Raises OSError for files, ValueError for what is in them.
+    CUDA. A loaded model stays where and as it is. options: top_k and the like, for every call. Raises OSError for
+    files, ValueError for what is in them.
     """
     task = ALIASES.get(task, task)
     if task not in TASKS:
@@ -714,4 +735,4 @@ def pipeline(
         tokenizer = directory if tokenizer is None else tokenizer
     if not isinstance(tokenizer, DistilBertTokenizer):
         tokenizer = DistilBertTokenizer.from_pretrained(tokenizer)
-    return kind(model, tokenizer, max_batch_tokens)
+    return kind(model, tokenizer, max_batch_tokens, **options)

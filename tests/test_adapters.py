@@ -425,3 +425,66 @@ def test_bad_files(tmp_path):
     with pytest.raises(OSError, match="not a readable safetensors file"):
         model.load_adapter(tmp_path)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# --- transformers' classes, whose head is trained with the adapter --------------------------------------------------
+
+STATIC = ["MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"]
+
+
+def static(name, seed, **settings):
+    torch.manual_seed(seed)
+    model = getattr(fastdistil, f"DistilBertFor{name}")(DistilBertConfig(**TINY, **settings)).eval()
+    if seed:  # another head on the same encoder
+        torch.manual_seed(0)
+        model.distilbert.load_state_dict(DistilBertModel(DistilBertConfig(**TINY)).state_dict())
+    return model
+
+
+def shake(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_the_head_of_a_static_class_goes_with_its_adapter(name, pickled, tmp_path):
+    labels = {} if name in ("MaskedLM", "QuestionAnswering") else {"id2label": {0: "x", 1: "y", 2: "z"}}
+    model, ids = static(name, 1, **labels), inputs()[0]
+    model.add_adapter("task", "seq_bn")
+    model.train_adapter("task")
+    shake(model).save_adapter(tmp_path, "task")
+    if pickled:  # as the adapters library writes it by default
+        head = load_file(tmp_path / "model_head.safetensors")
+        torch.save(head, tmp_path / "pytorch_model_head.bin")
+        (tmp_path / "model_head.safetensors").unlink()
+    description = json.loads((tmp_path / "head_config.json").read_text())
+    assert (description["config"], description["model_class"]) == (None, f"DistilBertFor{name}")
+    fresh = static(name, 2, **({"num_labels": 3} if labels else {}))
+    fresh.load_adapter(tmp_path, set_active=True)
+    expected = model(ids, adapter_names="task")[0]
+    torch.testing.assert_close(fresh(ids)[0], expected, rtol=0, atol=0)
+    if labels:
+        assert fresh.config.id2label == labels["id2label"] and fresh.config.label2id == {"x": 0, "y": 1, "z": 2}
+    other = static(name, 2, **({"num_labels": 3} if labels else {}))
+    other.load_adapter(tmp_path, set_active=True, with_head=False)
+    assert not torch.allclose(other(ids)[0], expected, atol=1e-3)
+    flexible = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    flexible.distilbert.load_state_dict(static(name, 1).distilbert.state_dict())
+    flexible.load_adapter(tmp_path, set_active=True)
+    torch.testing.assert_close(flexible.eval()(ids)[0], expected, rtol=0, atol=1e-6)
+
+
+def test_a_head_of_another_class_or_shape(tmp_path, caplog):
+    model = static("SequenceClassification", 1, num_labels=3)
+    model.add_adapter("task", "seq_bn")
+    model.save_adapter(tmp_path, "task")
+    static("TokenClassification", 1).load_adapter(tmp_path)
+    assert "the head is left out, for it is one of DistilBertForSequenceClassification" in caplog.text
+    with pytest.raises(ValueError, match=r"classifier.bias should be \(2,\), but is \(3,\)"):
+        static("SequenceClassification", 1).load_adapter(tmp_path)
+    model.save_adapter(tmp_path / "bare", "task", with_head=False)
+    assert not (tmp_path / "bare" / "head_config.json").exists()

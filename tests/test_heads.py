@@ -600,3 +600,23 @@ def test_positions_of_each_choice():
             ours(i[None, None], position_ids=p[None, None]).logits for i, p in zip(ids[0], positions[0], strict=True)
         ]
     torch.testing.assert_close(found[0], torch.cat(one).flatten(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3])
+@pytest.mark.parametrize("name", ["MaskedLM", "TokenClassification", "QuestionAnswering"])
+def test_heads_of_bert(name, eps, tmp_path):
+    """Their checkpoints load into our class of the name, and as a flexible model's head."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=20, layer_norm_eps=eps, initializer_range=0.3,
+    )  # fmt: skip
+    theirs = getattr(transformers, f"BertFor{name}")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(0, 60, (3, 9))
+    with torch.inference_mode():
+        expected = theirs(ids)[0]
+        for cls in (getattr(fastdistil, f"DistilBertFor{name}"), fastdistil.DistilBertModelWithHeads):
+            ours, report = cls.from_pretrained(tmp_path, output_loading_info=True)
+            assert not report["missing_keys"]
+            torch.testing.assert_close(ours(ids)[0], expected, rtol=1e-5, atol=1e-5)

@@ -3,6 +3,9 @@
 import copy
 import io
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -574,3 +577,33 @@ def test_a_decoder_generates_alike_with_a_cache():
         model.set_attn_implementation(implementation)
         out.append(model.generate(ids, attention_mask=keep, max_new_tokens=6, do_sample=False, pad_token_id=0))
     assert torch.equal(*out)
+
+
+def test_labels_of_one_thread_are_not_those_of_another():
+    """A head with labels reads padding; what its encoder is told of that holds for its own call."""
+    model = fastdistil.accelerate(make("DistilBertForTokenClassification"))
+    given = inputs("DistilBertForTokenClassification")[0]
+    labels = torch.zeros_like(given["input_ids"])
+    inside = threading.Event(), threading.Event()
+    encoder_forward = type(model.base_model)._forward
+
+    def waiting(self, *args, **kwargs):  # with labels: until a call without labels has come and gone
+        if threading.current_thread() is not threading.main_thread():
+            inside[0].set()
+            inside[1].wait(10)
+        return encoder_forward(self, *args, **kwargs)
+
+    with torch.no_grad():
+        expected = model(**given, labels=labels).loss
+        with mock.patch.object(type(model.base_model), "_forward", waiting), ThreadPoolExecutor(1) as pool:
+
+            def with_labels():
+                with torch.no_grad():
+                    return model(**given, labels=labels).loss
+
+            found = pool.submit(with_labels)
+            inside[0].wait(10)
+            model(**given)
+            inside[1].set()
+            found = found.result()
+    assert found == expected

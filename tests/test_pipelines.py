@@ -395,3 +395,34 @@ def test_a_checkpoint_without_what_the_task_needs(task, tokenizer, tmp_path):
         return
     with pytest.raises(ValueError, match=rf"is no checkpoint for {task}: it lacks .*, which would be random"):
         pipeline(task, tmp_path, device="cpu")
+
+
+def test_a_pair_of_texts_needs_two_segments(tokenizer, tmp_path):
+    """A BERT checkpoint has folded its first into the positions."""
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    transformers.BertForQuestionAnswering(config).save_pretrained(tmp_path)
+    answer = pipeline("question-answering", tmp_path, tokenizer)
+    with pytest.raises(ValueError, match=r"converted for one segment, .* use transformers' own pipeline"):
+        answer(question="who", context="a cat")
+    extract = pipeline("feature-extraction", tmp_path, tokenizer)
+    assert len(extract("a cat")[0]) == 4
+    with pytest.raises(ValueError, match="converted for one segment"):
+        extract([{"text": "a cat", "text_pair": "a mat"}])
+
+
+def test_options_for_every_call(tokenizer, their_tokenizer):
+    ours, theirs = pair("text-classification", "DistilBertForSequenceClassification", tokenizer, their_tokenizer)
+    mine = pipeline("text-classification", ours.model, tokenizer, top_k=None)
+    same(mine(TEXTS), theirs(TEXTS, top_k=None))
+    same(mine(TEXTS, top_k=1), theirs(TEXTS, top_k=1))
+    with pytest.raises(TypeError, match="stride"):
+        pipeline("text-classification", ours.model, tokenizer, stride=3)
+
+
+def test_a_single_answer_stands_alone(answerer):
+    """As in 4.57, whatever top_k."""
+    found = answerer(question="who", context="a", top_k=5)
+    assert isinstance(found, dict) and found["answer"] == "a"
+    assert isinstance(answerer(question="who", context="a cat", top_k=5), list)

@@ -32,7 +32,7 @@ ALLOWED = {
     "verify": {"heads", "model", "tokenizer", "checkpoint"},
     "tokenizer": {"checkpoint"},
     "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},
-    "engine": {"engine", "model", "tokenizer", "checkpoint", "ops", "_register"},
+    "engine": {"engine", "model", "tokenizer", "checkpoint", "graphs", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
     "cli": {"jobs", "engine", "kernels", "pipelines", "verify", "_register", "ops", ""},
     "__init__": {"config", "engine", "heads", "integrations", "model", "ops", "pipelines", "tokenizer"},

@@ -9,8 +9,9 @@ def accelerate(model: nn.Module) -> Any:
     """Replace the encoder of a live transformers DistilBERT or BERT model, of that instance only, and return the model.
 
     model: a transformers model with or without a head, a sentence-transformers `SentenceTransformer`, or anything that
-    holds such an encoder. Parameters, their names, the call and its result stay the same; at padded positions hidden
-    states are 0, but for column 0 of a row padded on the left, where heads and poolers find its first real token.
+    holds such an encoder (the whole of it: the loss of a head that is not in it would read zeros in the padding).
+    Parameters, their names, the call and its result stay the same; at padded positions hidden states are 0, but for
+    column 0 of a row padded on the left, where heads and poolers find its first real token.
 
     Inference without gradients takes the packed path. Training, gradients, attentions, 4-D masks, hooks, patched or
     replaced modules, a Dropout that is left on, tracing and compilation run transformers' own code as before. Query,

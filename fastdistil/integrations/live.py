@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -192,7 +193,8 @@ class Live:
     def _fast_for(self, given: dict[str, Any]) -> Fast | None:
         """Our blocks, if the call is one that they answer."""
         model: Any = self
-        padding_is_read = self.__dict__.pop("_padding_is_read", False)
+        padding_is_read = getattr(_called, "encoder", None) is self
+        _called.encoder = None
         mask, ids, embeds = given.get("attention_mask"), given.get("input_ids"), given.get("inputs_embeds")
         attentions = given.get("output_attentions")
         if (
@@ -374,7 +376,10 @@ def _look_for_labels(head: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     names = _parameters(kind)
     given = dict(zip(names, args, strict=False)) | kwargs
     labels = any(given.get(name) is not None for name in ("labels", "start_positions", "end_positions"))
-    head.base_model.__dict__["_padding_is_read"] = labels and given.get("attention_mask") is not None
+    _called.encoder = head.base_model if labels and given.get("attention_mask") is not None else None
+
+
+_called = threading.local()  # the encoder whose padding the head that is being called in this thread reads
 
 
 def _check(encoder: Any) -> None:
@@ -395,7 +400,7 @@ def _check(encoder: Any) -> None:
 def restore(model: nn.Module) -> Any:
     for encoder in model.modules():
         if isinstance(encoder, Live):
-            encoder.__dict__.pop("_fast", None), encoder.__dict__.pop("_padding_is_read", None)
+            encoder.__dict__.pop("_fast", None)
             encoder.__class__ = encoder.plain
         for number, hook in list(encoder._forward_pre_hooks.items()):
             if hook is _look_for_labels:
