@@ -50,6 +50,7 @@ lint: $(VENV)/develop
 bench: $(VENV)/develop
 	$(BIN)/python -m pytest benchmarks/bench_encode_cpu.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/encode.json
 	$(BIN)/python -m pytest benchmarks/bench_memory.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/memory.json
+	$(BIN)/python -m pytest benchmarks/bench_ops_overhead.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/ops_overhead.json
 
 # what a GPU can show, uninstalled and with whatever torch, triton and pytest this machine has
 gpu:
