@@ -1,4 +1,4 @@
-"""The command line: fastdistil embed, search, predict, fill-mask, verify, doctor."""
+"""The command line: fastdistil embed, predict, merge, search, fill-mask, verify, doctor."""
 
 import argparse
 import io
@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import sys
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,18 @@ import torch
 
 import fastdistil
 from fastdistil._register import FORMS
+from fastdistil.checkpoint import find
 from fastdistil.engine import Embedder
 from fastdistil.engine.embedder import describe
 from fastdistil.engine.scheduler import TOKENIZE
-from fastdistil.jobs.embed import embed_rows, report
-from fastdistil.jobs.index import FORMATS, Index
-from fastdistil.jobs.readers import Row, read_rows
+from fastdistil.jobs.index import Index
+from fastdistil.jobs.manifest import Manifest, fingerprint_of_model
+from fastdistil.jobs.merge import merge, shard_directory
+from fastdistil.jobs.predict import Prediction
+from fastdistil.jobs.processes import run_on, split_devices
+from fastdistil.jobs.readers import Columns, Row, checked, read_rows
+from fastdistil.jobs.run import ON_ERROR, Embedding, Job, Log, run_job
+from fastdistil.jobs.writers import ANSWERS, EMBEDDINGS
 from fastdistil.kernels import _target
 from fastdistil.pipelines import (
     ALIASES,
@@ -34,28 +39,29 @@ from fastdistil.pipelines import (
 from fastdistil.verify import verify
 
 SHARED = 64  # tokens that two windows of a long text share
-DONE, FAILED = 0, 1  # argparse itself exits with 2 on wrong use
+DONE, FAILED, WRONG_USE, REJECTED = 0, 1, 2, 3  # argparse itself exits with 2
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an id may hold what cannot be encoded
     try:
-        arguments.command(arguments)
+        status = arguments.command(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"fastdistil: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("fastdistil: interrupted; finished parts stay", file=sys.stderr)
+        print("fastdistil: interrupted; finished parts stay, go on with --resume", file=sys.stderr)
         return FAILED
-    return DONE
+    return status or DONE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,19 +69,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fastdistil {fastdistil.__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    one = commands.add_parser("embed", help="embed texts into an index directory")
+    one = commands.add_parser("embed", help="embed texts into a directory of numbered parts, which can be searched")
     one.set_defaults(command=embed)
-    one.add_argument("--model", required=True, help="checkpoint directory or hub id")
-    one.add_argument("--input", required=True, nargs="+", help=".txt (a text a line), .jsonl, or - for standard input")
-    one.add_argument("--output", required=True, type=Path, help="directory for the index")
-    one.add_argument("--text-column", default="text", help="jsonl column of the text (default: text)")
-    one.add_argument("--id-column", help="jsonl column of the id (default: the row's number)")
-    one.add_argument("--format", choices=FORMATS, default="npy", help="file format of the embeddings")
+    _job(one, EMBEDDINGS, "npy")
+    one.add_argument("--output", required=True, type=Path, help="directory for the parts and their manifest")
+    one.add_argument("--tokens-column", help="parquet column of token ids, special ones included, instead of texts")
+    one.add_argument("--output-dtype", choices=("float32", "float16"), default="float32", help="of the embeddings")
     one.add_argument("--pooling", choices=fastdistil.ops.POOLING, help="default: the checkpoint's, else mean")
     one.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="default: the checkpoint's, else no")
     one.add_argument("--max-length", type=positive, help="tokens a text is cut to (default: the checkpoint's)")
-    one.add_argument("--max-batch-tokens", type=positive, help="default: 2048 on CPU, 16896 on CUDA")
-    one.add_argument("--overwrite", action="store_true", help="replace the index in the output directory")
+    one.add_argument("--tokenizer-processes", type=natural, default=0, help="more processes that tokenise (default: 0)")
     _placement(one)
 
     two = commands.add_parser("search", help="find the texts of an index nearest to a query")
@@ -87,19 +90,23 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("query", nargs="+")
     _placement(two)
 
-    four = commands.add_parser("predict", help="answer a task for every text, a JSON object a line")
+    four = commands.add_parser("predict", help="answer a task for every text, a JSON object a line or into a directory")
     four.set_defaults(command=predict)
     four.add_argument("--task", required=True, choices=[*TASKS, *ALIASES])
-    four.add_argument("--model", required=True, help="checkpoint directory or hub id")
-    four.add_argument("--input", required=True, nargs="+", help=".txt (a text a line), .jsonl, or - for standard input")
-    four.add_argument("--text-column", default="text", help="jsonl column of the text (default: text)")
-    four.add_argument("--id-column", help="jsonl column of the id (default: the row's number)")
+    _job(four, ANSWERS, "jsonl")
+    four.add_argument("--output", type=Path, help="directory for the parts (default: JSON lines on standard output)")
     four.add_argument("--question", help="question-answering: what to ask of every text")
+    four.add_argument("--question-column", help="question-answering: column of each text's question")
     four.add_argument("--top-k", type=positive, help="so many answers a text")
     four.add_argument("--aggregation-strategy", choices=TokenClassificationPipeline.strategies, default="simple")
-    four.add_argument("--truncate", action=argparse.BooleanOptionalAction, default=True, help="cut texts too long")
-    four.add_argument("--max-batch-tokens", type=positive, help="default: 2048 on CPU, 16896 on CUDA")
     _placement(four)
+
+    seven = commands.add_parser("merge", help="join the shards of a job")
+    seven.set_defaults(command=join)
+    seven.add_argument("shards", nargs="+", type=Path, help="their directories, or the one they lie in")
+    seven.add_argument("--output", required=True, type=Path)
+    seven.add_argument("--overwrite", action="store_true", help="replace what a job wrote there")
+    seven.add_argument("--quiet", action="store_true", help="nothing on standard error but errors")
 
     five = commands.add_parser("fill-mask", help="the likeliest words for [MASK]")
     five.set_defaults(command=fill_mask)
@@ -129,14 +136,50 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
+    return value
+
+
+def _job(command: argparse.ArgumentParser, formats: tuple[str, ...], default: str) -> None:
+    command.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    command.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        help="files (.txt, a text a line; .jsonl, .csv, .tsv, also .gz, .zst; .parquet), directories, patterns, or -",
+    )
+    command.add_argument("--text-column", default="text", help="column of the text (default: text)")
+    command.add_argument("--id-column", help="column of the id (default: the row's number)")
+    command.add_argument("--format", choices=formats, default=default, help=f"of the parts (default: {default})")
+    command.add_argument("--truncate", action=argparse.BooleanOptionalAction, default=True, help="cut texts too long")
+    command.add_argument("--max-batch-tokens", type=positive, help="default: 2048 on CPU, about 16896 on CUDA")
+    command.add_argument(
+        "--on-error",
+        choices=ON_ERROR,
+        default="fail",
+        help="an unusable row ends the job (fail), is left out (skip), or has no answer (null)",
+    )
+    existing = command.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on behind the parts that are finished")
+    existing.add_argument("--overwrite", action="store_true", help="replace what a job wrote there")
+    command.add_argument("--num-shards", type=positive, help="divide the input (default: WORLD_SIZE, else 1)")
+    command.add_argument("--shard-index", type=natural, help="which of them this is (default: RANK, else 0)")
+    command.add_argument("--json-logs", action="store_true", help="JSON objects on standard error")
+
+
 def _placement(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    command.add_argument("--device", help="cpu, cuda, cuda:N; cuda:0,1 for a process each (default: cuda if there)")
     command.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
     command.add_argument("--quiet", action="store_true", help="nothing on standard error but errors")
 
 
-def embed(arguments: argparse.Namespace) -> None:
-    started = time.perf_counter()
+def embed(arguments: argparse.Namespace) -> int | None:
+    if several := _on_several_devices(arguments):
+        return several.status
+    log = Log(arguments.quiet, arguments.json_logs)
     embedder = Embedder.from_pretrained(
         arguments.model,
         arguments.device,
@@ -145,28 +188,126 @@ def embed(arguments: argparse.Namespace) -> None:
         arguments.normalize,
         arguments.max_length,
     )
-    say(arguments, f"{arguments.model} on {embedder.describe()}")
-    model = Path(arguments.model)
-    manifest = embed_rows(
+    log.say(f"{arguments.model} on {embedder.describe()}")
+    columns = Columns(arguments.text_column, arguments.id_column, tokens=arguments.tokens_column)
+    work = Embedding(
         embedder,
-        read_rows(arguments.input, text_column=arguments.text_column, id_column=arguments.id_column),
-        arguments.output,
-        model=str(model.resolve()) if model.is_dir() else arguments.model,
-        file_format=arguments.format,
+        arguments.format,
         max_batch_tokens=arguments.max_batch_tokens,
-        overwrite=arguments.overwrite,
-        show_progress=False if arguments.quiet else None,
+        truncate=arguments.truncate,
+        dtype=arguments.output_dtype,
+        tokenizer_processes=arguments.tokenizer_processes,
+        of_tokens=arguments.tokens_column is not None,
     )
-    if not arguments.quiet:
-        report(manifest, started)
+    settings = {
+        "pooling": embedder.pooling,
+        "normalize": embedder.normalize,
+        "max_length": embedder.max_length,
+        "prompt": embedder.prompt,
+        "lower_case": embedder.lower_case,
+        "output_dtype": arguments.output_dtype,
+        "max_batch_tokens": work.engine.budget,
+    }
+    return _run(arguments, "embed", columns, work, embedder.model, settings, log)
+
+
+def _run(
+    arguments: argparse.Namespace, task: str, columns: Columns, work: Any, model: Any, settings: dict, log: Log
+) -> int:
+    directory = find(arguments.model)
+    shard, shards = _shard(arguments)
+    device = model.device
+    on_cpu = device.type == "cpu"
+    fingerprint = settings | {
+        "model_digest": fingerprint_of_model(directory),
+        "fastdistil": fastdistil.__version__,
+        "torch": torch.__version__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": "cpu" if on_cpu else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads() if on_cpu else None,
+        "truncate": arguments.truncate,
+    }
+    job = Job(
+        inputs=arguments.input,
+        output=arguments.output,
+        task=task,
+        model=str(directory.resolve()) if Path(arguments.model).is_dir() else arguments.model,
+        format=arguments.format,
+        fingerprint=fingerprint,
+        columns=columns,
+        on_error=arguments.on_error,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        shard=shard,
+        shards=shards,
+    )
+    try:
+        return _status(run_job(job, work, log))
+    finally:
+        log.close()
+
+
+def _status(manifest: Manifest) -> int:
+    return REJECTED if manifest.rejected else DONE
+
+
+def _shard(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Which part of the input this process takes: (number, of how many)."""
+    environment = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    shard, shards = arguments.shard_index, arguments.num_shards
+    if shard is None and shards is None and None not in environment:
+        try:
+            shard, shards = int(str(environment[0])), int(str(environment[1]))
+        except ValueError:
+            raise ValueError(f"RANK and WORLD_SIZE are {environment[0]!r} and {environment[1]!r}") from None
+        arguments.output = shard_directory(arguments.output, shard, shards) if shards > 1 else arguments.output
+    if (shard is None) is not (shards is None):
+        raise ValueError("--num-shards and --shard-index go together")
+    if shard is None or shards is None:
+        return 0, 1
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard {shard} is none of {shards}; they are numbered from 0")
+    return shard, shards
+
+
+class _Several:
+    def __init__(self, status: int):
+        self.status = status
+
+
+def _on_several_devices(arguments: argparse.Namespace) -> _Several | None:
+    """Runs the command once a device, where several are named."""
+    devices = split_devices(arguments.device)
+    if len(devices) == 1:
+        return None
+    if arguments.output is None:
+        raise ValueError("several devices need an --output directory")
+    if "-" in arguments.input:
+        raise ValueError("standard input cannot be divided among devices; give files")
+    shard, shards = _shard(arguments)
+    merged = run_on(
+        devices,
+        arguments.argv,
+        arguments.output,
+        shard=shard,
+        shards=shards,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+    )
+    return _Several(DONE if merged is None else _status(merged))
+
+
+def join(arguments: argparse.Namespace) -> int:
+    merged = merge(arguments.shards, arguments.output, overwrite=arguments.overwrite)
+    say(arguments, f"{merged.rows:,} rows in {len(merged.parts)} parts, {merged.rejected:,} rejected")
+    return _status(merged)
 
 
 def search(arguments: argparse.Namespace) -> None:
     index = Index(arguments.index)
     made = index.manifest
-    embedder = Embedder.from_pretrained(
-        arguments.model or made.model, arguments.device, arguments.dtype, made.pooling, made.normalize, made.max_length
-    )
+    settings = [made.settings.get(name) for name in ("pooling", "normalize", "max_length")]
+    embedder = Embedder.from_pretrained(arguments.model or made.model, arguments.device, arguments.dtype, *settings)
     if embedder.dim != made.dim:
         raise ValueError(f"{arguments.model or made.model} gives {embedder.dim} dimensions, the index has {made.dim}")
     say(arguments, f"{made.rows:,} texts, query on {embedder.describe()}")
@@ -178,10 +319,19 @@ def search(arguments: argparse.Namespace) -> None:
             print(query, *(f"  {score:.3f}  {identity}" for identity, score in hits), sep="\n")
 
 
-def predict(arguments: argparse.Namespace) -> None:
+def predict(arguments: argparse.Namespace) -> int | None:
     task = ALIASES.get(arguments.task, arguments.task)
-    if (arguments.question is None) is (task == "question-answering"):
-        raise ValueError("--question goes with --task question-answering, and only with it")
+    asked = [arguments.question, arguments.question_column]
+    if len(asked) - asked.count(None) != (task == "question-answering"):
+        raise ValueError("--question or --question-column goes with --task question-answering, and only with it")
+    if arguments.output is None:
+        for name in ("resume", "overwrite", "num_shards", "shard_index"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name.replace('_', '-')} goes with --output, a directory")
+        if arguments.on_error != "fail":
+            raise ValueError("--on-error skip and null go with --output, a directory")
+    if several := _on_several_devices(arguments):
+        return several.status
     options: dict[str, Any] = {}
     if arguments.top_k is not None:
         if task in ("token-classification", "feature-extraction"):
@@ -196,7 +346,17 @@ def predict(arguments: argparse.Namespace) -> None:
     answer = _pipeline(arguments, task)
     if task == "token-classification" and not arguments.truncate:
         options["stride"] = min(SHARED, answer._limit() // 4)
-    rows = read_rows(arguments.input, text_column=arguments.text_column, id_column=arguments.id_column)
+    columns = Columns(arguments.text_column, arguments.id_column, arguments.question_column)
+    if arguments.output is not None:
+        work = Prediction(answer, task, arguments.format, options, arguments.question)
+        settings = {
+            "options": options,
+            "question": arguments.question,
+            "max_batch_tokens": answer._engine().budget,
+        }
+        log = Log(arguments.quiet, arguments.json_logs)
+        return _run(arguments, task, columns, work, answer.encoder, settings, log)
+    rows = checked(read_rows(arguments.input, columns))
     while chunk := list(islice(rows, TOKENIZE)):
         try:
             _print_answers(answer, chunk, arguments.question, options)
@@ -209,10 +369,13 @@ def predict(arguments: argparse.Namespace) -> None:
                 _print_answers(answer, chunk[:wrong], arguments.question, options)
             message = str(error).replace(named[0], chunk[wrong].where, 1)
             raise type(error)(message.replace("pass truncation=True", "leave --no-truncate out")) from error
+    return None
 
 
 def _print_answers(answer: Any, rows: list[Row], question: str | None, options: dict[str, Any]) -> None:
-    texts = [row.text if question is None else {"question": question, "context": row.text} for row in rows]
+    texts: list[Any] = [row.text for row in rows]
+    if isinstance(answer, QuestionAnsweringPipeline):
+        texts = [{"question": row.question if question is None else question, "context": row.text} for row in rows]
     results = answer(texts, **options)
     if len(texts) == 1 and isinstance(answer, (FillMaskPipeline, QuestionAnsweringPipeline)):
         results = [results]  # which do not wrap a single answer
@@ -243,7 +406,7 @@ def fill_mask(arguments: argparse.Namespace) -> None:
 def check(arguments: argparse.Namespace) -> None:
     texts = None
     if arguments.input:
-        texts = [row.text for row in islice(read_rows(arguments.input, text_column=arguments.text_column), 64)]
+        texts = [row.text for row in islice(checked(read_rows(arguments.input, Columns(arguments.text_column))), 64)]
         if not texts:
             raise ValueError(f"{', '.join(arguments.input)} holds no text")
     report = verify(arguments.model, texts, device=arguments.device, dtype=arguments.dtype)

@@ -18,7 +18,7 @@ from tokenizers import Encoding, decoders
 from torch import Tensor
 
 from fastdistil.checkpoint import find, read_config
-from fastdistil.engine.runner import Engine, budget_for
+from fastdistil.engine.runner import Engine, Stages, budget_for
 from fastdistil.engine.scheduler import Window, flatten
 from fastdistil.heads import (
     HEADS,
@@ -61,6 +61,7 @@ class Pipeline:
         if max_batch_tokens is not None:
             _check_count("max_batch_tokens", max_batch_tokens)
         self.max_batch_tokens = max_batch_tokens
+        self.stages = Stages()  # where the time of all calls went
 
     def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
         """`answer(inputs, ...)` with the pipeline's own options where the call gives none."""
@@ -123,7 +124,8 @@ class Pipeline:
 
     def _engine(self) -> Engine:
         device = self.encoder.device
-        return Engine(device, self.max_batch_tokens or budget_for(device, self.encoder.config.dim))
+        budget = self.max_batch_tokens or budget_for(device, self.encoder.config.dim)
+        return Engine(device, budget, stages=self.stages)
 
     def tokenize(self, texts: Sequence[Any], truncation: bool | None, max_length: int | None) -> list[list[int]]:
         """The ids of texts, or of dictionaries of text and text_pair. They are cut to max_length, by default the most
@@ -147,7 +149,9 @@ class Pipeline:
             if not rows:
                 continue
             try:
-                ids = self.tokenizer(whole, [pairs[row] for row in rows] if paired else None, **options)["input_ids"]
+                with self.stages.timed("tokenizer"):
+                    both = [pairs[row] for row in rows] if paired else None
+                    ids = self.tokenizer(whole, both, **options)["input_ids"]
             except (ValueError, TypeError) as error:
                 raise type(error)(_with_rows(str(error), rows)) from error
             for row, one in zip(rows, ids, strict=True):
@@ -156,7 +160,8 @@ class Pipeline:
 
     def _encodings(self, texts: list[str], **options: Any) -> list[Encoding]:
         try:
-            return self.tokenizer(texts, **options).encodings
+            with self.stages.timed("tokenizer"):
+                return self.tokenizer(texts, **options).encodings
         except (ValueError, TypeError) as error:
             raise type(error)(_with_rows(str(error), range(len(texts)))) from error
 

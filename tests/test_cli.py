@@ -14,9 +14,8 @@ from safetensors.numpy import load_file
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
 from fastdistil.cli import main
-from fastdistil.jobs.embed import embed_rows
 from fastdistil.jobs.index import Index
-from fastdistil.jobs.readers import read_rows
+from fastdistil.jobs.readers import checked, read_rows
 
 ROWS = [
     {"name": f"row {i}", "text": t}
@@ -41,7 +40,7 @@ def test_embed_and_search(form, minilm, jsonl, tmp_path, capsys):
     assert embed(minilm, "--input", jsonl, "--output", out, "--id-column", "name", "--format", form) == 0
     assert "float32" in capsys.readouterr().err
     files = sorted(p.name for p in out.iterdir())
-    assert files == sorted(["manifest.json", f"part-00000.{form}", "part-00000.ids.jsonl"])
+    assert files == sorted([".lock", "manifest.json", f"part-00000.{form}", "part-00000.ids.jsonl"])
     path = out / f"part-00000.{form}"
     got = np.load(path) if form == "npy" else load_file(path)["embeddings"]
     expected = Embedder.from_pretrained(minilm, device="cpu").encode([row["text"] for row in ROWS])
@@ -63,7 +62,8 @@ def test_text_file_several_inputs_and_options(minilm, jsonl, tmp_path):
     args = ("--input", text, jsonl, "--output", out, "--no-normalize", "--pooling", "cls", "--max-length", 8, "--quiet")
     assert embed(minilm, *args) == 0
     manifest = Index(out).manifest
-    assert (manifest.rows, manifest.pooling, manifest.normalize, manifest.max_length) == (8, "cls", False, 8)
+    assert manifest.rows == 8
+    assert [manifest.settings[name] for name in ("pooling", "normalize", "max_length")] == ["cls", False, 8]
     ((ids, embeddings),) = Index(out).parts()
     assert ids == list(range(8))
     own = Embedder.from_pretrained(minilm, "cpu", pooling="cls", normalize=False, max_length=8)
@@ -81,7 +81,7 @@ def test_standard_input_without_the_column_is_refused(monkeypatch):
             assert [row.text for row in read_rows(["-"])] == [lines.strip()]
             continue
         with pytest.raises(ValueError, match=f"standard input, line 1: {error}"):
-            list(read_rows(["-"]))
+            list(checked(read_rows(["-"])))
 
 
 @pytest.mark.parametrize(
@@ -100,22 +100,6 @@ def test_blank_lines_of_plain_text_stay_rows(monkeypatch):
         rows = list(read_rows(["-"]))
         assert [row.text for row in rows] == texts
         assert [row.where for row in rows] == [f"standard input, line {n + 1}" for n in range(len(texts))]
-
-
-def test_parts_and_what_is_done_stays(minilm, tmp_path):
-    embedder = Embedder.from_pretrained(minilm, device="cpu")
-    (tmp_path / "in.txt").write_text("".join(f"text {i}\n" for i in range(7)))
-    options = dict(model="m", part_rows=3, show_progress=False)
-    manifest = embed_rows(embedder, read_rows([str(tmp_path / "in.txt")]), tmp_path / "o", **options)
-    assert [p.rows for p in manifest.parts] == [3, 3, 1]
-    assert [i for ids, _ in Index(tmp_path / "o").parts() for i in ids] == list(range(7))
-    assert Index(tmp_path / "o").search(embedder.encode(["text 5"]), 2)[0][0][0] == 5
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' * 5 + '{"text": 3}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 6: column 'text' is 3, not a string"):
-        embed_rows(embedder, read_rows([str(tmp_path / "bad.jsonl")]), tmp_path / "p", **options)
-    assert np.load(tmp_path / "p" / "part-00000.npy").shape == (3, 384)
-    with pytest.raises(FileNotFoundError, match="its job did not finish"):
-        Index(tmp_path / "p")
 
 
 def test_a_directory_in_use_is_refused_and_overwriting_spares_other_files(minilm, jsonl, tmp_path, capsys):
@@ -163,14 +147,17 @@ def test_missing_things_and_wrong_use(minilm, jsonl, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["parts"][0].update(file="../part-00000.npy"), "must lie in the index's own directory"),
-        (lambda m: m["parts"][0].update(ids="/etc/passwd"), "must lie in the index's own directory"),
-        (lambda m: m["parts"][0].update(file="gone.npy"), "gone.npy, which is not there"),
-        (lambda m: m["parts"][0].update(rows=4), "the manifest says float32"),
-        (lambda m: m.update(version=2), "version 1"),
-        (lambda m: m.update(format="pickle"), "version 1"),
-        (lambda m: m.pop("parts"), "is not an index manifest"),
-        (lambda m: m.update(parts=[3]), "is not an index manifest"),
+        (lambda m: m["parts"][0]["files"].update({"../part-00000.npy": 3}), "must lie in the same directory"),
+        (lambda m: m["parts"][0]["files"].update({"/etc/passwd": 3}), "must lie in the same directory"),
+        (lambda m: m["parts"][0]["files"].update({"gone.npy": 3}), "gone.npy, which is not there"),
+        (lambda m: m["parts"][0].update(rows=4), "the manifest says [4, 384]"),
+        (lambda m: m["parts"][0].update(rows=-1), "rows is -1"),
+        (lambda m: m.update(version=1), "its version is 1, this one reads 2"),
+        (lambda m: m.update(format="pickle"), "format 'pickle', not an index"),
+        (lambda m: m.update(task="fill-mask"), "the task 'fill-mask'"),
+        (lambda m: m.update(finished=False), "its job did not finish"),
+        (lambda m: m.pop("settings"), "is not a manifest"),
+        (lambda m: m.update(parts=[3]), "is not a manifest"),
     ],
 )
 def test_bad_indexes(change, message, minilm, jsonl, tmp_path, capsys):
@@ -191,7 +178,8 @@ def test_bad_indexes(change, message, minilm, jsonl, tmp_path, capsys):
         ("part-00000.npy", b"", "is not a readable npy file"),
         ("part-00000.ids.jsonl", b"1\n2\n", "has 2 ids for 5 rows"),
         ("part-00000.ids.jsonl", b"{\n" * 5, "does not hold a JSON id a line"),
-        ("manifest.json", b"{", "is not an index manifest"),
+        ("manifest.json", b"{", "is not a manifest"),
+        ("manifest.json", b"[]", "it holds a JSON list"),
     ],
 )
 def test_damaged_index_files(name, content, message, minilm, jsonl, tmp_path, capsys):
@@ -218,10 +206,11 @@ def test_a_job_that_cannot_start_leaves_the_old_index(minilm, jsonl, tmp_path, c
     out = tmp_path / "index"
     assert embed(minilm, "--input", jsonl, "--output", out, "--quiet") == 0
     (tmp_path / "bad.jsonl").write_text("{")
-    for wrong in (tmp_path / "missing.txt", tmp_path, tmp_path / "bad.jsonl"):
+    (tmp_path / "empty").mkdir()
+    for wrong in (tmp_path / "missing.txt", tmp_path / "empty", tmp_path / "bad.jsonl"):
         assert embed(minilm, "--input", wrong, "--output", out, "--overwrite", "--quiet") == 1
         assert Index(out).manifest.rows == len(ROWS)
-    assert "is a directory" in capsys.readouterr().err
+    assert "holds no .txt" in capsys.readouterr().err
 
 
 def test_ids_with_line_separators_and_surrogates(minilm, tmp_path, capsys):
@@ -251,7 +240,7 @@ def test_more_wrong_use(minilm, jsonl, tmp_path, capsys):
         manifest = json.loads((tmp_path / "o" / "manifest.json").read_text()) | change
         (tmp_path / "o" / "manifest.json").write_text(json.dumps(manifest))
         assert main(["search", "--index", str(tmp_path / "o"), "q"]) == 1
-        assert "is not an index manifest" in capsys.readouterr().err
+        assert "is not a manifest" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -317,8 +306,12 @@ def test_fill_mask(heads, capsys):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("text-classification", ["--question", "a?"], "--question goes with --task question-answering"),
-        ("question-answering", [], "--question goes with --task question-answering"),
+        (
+            "text-classification",
+            ["--question", "a?"],
+            "--question or --question-column goes with --task",
+        ),
+        ("question-answering", [], "--question or --question-column goes with --task"),
         ("token-classification", ["--top-k", "2"], "--top-k is not for --task token-classification"),
         ("text-classification", ["--no-truncate"], "in.jsonl, line 3 is 101 tokens long, the model has 64 positions; "),
         ("text-classification", ["--no-truncate"], "positions; leave --no-truncate out"),
@@ -402,7 +395,10 @@ def test_overwrite_removes_an_index_and_nothing_else(minilm, jsonl, tmp_path):
     for name in [*mine, "part-00007.npy"]:
         (out / name).write_text("precious")
     assert embed(minilm, "--input", jsonl, "--output", out, "--overwrite") == 0
-    assert {p.name for p in out.iterdir()} == {"manifest.json", "part-00000.npy", "part-00000.ids.jsonl", *mine}
+    assert {p.name for p in out.iterdir()} == {
+        *(".lock", "manifest.json", "part-00000.npy", "part-00000.ids.jsonl"),
+        *mine,
+    }
 
 
 def test_a_closed_standard_input(minilm, tmp_path, capsys, monkeypatch):

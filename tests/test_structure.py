@@ -34,7 +34,7 @@ ALLOWED = {
     "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},
     "engine": {"engine", "model", "tokenizer", "checkpoint", "graphs", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
-    "cli": {"jobs", "engine", "kernels", "pipelines", "verify", "_register", "ops", ""},
+    "cli": {"jobs", "engine", "checkpoint", "kernels", "pipelines", "verify", "_register", "ops", ""},
     "__init__": {"config", "engine", "heads", "integrations", "model", "ops", "pipelines", "tokenizer"},
 }
 
@@ -101,7 +101,7 @@ def test_wheel(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("fastdistil/kernels/_target.py", "fastdistil/py.typed", "fastdistil/jobs/embed.py"):
+    for name in ("fastdistil/kernels/_target.py", "fastdistil/py.typed", "fastdistil/jobs/run.py"):
         assert name in names
     assert not any(n.startswith(("kernels/", "tests/", "benchmarks/")) for n in names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

@@ -67,9 +67,15 @@ class Engine:
     Where memory runs out the budget is halved and the batch divided; a sequence that does not fit alone fails alone.
     """
 
-    def __init__(self, device: torch.device, budget: int, graphs: "GraphCache | None" = None):
+    def __init__(
+        self,
+        device: torch.device,
+        budget: int,
+        graphs: "GraphCache | None" = None,
+        stages: Stages | None = None,
+    ):
         self.device, self.budget, self.graphs = device, budget, graphs
-        self.stages = Stages()
+        self.stages = Stages() if stages is None else stages
 
     def run(self, windows: Iterable[Window], compute: Compute, *, key: Any = None) -> Iterator[Done]:
         """Results batch by batch, in no order.

@@ -5,7 +5,7 @@ import functools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,10 @@ class Window:
     """Token ids of consecutive texts as one flat int32 array, texts that are equal only once.
 
     source: the number of each text's sequence, None where every text has its own. first: the first text's number.
+    owner: whatever the window was made for.
     """
+
+    owner: Any = None
 
     def __init__(self, ids: np.ndarray, lengths: np.ndarray, source: np.ndarray | None = None, first: int = 0):
         self.ids, self.lengths, self.source, self.first = ids, lengths, source, first
@@ -49,6 +52,11 @@ class Window:
             flat.append(ids)
             lengths.append(sizes)
         return cls(np.concatenate(flat), np.concatenate(lengths), source, first)
+
+    def emptied(self, wrong: np.ndarray) -> "Window":
+        """The same window, with nothing left of some sequences: bool [sequences]"""
+        ids = self.ids[np.repeat(~wrong, self.lengths)]
+        return Window(ids, np.where(wrong, 0, self.lengths), self.source, self.first)
 
     def gather(self, rows: np.ndarray) -> Batch:
         lengths = self.lengths[rows]

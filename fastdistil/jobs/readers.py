@@ -1,74 +1,416 @@
-"""Texts with their ids from .txt, .jsonl and standard input, one row at a time."""
+"""Texts with their ids from files: .txt, .jsonl, .csv, .tsv (also .gz, .zst), .parquet, directories, globs and stdin.
 
+Rows come one at a time and in order. A row that cannot be used is a row all the same, which says why: what becomes of
+it is the caller's choice. Rows can be counted and skipped without being parsed.
+"""
+
+import csv
+import glob
+import gzip
+import io
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from itertools import chain
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # what is taken from a directory
+PACKED = (".gz", ".zst")
+STDIN = "-"
 
 
 class Row(NamedTuple):
-    """where: file and line, for messages; id: the id column's value, or the row's number over all inputs."""
+    """number: over all inputs. where: file and line, for messages. id: the id column's value, or the number; None where
+    it cannot be read. text: a string, or of a column of token ids an integer array. error: why the row is unusable."""
 
+    number: int
     where: str
-    id: str | int
-    text: str
+    id: str | int | None
+    text: Any
+    question: str | None = None
+    error: str | None = None
 
 
-def read_rows(inputs: Iterable[str], *, text_column: str = "text", id_column: str | None = None) -> Iterator[Row]:
-    """Rows of all inputs in order. .jsonl and .ndjson hold an object a line, anything else a text a line; "-" is
-    standard input, read as jsonl when its first line that is not blank is a JSON object.
+class Columns(NamedTuple):
+    """Names of the columns. question: beside the text, for question answering. tokens: token ids instead of a text."""
 
-    Raises FileNotFoundError for a missing file and ValueError naming file and line for a row that cannot be read.
+    text: str = "text"
+    id: str | None = None
+    question: str | None = None
+    tokens: str | None = None
+
+    def names(self) -> list[str]:
+        return [name for name in (self.tokens or self.text, self.question, self.id) if name is not None]
+
+
+def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
+    """The files that are meant, in order: a directory means its files, by name, and a pattern what it matches.
+
+    Raises FileNotFoundError where nothing is found.
     """
-    inputs = list(inputs)
-    for name in inputs:  # before any work is done
-        if name == "-" and sys.stdin is None:
-            raise OSError("the input is standard input, which is closed")
-        if name != "-" and Path(name).is_dir():
-            raise IsADirectoryError(f"the input {name} is a directory; name the files in it")
-        if name != "-" and not Path(name).exists():
-            raise FileNotFoundError(f"there is no input file {name}")
-    return _read(inputs, text_column, id_column)
+    found: list[str] = []
+    for name in map(str, inputs):
+        if name == STDIN:
+            if sys.stdin is None:
+                raise OSError("the input is standard input, which is closed")
+            found.append(name)
+        elif Path(name).is_dir():
+            here = sorted(str(path) for path in Path(name).rglob("*") if path.is_file() and _kind(str(path)))
+            if not here:
+                raise FileNotFoundError(f"the directory {name} holds no {', '.join(SUFFIXES)} file")
+            found += here
+        elif Path(name).exists():
+            found.append(name)
+        else:
+            matches = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+            if not matches:
+                raise FileNotFoundError(f"there is no input file {name}")
+            found += matches
+    return found
 
 
-def _read(inputs: list[str], text_column: str, id_column: str | None) -> Iterator[Row]:
+def read_rows(inputs: Iterable[str | Path], columns: Columns = Columns()) -> Iterator[Row]:  # noqa: B008  (immutable)
+    """Rows of all inputs. Raises as `find_inputs` and `read_files`."""
+    return read_files(find_inputs(inputs), columns)
+
+
+def read_files(
+    files: Iterable[str], columns: Columns, *, skip: int = 0, progress: "Progress | None" = None
+) -> Iterator[Row]:
+    """Rows of all files, from the one numbered `skip` on.
+
+    Raises OSError for a file that cannot be read (to its end), ValueError for one that is not what its name says.
+    """
     number = 0
-    for name in inputs:
-        with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-            where = "standard input" if name == "-" else name
-            for line, row in _rows(file, where, name.endswith((".jsonl", ".ndjson")), text_column):
-                if id_column is not None and not isinstance(row, dict):
-                    raise ValueError(f"{where} is plain text, which has no id column {id_column!r}")
-                identity = number
-                if id_column is not None and isinstance(row, dict):
-                    identity = _id(row, id_column, where, line)  # type: ignore[assignment]
-                text = row[text_column] if isinstance(row, dict) else row
-                yield Row(f"{where}, line {line}", identity, text)
-                number += 1
+    for name in files:
+        source = open_source(name, columns, progress)
+        number += source.skip(skip - number) if number < skip else 0
+        if number < skip:
+            continue
+        for row in source.rows():
+            yield row._replace(number=number, id=number if columns.id is None else row.id)
+            number += 1
 
 
-def _rows(file: BinaryIO, where: str, jsonl: bool, text_column: str) -> Iterator[tuple[int, str | dict]]:
-    lines: Iterator[bytes] = iter(file)
-    if where == "standard input":  # which has no name to tell by
-        head = []
-        for raw in lines:
-            head.append(raw)
-            if raw.strip():
-                jsonl = _is_object(raw.decode("utf-8-sig", "replace"))
-                break
-        lines = chain(head, lines)
-    for line, raw in enumerate(lines, 1):
+def count_rows(files: Iterable[str], columns: Columns) -> int:
+    return sum(open_source(name, columns).skip(sys.maxsize) for name in files)
+
+
+def checked(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; ValueError for the first that cannot be used."""
+    for row in rows:
+        if row.error is not None:
+            raise ValueError(f"{row.where}: {row.error}")
+        yield row
+
+
+class Progress:
+    """How far the inputs are read, in bytes on disk."""
+
+    def __init__(self, inputs: list[str]):
+        sizes = {name: Path(name).stat().st_size for name in inputs if name != STDIN}
+        self.total = sum(sizes.values()) if len(sizes) == len(set(inputs)) else 0
+        self.before = 0
+        self.file: Any = None
+
+    def at(self, file: Any) -> None:
+        self.file = file
+
+    def passed(self, size: int) -> None:
+        self.before, self.file = self.before + size, None
+
+    def fraction(self) -> float | None:
+        """None where it cannot be told: of standard input."""
+        if not self.total:
+            return None
         try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}, line {line}: not UTF-8 ({error.reason} at byte {error.start})") from error
-        if not jsonl:
-            yield line, text
-        elif text.strip():  # a blank line in jsonl is no row
-            yield line, _object(text, f"{where}, line {line}", text_column)
+            inside = self.file.tell() if self.file is not None else 0
+        except (OSError, ValueError):  # closed, or a pipe
+            inside = 0
+        return min(1.0, (self.before + inside) / self.total)
+
+
+def open_source(name: str, columns: Columns, progress: Progress | None = None) -> "Source":
+    kind = _kind(name)
+    if kind == ".parquet":
+        return Parquet(name, columns, progress)
+    if columns.tokens is not None:
+        raise ValueError(f"{_named(name)}: a column of token ids is read from .parquet files only")
+    if kind in (".csv", ".tsv"):
+        return Table(name, columns, progress, "," if kind == ".csv" else "\t")
+    return Lines(name, columns, progress, {".jsonl": True, ".ndjson": True, None: None}.get(kind, False))
+
+
+def _kind(name: str) -> str | None:
+    """The suffix that tells a file's format, None where it tells none."""
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if suffix in PACKED:
+        suffix = Path(path.stem).suffix.lower()
+    return suffix if suffix in SUFFIXES else None
+
+
+def _named(name: str) -> str:
+    return "standard input" if name == STDIN else name
+
+
+class Source:
+    """One file. `skip` and then `rows` go on from where the other ended."""
+
+    def __init__(self, name: str, columns: Columns, progress: Progress | None = None):
+        self.name, self.columns, self.progress = name, columns, progress
+        self.where = _named(name)
+
+    def skip(self, rows: int) -> int:
+        """Passes at most so many rows and says how many there were."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[Row]:
+        raise NotImplementedError
+
+    def _row(self, line: Any, values: dict[str, Any]) -> Row:
+        """A row of named values; the number is put in by the reader of all files."""
+        columns, where = self.columns, f"{self.where}, {line}"
+        identity: Any = None
+        try:
+            if columns.id is not None:
+                identity = _identity(_value(values, columns.id), columns.id)
+            if columns.tokens is not None:
+                return Row(0, where, identity, _tokens(_value(values, columns.tokens), columns.tokens))
+            text = _text(_value(values, columns.text), columns.text)
+            question = None if columns.question is None else _text(_value(values, columns.question), columns.question)
+            return Row(0, where, identity, text, question)
+        except ValueError as error:
+            return Row(0, where, identity, None, error=str(error))
+
+
+class Lines(Source):
+    """A text a line, or a JSON object a line; is_json None tells by the first line that is not blank."""
+
+    def __init__(self, name: str, columns: Columns, progress: Progress | None, is_json: bool | None):
+        super().__init__(name, columns, progress)
+        self._lines = _raw_lines(name, progress)
+        self.is_json = is_json if is_json is not None or name != STDIN else None
+        if is_json is None and name != STDIN:
+            self.is_json = False  # a file of another name is plain text
+        self.line = 0
+
+    def _numbered(self) -> Iterator[bytes]:
+        """Lines that are rows: in JSON a blank one is none."""
+        head: list[bytes] = []
+        if self.is_json is None:
+            for raw in self._lines:
+                head.append(raw)
+                if raw.strip():
+                    break
+            self.is_json = bool(head) and _is_object(head[-1].decode("utf-8-sig", "replace"))
+            self._lines = _chain(head, self._lines)
+        for raw in self._lines:
+            self.line += 1
+            if not self.is_json or raw.strip(b" \t\r\n\xef\xbb\xbf"):
+                yield raw
+
+    def skip(self, rows: int) -> int:
+        return sum(1 for _ in islice(self._numbered(), rows))
+
+    def rows(self) -> Iterator[Row]:
+        columns = self.columns
+        for raw in self._numbered():
+            line = f"line {self.line}"
+            try:
+                text = raw.decode("utf-8-sig" if self.line == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+                yield Row(0, f"{self.where}, {line}", None, None, error=reason)
+                continue
+            if self.is_json:
+                yield self._object(line, text)
+            elif columns.id is not None or columns.question is not None:
+                column = f"id column {columns.id!r}" if columns.id is not None else f"column {columns.question!r}"
+                raise ValueError(f"{self.where} is plain text, which has no {column}")
+            else:
+                yield Row(0, f"{self.where}, {line}", None, text)
+
+    def _object(self, line: str, text: str) -> Row:
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return Row(0, f"{self.where}, {line}", None, None, error=f"not JSON ({error})")
+        if not isinstance(values, dict):
+            reason = f"a JSON {type(values).__name__}, not an object with the column {self.columns.text!r}"
+            return Row(0, f"{self.where}, {line}", None, None, error=reason)
+        return self._row(line, values)
+
+
+class Table(Source):
+    """Comma- or tab-separated values under a line of names; quoted values may hold line breaks."""
+
+    def __init__(self, name: str, columns: Columns, progress: Progress | None, delimiter: str):
+        super().__init__(name, columns, progress)
+        csv.field_size_limit(2**31 - 1)
+        # a byte that is not UTF-8 becomes a lone surrogate, so that it spoils its own row only
+        lines = (raw.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape")
+                 for i, raw in enumerate(_raw_lines(name, progress)))  # fmt: skip
+        self._reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        self._names: list[str] | None = None
+
+    def _records(self) -> Iterator[list[str] | csv.Error]:
+        while True:
+            try:
+                values = next(self._reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield error
+                continue
+            if not values:
+                continue  # a blank line
+            if self._names is None:
+                self._names = values
+                if missing := [name for name in self.columns.names() if name not in values]:
+                    raise ValueError(f"{self.where} has no column {missing[0]!r} among {', '.join(map(repr, values))}")
+                continue
+            yield values
+
+    def skip(self, rows: int) -> int:
+        return sum(1 for _ in islice(self._records(), rows))
+
+    def rows(self) -> Iterator[Row]:
+        for values in self._records():
+            line = f"line {self._reader.line_num}"
+            names = self._names or []
+            if isinstance(values, csv.Error):
+                yield Row(0, f"{self.where}, {line}", None, None, error=f"not a table's row ({values})")
+            elif len(values) != len(names):
+                reason = f"{len(values)} values under {len(names)} names"
+                yield Row(0, f"{self.where}, {line}", None, None, error=reason)
+            else:
+                yield self._row(line, dict(zip(names, values, strict=True)))
+
+
+class Parquet(Source):
+    """A parquet file, a row group at a time; one that cannot be read spoils its own rows only."""
+
+    AT_ONCE = 1_024  # rows made into Python objects together
+
+    def __init__(self, name: str, columns: Columns, progress: Progress | None = None):
+        super().__init__(name, columns, progress)
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ValueError(f"{name}: parquet needs pyarrow; install fastdistil[arrow]") from error
+        try:
+            self._file = pyarrow.parquet.ParquetFile(name, memory_map=True)
+        except OSError:
+            raise
+        except Exception as error:  # pyarrow raises errors of its own
+            raise ValueError(f"{name} is not a readable parquet file: {error}") from error
+        names = self._file.schema_arrow.names
+        if missing := [column for column in columns.names() if column not in names]:
+            raise ValueError(f"{name} has no column {missing[0]!r} among {', '.join(map(repr, names))}")
+        self._group, self._inside, self._row_number = 0, 0, 0
+
+    def skip(self, rows: int) -> int:
+        passed = 0
+        while passed < rows and self._group < self._file.num_row_groups:
+            left = self._file.metadata.row_group(self._group).num_rows - self._inside
+            step = min(left, rows - passed)
+            passed, self._row_number = passed + step, self._row_number + step
+            self._inside += step
+            if step == left:
+                self._group, self._inside = self._group + 1, 0
+        return passed
+
+    def rows(self) -> Iterator[Row]:
+        names = self.columns.names()
+        size = Path(self.name).stat().st_size
+        before = self._group
+        for group in range(self._group, self._file.num_row_groups):
+            first, self._inside = self._inside, 0
+            count = self._file.metadata.row_group(group).num_rows - first
+            try:
+                table = self._file.read_row_group(group, columns=list(dict.fromkeys(names)))
+            except Exception as error:  # pyarrow raises errors of its own, OSError among them
+                reason = f"row group {group} cannot be read ({error})"
+                for _ in range(count):
+                    yield Row(0, f"{self.name}, row {self._row_number}", None, None, error=reason)
+                    self._row_number += 1
+                continue
+            for batch in table.slice(first).to_batches(self.AT_ONCE):
+                values = {name: self._column(batch.column(name), name) for name in batch.schema.names}
+                for i in range(batch.num_rows):
+                    yield self._row(f"row {self._row_number}", {name: column[i] for name, column in values.items()})
+                    self._row_number += 1
+            if self.progress is not None:
+                self.progress.passed(size // max(1, self._file.num_row_groups - before))
+
+    def _column(self, column: Any, name: str) -> list[Any]:
+        """Python values; of token ids numpy arrays, which share the column's memory."""
+        import pyarrow
+
+        if name == self.columns.tokens and (
+            pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
+        ):
+            ends = column.offsets.to_numpy()
+            flat = column.values
+            if flat.null_count == 0 and pyarrow.types.is_integer(flat.type):
+                ids, valid = flat.to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
+                return [ids[a:b] if ok else None for a, b, ok in zip(ends[:-1], ends[1:], valid, strict=True)]
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:  # a row's bytes are not text: find out whose
+            return [_decoded(value) for value in column.cast(pyarrow.binary()).to_pylist()]
+
+
+def _decoded(value: bytes | None) -> Any:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+def _value(values: dict[str, Any], name: str) -> Any:
+    if name not in values:
+        raise ValueError(f"no column {name!r} among {', '.join(map(repr, values)) or 'none'}")
+    return values[name]
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r} is {_shown(value)}, not a string")
+    if not value.isascii() and (at := next((c for c in value if "\ud800" <= c <= "\udfff"), None)):
+        if "\udc80" <= at <= "\udcff":
+            raise ValueError(f"column {column!r} is not UTF-8 (byte 0x{ord(at) - 0xDC00:02x})")
+        raise ValueError("the text holds a lone surrogate, which is not text")
+    return value
+
+
+def _tokens(value: Any, column: str) -> np.ndarray:
+    found = np.asarray([] if value is None else value)
+    if value is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(f"column {column!r} is {_shown(value)}, not a list of token ids")
+    return found.astype(np.int64, copy=False) if found.dtype.kind == "u" or not found.size else found
+
+
+def _identity(value: Any, column: str) -> str | int:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"id column {column!r} is {_shown(value)}, not a string or integer")
+    return value
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value)[:60]
+    except (TypeError, ValueError):
+        return repr(value)[:60]
 
 
 def _is_object(text: str) -> bool:
@@ -78,24 +420,43 @@ def _is_object(text: str) -> bool:
         return False
 
 
-def _object(text: str, where: str, text_column: str) -> dict:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object with the column {text_column!r}")
-    if text_column not in row:
-        raise ValueError(f"{where}: no column {text_column!r} among {', '.join(map(repr, row)) or 'none'}")
-    if not isinstance(row[text_column], str):
-        raise ValueError(f"{where}: column {text_column!r} is {json.dumps(row[text_column])[:60]}, not a string")
-    return row
+# --- bytes --------------------------------------------------------------------------------------------------------
 
 
-def _id(row: dict, column: str, where: str, line: int) -> str | int:
-    value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError(
-            f"{where}, line {line}: id column {column!r} is {json.dumps(value)[:60]}, not a string or integer"
-        )
-    return value
+def _chain(head: list[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield from head
+    yield from rest
+
+
+def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
+    """Lines as bytes, unpacked. Raises OSError naming the file for one that ends too early."""
+    if name == STDIN:
+        yield from sys.stdin.buffer
+        return
+    with open(name, "rb") as raw:
+        if progress is not None:
+            progress.at(raw)
+        with _unpacked(name, raw) as file:
+            try:
+                yield from file
+            except (EOFError, OSError, ValueError, zlib.error) as error:  # what the packers say
+                raise OSError(f"{name} cannot be read to its end: {error}") from error
+        if progress is not None:
+            progress.passed(raw.seek(0, io.SEEK_END))
+
+
+@contextmanager
+def _unpacked(name: str, raw: BinaryIO) -> Iterator[Any]:
+    suffix = Path(name).suffix.lower()
+    if suffix == ".gz":
+        with gzip.open(raw) as file:
+            yield file
+    elif suffix == ".zst":
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise ValueError(f"{name}: zstandard needs pyarrow; install fastdistil[arrow]") from error
+        with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd") as stream:
+            yield io.BufferedReader(stream, 1 << 20)
+    else:
+        yield raw

@@ -1,0 +1,224 @@
+"""What a job's directory holds: its manifest, the record of each finished part, and the lock of who writes there.
+
+manifest.json           what makes the output what it is (the fingerprint), and in the end all parts
+part-00000.<format>     the rows of a part; for npy and safetensors their ids are in part-00000.ids.jsonl
+part-00000.done.json    written last of a part, and so the sign that it is finished; gone when the job is
+rejects.jsonl           rows that could not be used, if there were any
+.lock                   held by whoever writes
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+MANIFEST, REJECTS, LOCK = "manifest.json", "rejects.jsonl", ".lock"
+OURS = re.compile(
+    rf"(?:{re.escape(MANIFEST)}|{re.escape(REJECTS)}|part-\d{{5,}}\.(?:npy|safetensors|parquet|jsonl|ids\.jsonl|done\.json))"
+    r"(?:\.tmp)?"
+)
+VERSION = 2
+
+
+@dataclass
+class Part:
+    """files: with their sizes in bytes. first: the number of its first input row, of which it took `read`."""
+
+    number: int
+    first: int
+    read: int
+    rows: int
+    files: dict[str, int]
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return part_name(self.number)
+
+
+@dataclass
+class Manifest:
+    """settings: the fingerprint, what the output depends on. model: where the checkpoint was found."""
+
+    task: str
+    model: str
+    format: str
+    settings: dict[str, Any]
+    dim: int | None = None
+    finished: bool = False
+    rows: int = 0
+    rejected: int = 0
+    parts: list[Part] = field(default_factory=list)
+    version: int = VERSION
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises ValueError for what is no manifest of this version."""
+    path = directory / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds a JSON {type(values).__name__}")
+        if values.get("version") != VERSION:
+            raise TypeError(f"its version is {values.get('version')!r}, this one reads {VERSION}")
+        manifest = Manifest(**(values | {"parts": [Part(**part) for part in values.get("parts", [])]}))
+        _check_types(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a manifest of finished work: {error}") from error
+    for part in manifest.parts:
+        for name in part.files:
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"{path} names the file {name!r}; it must lie in the same directory")
+    return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    kinds: dict[str, Any] = {"str": str, "int": int, "bool": bool, "dict": dict, "list": list}
+    records: list[Any] = [manifest, *manifest.parts]
+    for record in records:
+        for item in fields(record):
+            value, kind = getattr(record, item.name), str(item.type)
+            name = re.split(r"[\[| ]", getattr(item.type, "__name__", kind))[0]
+            allowed = (int, type(None)) if item.name == "dim" else (kinds[name],)
+            if type(value) not in allowed or (kinds.get(name) is int and value is not None and value < 0):
+                raise TypeError(f"{item.name} is {value!r}")
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    write_text(directory / MANIFEST, json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """A file that is there whole or not at all, whenever the process or the machine ends."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- finished parts -------------------------------------------------------------------------------------------------
+
+
+def commit(directory: Path, part: Part) -> None:
+    """From here on the part is finished."""
+    write_text(directory / f"{part.name}.done.json", json.dumps(asdict(part), sort_keys=True) + "\n")
+
+
+def finished_parts(directory: Path) -> list[Part]:
+    """The parts from the first one on that are whole, each with files of the size it had."""
+    found: list[Part] = []
+    while (path := directory / f"{part_name(len(found))}.done.json").is_file():
+        try:
+            part = Part(**json.loads(path.read_text(encoding="utf-8")))
+            if any((directory / name).stat().st_size != size for name, size in part.files.items()):
+                break
+        except (OSError, ValueError, TypeError, AttributeError):
+            break
+        found.append(part)
+    return found
+
+
+def remove_parts(directory: Path, keep: int = 0) -> None:
+    """Our files, but for those of the first `keep` parts (and then the manifest, too)."""
+    for path in directory.iterdir():
+        if OURS.fullmatch(path.name) and path.is_file():
+            number = re.match(r"part-(\d+)", path.name)
+            if keep and not path.name.endswith(".tmp") and (number is None or int(number[1]) < keep):
+                continue
+            path.unlink()
+
+
+# --- fingerprint ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint_of_files(paths: list[str]) -> list[list[Any]]:
+    """[name, size, time of the last change] of each input: what a changed input shows by."""
+    return [
+        [Path(path).name, (stat := Path(path).stat()).st_size, stat.st_mtime_ns] if path != "-" else ["-", 0, 0]
+        for path in paths
+    ]
+
+
+def fingerprint_of_model(directory: Path) -> str:
+    """A digest of all that decides what a checkpoint computes, and of nothing else in its directory."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if path.suffix in (".json", ".safetensors", ".txt", ".bin") and len(relative.parts) <= 2 and path.is_file():
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+            digest.update(str(relative).encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What changed between two fingerprints, in words."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            if name == "inputs":
+                found.append(_different_inputs(old.get(name) or [], new.get(name) or []))
+            elif name == "model_digest":
+                found.append("the model's files")
+            else:
+                found.append(f"{name} was {old.get(name)!r}, now {new.get(name)!r}")
+    return found
+
+
+def _different_inputs(old: list[Any], new: list[Any]) -> str:
+    for a, b in zip(old, new, strict=False):
+        if a != b:
+            what = "size" if a[:1] == b[:1] and a[1:2] != b[1:2] else "time of change" if a[:1] == b[:1] else "name"
+            return f"the input {b[0]} ({what}: was {a[('name', 'size', 'time of change').index(what)]})"
+    return f"the number of input files, was {len(old)}, now {len(new)}"
+
+
+# --- lock -----------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """Held on a directory while a job writes there; it ends with its process, however that ends."""
+
+    def __init__(self, directory: Path):
+        self.path = directory / LOCK
+        self._file = open(self.path, "a+")  # noqa: SIM115  (closed by release)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip()
+            self._file.close()
+            who = f" (process {holder})" if holder else ""
+            raise BlockingIOError(f"another job{who} is writing to {directory}; wait for it, or stop it") from error
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.truncate(0)
+        self._file.close()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -1,0 +1,107 @@
+"""Shards of one job into one output: the parts are linked or copied under new numbers, and nothing is computed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastdistil.jobs.manifest import (
+    MANIFEST,
+    REJECTS,
+    Lock,
+    Manifest,
+    Part,
+    differences,
+    part_name,
+    read_manifest,
+    remove_parts,
+    replace,
+    write_manifest,
+    write_text,
+)
+
+
+def shard_directory(output: Path, shard: int, shards: int) -> Path:
+    return output / f"shard-{shard:05d}-of-{shards:05d}"
+
+
+def find_shards(directories: Iterable[str | Path]) -> list[Path]:
+    """The directories, and of one that holds shards these."""
+    found: list[Path] = []
+    for given in map(Path, directories):
+        if not given.is_dir():
+            raise FileNotFoundError(f"there is no directory {given}")
+        inside = sorted(path for path in given.glob("shard-*-of-*") if path.is_dir())
+        found += [given] if (given / MANIFEST).is_file() or not inside else inside
+    return found
+
+
+def merge(directories: Iterable[str | Path], output: Path, *, overwrite: bool = False) -> Manifest:
+    """Raises ValueError where a shard is missing, unfinished, there twice, or of another job, OSError for files."""
+    shards: dict[int, tuple[Path, Manifest]] = {}
+    for directory in find_shards(directories):
+        if not (directory / MANIFEST).is_file():
+            raise FileNotFoundError(f"{directory} holds no {MANIFEST}: it is no shard")
+        manifest = read_manifest(directory)
+        if not manifest.finished:
+            raise ValueError(f"{directory} is not finished; go on with its job by --resume")
+        number = manifest.settings.get("shard")
+        if not isinstance(number, int) or number in shards:
+            other = f" {shards[number][0]} has" if number in shards else ""
+            raise ValueError(f"{directory} is shard {number!r}, as{other}" if other else f"{directory} is no shard")
+        shards[number] = directory, manifest
+    if not shards:
+        raise ValueError("give the shards' directories")
+    first_directory, first = shards[min(shards)]
+    count = first.settings.get("shards")
+    for directory, manifest in shards.values():
+        changed = differences(
+            first.settings | {"shard": 0, "task": first.task, "format": first.format, "dim": first.dim},
+            manifest.settings | {"shard": 0, "task": manifest.task, "format": manifest.format, "dim": manifest.dim},
+        )
+        if changed:
+            raise ValueError(f"{directory} is of another job than {first_directory}: {'; '.join(changed)}")
+    if missing := sorted(set(range(count if isinstance(count, int) else 0)) - shards.keys()):
+        raise ValueError(f"of {count} shards, these are missing: {', '.join(map(str, missing[:10]))}")
+    output.mkdir(parents=True, exist_ok=True)
+    with Lock(output):
+        present = sorted(p.name for p in output.iterdir() if p.name != ".lock" and not _is_shard(p))
+        if present and not overwrite:
+            raise FileExistsError(f"{output} is not empty ({present[0]}); give another directory, or --overwrite")
+        remove_parts(output)
+        merged = Manifest(
+            first.task, first.model, first.format, first.settings | {"shard": 0, "shards": 1}, first.dim, finished=True
+        )
+        for _, (directory, manifest) in sorted(shards.items()):
+            for part in manifest.parts:
+                merged.parts.append(_placed(directory, part, output, len(merged.parts)))
+        rejected = [reject for part in merged.parts for reject in part.rejected]
+        if rejected:
+            write_text(output / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejected))
+        merged.rows, merged.rejected = sum(part.rows for part in merged.parts), len(rejected)
+        write_manifest(output, merged)
+    return merged
+
+
+def _is_shard(path: Path) -> bool:
+    return path.is_dir() and path.name.startswith("shard-")
+
+
+def _placed(directory: Path, part: Part, output: Path, number: int) -> Part:
+    files = {}
+    for name, size in part.files.items():
+        new = part_name(number) + name.removeprefix(part.name)
+        source = directory / name
+        if not source.is_file() or source.stat().st_size != size:
+            raise ValueError(f"{source} is missing or damaged: it should have {size:,} bytes")
+
+        def place(temporary: Path, source: Path = source) -> None:
+            try:
+                os.link(source, temporary)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(source, temporary)
+
+        replace(output / new, place)
+        files[new] = size
+    return Part(number, part.first, part.read, part.rows, files, part.rejected)

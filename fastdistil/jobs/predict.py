@@ -1,0 +1,103 @@
+"""Answers of a pipeline as columns: labels and scores, entities, spans, guesses."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastdistil.jobs.run import Rows
+from fastdistil.jobs.writers import write_columns
+
+AT_ONCE = 4_096  # rows a call
+
+_ENTITY = {"score": "float", "word": "string", "start": "int", "end": "int"}
+_SPAN = {"score": "float", "start": "int", "end": "int", "answer": "string"}
+_GUESS = {"score": "float", "token": "int", "token_str": "string", "sequence": "string"}
+
+
+def columns_of(task: str, options: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]:
+    """-> (kinds of the columns by name, what makes a row's values of an answer)"""
+    many = options.get("top_k") is not None
+    if task == "text-classification":
+        if not many:
+            return {"label": "string", "score": "float"}, dict
+        return {"labels": ["string"], "scores": ["float"]}, lambda found: {
+            "labels": [one["label"] for one in found],
+            "scores": [one["score"] for one in found],
+        }
+    if task == "token-classification":
+        grouped = options.get("aggregation_strategy", "none") != "none"
+        entity = {"entity_group": "string"} | _ENTITY if grouped else {"entity": "string", "index": "int"} | _ENTITY
+        return {"entities": [entity]}, lambda found: {"entities": [_floats(one) for one in found]}
+    if task == "question-answering":
+        if not many or options["top_k"] == 1:
+            return _SPAN, dict
+        return {"answers": [_SPAN]}, lambda found: {"answers": found if isinstance(found, list) else [found]}
+    if task == "fill-mask":
+        # a list of guesses for each mask
+        return {"guesses": [[_GUESS]]}, lambda found: {
+            "guesses": [found] if found and isinstance(found[0], dict) else found
+        }
+    raise ValueError(f"task {task!r} has no columns; print its answers, or use fastdistil embed")
+
+
+def _floats(entity: dict[str, Any]) -> dict[str, Any]:
+    return entity | {"score": float(entity["score"])}
+
+
+class Prediction:
+    """Texts to what a pipeline says of them."""
+
+    dim: int | None = None
+
+    def __init__(self, answer: Any, task: str, form: str, options: dict[str, Any], question: str | None = None):
+        self.answer, self.form, self.options, self.question = answer, form, options, question
+        self.kinds, self.values = columns_of(task, options)
+        self.of_spans = task == "question-answering"
+        self.alone = task in ("question-answering", "fill-mask")  # whose pipelines do not wrap a single answer
+
+    def tokens(self) -> int:
+        return self.answer.stages.tokens
+
+    def bottleneck(self) -> str | None:
+        return self.answer.stages.bottleneck()
+
+    def run(self, parts: Iterable[Rows]) -> Iterator[Rows]:
+        for part in parts:
+            part.answers = []
+            for first in range(0, len(part.usable), AT_ONCE):
+                part.answers += self._answers(part, part.usable[first : first + AT_ONCE])
+            yield part
+
+    def _answers(self, part: Rows, positions: list[int]) -> list[Any]:
+        """Answers of rows; those that cannot be answered are put aside one by one."""
+        found: dict[int, Any] = {}
+        good = list(positions)
+        while good:
+            inputs = [self._input(part, p) for p in good]
+            try:
+                results = self.answer(inputs, **self.options)
+            except (ValueError, TypeError, MemoryError) as error:
+                named = re.search(r"\binputs\[(\d+)\]:?", str(error))
+                if named is None:
+                    raise
+                reason = str(error).replace(named[0], "", 1).strip()
+                part.errors[good.pop(int(named[1]))] = reason
+                continue
+            if self.alone and len(inputs) == 1:
+                results = [results]
+            found = dict(zip(good, results, strict=True))
+            break
+        return [found.get(p) for p in positions]
+
+    def _input(self, part: Rows, position: int) -> Any:
+        row = part.rows[position]
+        if not self.of_spans:
+            return row.text
+        return {"question": row.question if self.question is None else self.question, "context": row.text}
+
+    def write(self, directory: Path, name: str, part: Rows, keep: list[int]) -> list[str]:
+        answers = dict(zip(part.usable, part.answers, strict=True))
+        rows = [None if p in part.errors else self.values(answers[p]) for p in keep]
+        columns = {key: [None if row is None else row[key] for row in rows] for key in self.kinds}
+        return write_columns(directory, name, self.form, [part.rows[p].id for p in keep], columns, self.kinds)

@@ -1,0 +1,84 @@
+"""One process a device: each takes a shard of the input, and what they wrote is merged in the end."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fastdistil.jobs.manifest import MANIFEST, Lock, Manifest, read_manifest
+from fastdistil.jobs.merge import merge, shard_directory
+
+
+def split_devices(device: str | None) -> list[str]:
+    """ "cuda:0,1" -> ["cuda:0", "cuda:1"]; what is one device stays one."""
+    found: list[str] = []
+    for name in (device or "").split(","):
+        name = name.strip()
+        if name.isdecimal() and found:
+            name = f"{found[0].partition(':')[0]}:{name}"
+        found.append(name)
+    twice = {name for name in found if found.count(name) > 1 and name != "cpu"}
+    if twice:
+        raise ValueError(f"device {sorted(twice)[0]} is named twice")
+    return found
+
+
+def run_on(
+    devices: list[str], command: list[str], output: Path, *, shard: int, shards: int, resume: bool, overwrite: bool
+) -> Manifest | None:
+    """The command once a device, with its device, shard and output at the end; the merged manifest, or None where other
+    shards are elsewhere.
+
+    Raises ChildProcessError where one fails; the others are stopped, and what all have finished stays.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    total = shards * len(devices)
+    directories = [shard_directory(output, shard * len(devices) + i, total) for i in range(len(devices))]
+    known = {path.name for path in directories} | {".lock"}
+    present = [path.name for path in output.iterdir() if path.name not in known and not path.name.startswith("shard-")]
+    if present and not overwrite and not (resume and (output / MANIFEST).is_file()):
+        raise FileExistsError(f"{output} is not empty ({sorted(present)[0]}); give another directory, or --overwrite")
+    if resume and shards == 1 and (output / MANIFEST).is_file() and not directories[0].exists():
+        return read_manifest(output)  # merged already
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(devices)))}
+    with Lock(output):
+        children = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "fastdistil.cli", *command, "--device", device, "--output", str(directory)),
+                    *("--num-shards", str(total), "--shard-index", str(shard * len(devices) + i)),
+                ],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+            for i, (device, directory) in enumerate(zip(devices, directories, strict=True))
+        ]
+        try:
+            while True:
+                states = [child.poll() for child in children]
+                for device, state in zip(devices, states, strict=True):
+                    if state not in (None, 0, 3):
+                        raise ChildProcessError(
+                            f"the process on {device} ended with status {state}; what is finished stays, go on with "
+                            "--resume"
+                        )
+                if None not in states:
+                    break
+                time.sleep(0.2)
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        child.send_signal(signal.SIGINT)
+            for child in children:
+                child.wait()
+    if shards > 1:
+        return None
+    merged = merge(directories, output, overwrite=True)
+    for directory in directories:
+        shutil.rmtree(directory)
+    return merged

@@ -1,0 +1,474 @@
+"""A job: rows in, numbered parts out, each whole or not there; what is done stays done.
+
+A part is a run of input rows, cut by their number and their length alone, and is computed by itself: so whichever parts
+exist when a job is stopped, resuming it writes the same bytes that it would have written.
+"""
+
+import errno
+import json
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from fastdistil.engine import Embedder
+from fastdistil.engine.runner import Engine
+from fastdistil.engine.scheduler import Window, cuts
+from fastdistil.engine.tokens import TextWindows
+from fastdistil.jobs.manifest import (
+    MANIFEST,
+    REJECTS,
+    Lock,
+    Manifest,
+    Part,
+    commit,
+    differences,
+    fingerprint_of_files,
+    finished_parts,
+    part_name,
+    read_manifest,
+    remove_parts,
+    write_manifest,
+    write_text,
+)
+from fastdistil.jobs.readers import Columns, Progress, Row, count_rows, find_inputs, read_files
+from fastdistil.jobs.writers import write_embeddings
+
+logger = logging.getLogger("fastdistil")
+
+PART_ROWS = 50_000  # two row groups of a parquet file
+PART_CHARACTERS = 2**27  # of all its texts: what bounds the memory of long ones
+ON_ERROR = ("fail", "skip", "null")
+EVERY = 10.0  # seconds between two lines of progress, where there is no terminal to rewrite one
+
+
+@dataclass
+class Job:
+    """Where rows come from and where answers go. fingerprint: what the answers depend on beside the rows."""
+
+    inputs: list[str]
+    output: Path
+    task: str
+    model: str
+    format: str
+    fingerprint: dict[str, Any]
+    columns: Columns = field(default_factory=Columns)
+    on_error: str = "fail"
+    resume: bool = False
+    overwrite: bool = False
+    shard: int = 0
+    shards: int = 1
+    part_rows: int = PART_ROWS
+
+
+@dataclass
+class Rows:
+    """The rows of a part, and what became of them. errors: by position among the rows."""
+
+    number: int
+    first: int
+    rows: list[Row]
+    errors: dict[int, str] = field(default_factory=dict)
+    usable: list[int] = field(default_factory=list)  # positions of the rows that can be answered
+    answers: Any = None
+    left: int = 0  # of the usable ones, still to be answered
+
+    def columns(self, keep: list[int], null: Any) -> Any:
+        """The answers of the rows at `keep`, `null` where there is none."""
+        at = {position: i for i, position in enumerate(self.usable)}
+        return [null if p in self.errors else self.answers[at[p]] for p in keep]
+
+
+class Work(Protocol):
+    """What a job does with its rows."""
+
+    dim: int | None
+
+    def run(self, parts: Iterable[Rows]) -> Iterator[Rows]:
+        """The parts in their order, answered; a row that turns out to be unusable is put into `errors`."""
+
+    def write(self, directory: Path, name: str, part: Rows, keep: list[int]) -> list[str]:
+        """The answers of the rows at positions `keep` -> names of the files."""
+
+    def tokens(self) -> int: ...
+
+    def bottleneck(self) -> str | None: ...
+
+
+def run_job(job: Job, work: Work, log: "Log") -> Manifest:
+    """Raises ValueError naming the first unusable row with on_error "fail", OSError for files and directories; parts
+    that are finished stay, and a job with `resume` goes on behind them."""
+    inputs = find_inputs(job.inputs)
+    directory = _directory(job.output)
+    with Lock(directory):
+        manifest = Manifest(job.task, job.model, job.format, _settings(job, inputs), work.dim)
+        parts = _start(job, directory, manifest, log)
+        if parts is None:
+            return read_manifest(directory)
+        first, last = _bounds(job, inputs)
+        progress = Progress(inputs)
+        done = parts[-1].first + parts[-1].read if parts else first
+        reading = _Reading(read_files(inputs, job.columns, skip=done, progress=progress), job, done, last, len(parts))
+        log.start(progress, work, sum(part.read for part in parts))
+        with ThreadPoolExecutor(1) as writer:
+            writing: Future | None = None
+            for part in work.run(reading):
+                if (refused := _refused(job, part)) is not None:
+                    reading.failure = ValueError(refused)
+                    break
+                if writing is not None:
+                    parts.append(writing.result())
+                writing = writer.submit(_write, job, directory, manifest, work, part)
+                log.part(part)
+            if writing is not None:
+                parts.append(writing.result())
+        if reading.failure is not None:
+            raise reading.failure
+        if not parts:
+            _clear(job, directory, manifest)
+        _finish(directory, manifest, parts)
+        log.done(manifest)
+        return manifest
+
+
+def _directory(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; give a directory for the output")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _settings(job: Job, inputs: list[str]) -> dict[str, Any]:
+    return job.fingerprint | {
+        "inputs": fingerprint_of_files(inputs),
+        "columns": list(job.columns),
+        "part_characters": PART_CHARACTERS,
+        "part_rows": job.part_rows,
+        "on_error": job.on_error,
+        "shard": job.shard,
+        "shards": job.shards,
+    }
+
+
+def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Part] | None:
+    """The parts that are finished already; None where all of them are."""
+    present = sorted(p.name for p in directory.iterdir() if p.name != ".lock")
+    if not present:
+        return []
+    if not (directory / MANIFEST).is_file() or not job.resume:
+        if not job.overwrite and not job.resume:
+            hint = ", or --resume to go on with the job in it" if (directory / MANIFEST).is_file() else ""
+            raise FileExistsError(
+                f"{directory} is not empty ({present[0]}); give another directory, or --overwrite{hint}"
+            )
+        return []
+    old = read_manifest(directory)
+    parts = old.parts if old.finished else finished_parts(directory)
+    before, now = dict(old.settings), dict(manifest.settings)
+    if not any(part.rejected for part in parts):  # then it makes no difference how they are treated
+        before.pop("on_error", None), now.pop("on_error", None)
+    changed = differences(
+        before | {"task": old.task, "format": old.format, "dim": old.dim},
+        now | {"task": manifest.task, "format": manifest.format, "dim": manifest.dim},
+    )
+    if changed:
+        raise ValueError(
+            f"{directory} holds a job that differs from this one: {'; '.join(changed)}. Give another directory, or "
+            "--overwrite to start over"
+        )
+    if "-" in job.inputs and parts:
+        raise ValueError("a job from standard input cannot be resumed, for it cannot be seen to be the same input")
+    if old.finished:
+        for path in directory.glob("part-*.done.json"):
+            path.unlink()
+        log.say(f"{directory} is finished: {old.rows:,} rows in {len(old.parts)} parts")
+        return None
+    remove_parts(directory, keep=len(parts)) if parts else None
+    log.say(f"going on behind {len(parts)} finished parts")
+    return list(parts)
+
+
+def _bounds(job: Job, inputs: list[str]) -> tuple[int, int]:
+    """The first row of this shard, and where it ends."""
+    if job.shards == 1:
+        return 0, sys.maxsize
+    if "-" in inputs:
+        raise ValueError("standard input cannot be split into shards; give files")
+    rows = count_rows(inputs, job.columns)
+    return rows * job.shard // job.shards, rows * (job.shard + 1) // job.shards
+
+
+class _Reading:
+    """Parts of the input, until it ends or fails. A failure waits until what came before it is written."""
+
+    def __init__(self, rows: Iterator[Row], job: Job, first: int, last: int, number: int):
+        self.rows, self.job, self.first, self.last, self.number = rows, job, first, last, number
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[Rows]:
+        part, size = Rows(self.number, self.first, []), 0
+        try:
+            for row in self.rows:
+                if row.number >= self.last:
+                    break
+                if row.error is not None:
+                    if self.job.on_error == "fail":
+                        raise ValueError(f"{row.where}: {row.error}")
+                    part.errors[len(part.rows)] = row.error
+                else:
+                    part.usable.append(len(part.rows))
+                    size += len(row.text) + len(row.question or "")
+                part.rows.append(row)
+                if len(part.rows) >= self.job.part_rows or size >= PART_CHARACTERS:
+                    yield part
+                    part, size = Rows(part.number + 1, row.number + 1, []), 0
+        except (OSError, ValueError) as error:
+            self.failure = error
+            return
+        if part.rows:
+            yield part
+
+
+def _refused(job: Job, part: Rows) -> str | None:
+    """Why a part ends the job."""
+    if job.on_error != "fail" or not part.errors:
+        return None
+    position = min(part.errors)
+    return f"{part.rows[position].where}: {part.errors[position]}"
+
+
+def _clear(job: Job, directory: Path, manifest: Manifest) -> None:
+    """The earlier job goes only when there is something to put in its place."""
+    remove_parts(directory)
+    write_manifest(directory, manifest)
+
+
+def _write(job: Job, directory: Path, manifest: Manifest, work: Work, part: Rows) -> Part:
+    if part.number == 0:
+        _clear(job, directory, manifest)
+    name = part_name(part.number)
+    keep = [p for p in range(len(part.rows)) if job.on_error == "null" or p not in part.errors]
+    try:
+        files = work.write(directory, name, part, keep)
+        rejected = [
+            {"row": part.rows[p].number, "id": part.rows[p].id, "where": part.rows[p].where, "reason": reason}
+            for p, reason in sorted(part.errors.items())
+        ]
+        sizes = {file: (directory / file).stat().st_size for file in files}
+        done = Part(part.number, part.first, len(part.rows), len(keep), sizes, rejected)
+        commit(directory, done)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC, f"no space is left for {directory / name}; make room and go on with --resume"
+            ) from error
+        raise
+    return done
+
+
+def _finish(directory: Path, manifest: Manifest, parts: list[Part]) -> None:
+    rejected = [reject for part in parts for reject in part.rejected]
+    if rejected:
+        write_text(directory / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejected))
+    manifest.finished, manifest.parts = True, parts
+    manifest.rows, manifest.rejected = sum(part.rows for part in parts), len(rejected)
+    write_manifest(directory, manifest)
+    for part in parts:
+        (directory / f"{part.name}.done.json").unlink(missing_ok=True)
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------
+
+
+class Embedding:
+    """Texts, or token ids, to embeddings."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        form: str,
+        *,
+        max_batch_tokens: int | None = None,
+        truncate: bool = True,
+        dtype: str = "float32",
+        tokenizer_processes: int = 0,
+        of_tokens: bool = False,
+    ):
+        self.embedder, self.form, self.truncate, self.dtype = embedder, form, truncate, np.dtype(dtype)
+        self.of_tokens = of_tokens
+        self.engine: Engine = embedder.engine(max_batch_tokens)
+        self.source: TextWindows = embedder.text_windows(tokenizer_processes)
+        if not truncate:
+            self.source.max_length = None
+        self.dim: int | None = embedder.dim
+
+    def tokens(self) -> int:
+        return self.engine.stages.tokens
+
+    def bottleneck(self) -> str | None:
+        return self.engine.stages.bottleneck()
+
+    def run(self, parts: Iterable[Rows]) -> Iterator[Rows]:
+        waiting: deque[Rows] = deque()
+
+        def windows() -> Iterator[Window]:
+            for part in parts:
+                texts = [part.rows[p].text for p in part.usable]
+                part.answers, part.left = np.empty((len(texts), self.embedder.dim), self.dtype), len(texts)
+                waiting.append(part)
+                for first, last in cuts(len(texts)):
+                    window = self._window(part, texts[first:last], first)
+                    window.owner = part
+                    yield window
+
+        try:
+            for done in self.embedder.run(self.engine, windows()):
+                part: Rows = done.window.owner
+                at, which = done.window.texts(done.rows)
+                if done.result is None:
+                    part.errors |= {part.usable[i]: str(done.error) for i in at}
+                else:
+                    part.answers[at] = done.result.numpy()[which]
+                part.left -= len(at)
+                while waiting and not waiting[0].left:
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            self.source.close()
+
+    def _window(self, part: Rows, texts: list[Any], first: int) -> Window:
+        if self.of_tokens:
+            lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+            ids = np.concatenate([np.empty(0, np.int32), *texts])
+            window = Window(ids, lengths, first=first)
+            size = self.embedder.model.config.vocab_size
+            outside = np.repeat(np.arange(len(texts)), lengths)[(ids < 0) | (ids >= size)]
+            wrong = np.zeros(len(texts), bool)
+            wrong[outside] = True
+            window = self._without(part, window, wrong, lambda row: f"an id outside the vocabulary of {size}")
+        else:
+            window = self.source.window(texts, first)
+        most = self.embedder.max_length
+        if self.of_tokens or not self.truncate:
+            lengths = window.lengths
+            window = self._without(
+                part, window, lengths > most, lambda row: f"{lengths[row]} tokens, more than max_length {most}"
+            )
+        return window
+
+    def _without(self, part: Rows, window: Window, wrong: np.ndarray, why: Callable[[int], str]) -> Window:
+        if not wrong.any():
+            return window
+        sequences = np.flatnonzero(wrong)
+        for text, which in zip(*window.texts(sequences), strict=True):
+            part.errors[part.usable[text]] = why(int(sequences[which]))
+        return window.emptied(wrong)
+
+    def write(self, directory: Path, name: str, part: Rows, keep: list[int]) -> list[str]:
+        ids = [part.rows[p].id for p in keep]
+        if not part.errors:
+            return write_embeddings(directory, name, self.form, ids, part.answers)
+        out = np.full((len(keep), self.embedder.dim), np.nan, self.dtype)
+        place = {p: i for i, p in enumerate(part.usable)}
+        good = [(i, place[p]) for i, p in enumerate(keep) if p not in part.errors]
+        if good:
+            to, of = map(list, zip(*good, strict=True))
+            out[to] = part.answers[of]
+        return write_embeddings(directory, name, self.form, ids, out)
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """What a job says on standard error: a line that is rewritten on a terminal, JSON objects with `as_json`."""
+
+    def __init__(self, quiet: bool = False, as_json: bool = False):
+        self.quiet, self.as_json = quiet, as_json
+        self.rows = 0
+        self._bar: Any = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def say(self, text: str) -> None:
+        if self.as_json:
+            self._json("message", text=text)
+        elif not self.quiet:
+            print(text, file=sys.stderr)
+
+    def _json(self, event: str, **values: Any) -> None:
+        print(json.dumps({"event": event, "time": round(time.time(), 3)} | values), file=sys.stderr, flush=True)
+
+    def start(self, progress: Progress, work: Work, rows: int) -> None:
+        self._progress, self._work, self._before = progress, work, rows
+        self._started, self._at_start = time.perf_counter(), progress.fraction()
+        if not self.quiet and not self.as_json and sys.stderr.isatty():
+            self._bar = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
+        if self.as_json or self._bar is not None:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0 if self._bar is not None else EVERY):
+            self._show()
+
+    def _show(self) -> None:
+        found = self.figures()
+        if self.as_json:
+            self._json("progress", **found)
+        elif self._bar is not None:
+            eta = found["eta_s"]
+            left = "" if eta is None else f", {int(eta) // 3600}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d} left"
+            self._bar.set_description_str(
+                f"{found['rows']:,} rows, {found['rows_per_s']:,.0f} rows/s, {found['tokens_per_s']:,.0f} tokens/s"
+                f"{left}, waiting for the {found['bottleneck'] or 'first batch'}"
+            )
+
+    def figures(self) -> dict[str, Any]:
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        fraction = self._progress.fraction()
+        eta = None
+        if fraction is not None and self._at_start is not None and fraction > self._at_start and self.rows:
+            eta = round(elapsed * (1 - fraction) / (fraction - self._at_start), 1)
+        return {
+            "rows": self._before + self.rows,
+            "rows_per_s": round(self.rows / elapsed, 1),
+            "tokens_per_s": round(self._work.tokens() / elapsed, 1),
+            "eta_s": eta,
+            "bottleneck": self._work.bottleneck(),
+        }
+
+    def part(self, part: Rows) -> None:
+        self.rows += len(part.rows)
+        if self.as_json:
+            self._json("part", number=part.number, rows=len(part.rows), rejected=len(part.errors))
+
+    def done(self, manifest: Manifest) -> None:
+        found = self.figures()
+        self.close()
+        if self.as_json:
+            self._json("done", parts=len(manifest.parts), rejected=manifest.rejected, **found)
+            return
+        parts = f"{len(manifest.parts)} part{'s' if len(manifest.parts) != 1 else ''}"
+        seconds = time.perf_counter() - self._started
+        rejected = f", {manifest.rejected:,} rejected" if manifest.rejected else ""
+        self.say(
+            f"{manifest.rows:,} rows in {parts}{rejected}; {seconds:.1f} s, {found['rows_per_s']:,.0f} rows/s, "
+            f"{found['tokens_per_s']:,.0f} tokens/s, mostly waiting for the {found['bottleneck'] or 'input'}"
+        )
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,819 @@
+"""Jobs on files: every format in and out, bad rows, stopping and resuming, shards, and what they refuse."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastdistil
+from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
+from fastdistil.cli import main
+from fastdistil.jobs import manifest as manifests
+from fastdistil.jobs import run as module
+from fastdistil.jobs.index import Index
+from fastdistil.jobs.manifest import Lock
+from fastdistil.jobs.readers import Columns, count_rows, find_inputs, read_files, read_rows
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+TEXTS = ["a cat sat", "read a CSV, file", 'he said "no"', "naïve 中文", "two\nlines", "x " * 150, "", "a cat sat"]
+LINES = [text.replace("\n", " ") for text in TEXTS]
+TINY = dict(vocab_size=30522, dim=16, n_heads=2, hidden_dim=24, n_layers=1, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(minilm, tmp_path_factory):
+    """A tiny random model with the real tokenizer."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    fastdistil.DistilBertModel(DistilBertConfig(**TINY)).save_pretrained(path)
+    DistilBertTokenizer.from_pretrained(minilm).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def embedder(checkpoint):
+    return Embedder.from_pretrained(checkpoint, device="cpu")
+
+
+def embed(checkpoint, *args):
+    return main(["embed", "--model", str(checkpoint), "--device", "cpu", "--quiet", *map(str, args)])
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def files(directory):
+    return {p.name: p.read_bytes() for p in sorted(Path(directory).rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+# --- what goes in -------------------------------------------------------------------------------------------------
+
+
+def write(kind, path, texts=TEXTS):
+    """The texts as a file of a kind, ids `n0`, `n1`..."""
+    rows = [{"name": f"n{i}", "text": text} for i, text in enumerate(texts)]
+    packed = {".gz": gzip.compress, ".zst": lambda b: pyarrow.compress(b, "zstd", asbytes=True)}
+    base, _, pack = kind.partition("+")
+    if base == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
+        return
+    if base == "jsonl":
+        content = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    elif base == "txt":
+        content = "\r\n".join(texts) + "\r\n"
+    else:
+        import csv
+
+        file = io.StringIO()
+        writer = csv.writer(file, delimiter="," if base == "csv" else "\t")
+        writer.writerows([["text", "name"], *([row["text"], row["name"]] for row in rows)])
+        content = "\ufeff" + file.getvalue()
+    content = content.encode()
+    if pack == ".zst":
+        with pyarrow.CompressedOutputStream(pyarrow.OSFile(str(path), "wb"), "zstd") as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(packed[pack](content) if pack else content)
+
+
+KINDS = ["txt", "jsonl", "csv", "tsv", "parquet", "txt+.gz", "jsonl+.gz", "csv+.gz", "jsonl+.zst", "tsv+.zst"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_rows(kind, tmp_path):
+    path = tmp_path / f"in.{kind.replace('+', '')}"
+    texts = LINES if kind.startswith("txt") else TEXTS
+    write(kind, path, texts)
+    columns = Columns() if kind.startswith("txt") else Columns(id="name")
+    rows = list(read_rows([path], columns))
+    assert [row.text for row in rows] == texts and not any(row.error for row in rows)
+    assert [row.number for row in rows] == list(range(len(texts)))
+    assert [row.id for row in rows] == (list(range(len(texts))) if columns.id is None else [f"n{i}" for i in range(8)])
+    assert count_rows([str(path)], columns) == len(texts)
+    for skip in (0, 1, 4, len(texts)):
+        twice = [str(path)] * 2
+        assert list(read_files(twice, columns, skip=skip)) == list(read_rows(twice, columns))[skip:]
+
+
+def test_directories_patterns_and_order(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.jsonl", "deep/c.csv", "ignored.md", "manifest.json"):
+        (tmp_path / name).write_text("text\n")
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "deep/c.csv")]
+    assert find_inputs([tmp_path]) == names
+    assert find_inputs([tmp_path / "*.txt", tmp_path / "**" / "*.csv"]) == names[1:]
+    assert find_inputs([names[1], names[0]]) == [names[1], names[0]]
+    for nothing, message in ((tmp_path / "*.parquet", "no input file"), (tmp_path / "x", "no input file")):
+        with pytest.raises(FileNotFoundError, match=message):
+            find_inputs([nothing])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no \.txt"):
+        find_inputs([tmp_path / "empty"])
+
+
+BAD = {
+    "in.jsonl": (
+        b'{"text": "a", "id": 1}\n{"text": \n[1]\n{"words": 1}\n{"text": null, "id": 5}\n{"text": "a\xff"}\n'
+        b'{"text": "\\ud800", "id": 7}\n{"text": "a", "id": 1.5}\n{"text": "b", "id": "x"}\n',
+        ["line 2: not JSON", "line 3: a JSON list", "line 4: no column", "line 5: column 'text' is null",
+         "line 6: not UTF-8", "line 7: the text holds a lone surrogate", "line 8: id column 'id' is 1.5"],
+    ),
+    "in.csv": (
+        b'id,text\n1,a\n2\n3,b,c\n4,"a"x"\n5,caf\xe9\n6,"ok\nok"\n',
+        ["line 3: 1 values under 2 names", "line 4: 3 values under 2 names", "line 5: not a table's row",
+         "line 6: column 'text' is not UTF-8 (byte 0xe9)"],
+    ),
+    "in.txt": (b"a\n\xff\nb\n", ["line 2: not UTF-8"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_spoils_no_other(name, checkpoint, tmp_path, capsys):
+    content, reasons = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    columns = Columns() if name == "in.txt" else Columns(id="id")
+    rows = list(read_rows([tmp_path / name], columns))
+    errors = [f"{row.where.rpartition(', ')[2]}: {row.error}" for row in rows if row.error]
+    assert len(errors) == len(reasons) and all(a.startswith(b) for a, b in zip(errors, reasons, strict=True)), errors
+    assert count_rows([str(tmp_path / name)], columns) == len(rows)
+    ids = [] if name == "in.txt" else ["--id-column", "id"]
+    given = ["--input", tmp_path / name, *ids]
+    # fail: the first one is named, and nothing is written
+    assert embed(checkpoint, *given, "--output", tmp_path / "fail") == 1
+    assert f"{name}, {reasons[0]}" in capsys.readouterr().err
+    # skip: the others are there, and each bad one in the rejects
+    assert embed(checkpoint, *given, "--output", tmp_path / "skip", "--on-error", "skip") == 3
+    rejects = [json.loads(line) for line in (tmp_path / "skip" / "rejects.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rejects] == [row.number for row in rows if row.error]
+    assert all(r["reason"] == row.error for r, row in zip(rejects, (r for r in rows if r.error), strict=True))
+    good = [row for row in rows if not row.error]
+    ((found, vectors),) = Index(tmp_path / "skip").parts()
+    assert found == [row.id for row in good] and len(vectors) == len(good)
+    # null: they are rows of nothing
+    assert embed(checkpoint, *given, "--output", tmp_path / "null", "--on-error", "null") == 3
+    ((found, nulls),) = Index(tmp_path / "null").parts()
+    assert len(found) == len(rows)
+    bad = np.array([row.error is not None for row in rows])
+    assert np.isnan(nulls[bad]).all()
+    np.testing.assert_array_equal(nulls[~bad], vectors)
+
+
+def test_an_unreadable_row_group(checkpoint, tmp_path, capsys):
+    path = tmp_path / "in.parquet"
+    texts = [f"text number {i}" for i in range(90)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=30, compression="snappy")
+    column = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    first = column.dictionary_page_offset or column.data_page_offset
+    content[first : first + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o") == 1
+    assert "in.parquet, row 30: row group 1 cannot be read" in capsys.readouterr().err
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", "--on-error", "skip") == 3
+    ((ids, _),) = Index(tmp_path / "o").parts()
+    assert ids == [*range(30), *range(60, 90)]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.txt.zst", "in.parquet", "other.parquet"])
+def test_a_file_that_ends_too_early_or_is_another(name, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "PART_ROWS", 3)
+    path = tmp_path / name
+    write({"in.jsonl.gz": "jsonl+.gz", "in.txt.zst": "txt+.zst"}.get(name, "parquet"), path, LINES * 200)
+    path.write_bytes(path.read_bytes()[:-9] if not name.startswith("other") else b"text")
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o") == 1
+    assert name in capsys.readouterr().err
+
+
+def test_columns_that_are_not_there(checkpoint, tmp_path, capsys):
+    for kind in ("parquet", "csv"):
+        write(kind, tmp_path / f"in.{kind}")
+        assert (
+            embed(checkpoint, "--input", tmp_path / f"in.{kind}", "--output", tmp_path / "o", "--text-column", "b") == 1
+        )
+        assert f"in.{kind} has no column 'b' among" in capsys.readouterr().err
+    write("txt", tmp_path / "in.txt", LINES)
+    assert embed(checkpoint, "--input", tmp_path / "in.txt", "--output", tmp_path / "o", "--id-column", "b") == 1
+    assert "is plain text, which has no id column 'b'" in capsys.readouterr().err
+
+
+def test_a_column_of_token_ids(checkpoint, embedder, tmp_path, capsys):
+    ids = [embedder.tokenizer.encode_ids([text], 64)[0] for text in TEXTS]
+    path = tmp_path / "in.parquet"
+    for kind in (pyarrow.list_(pyarrow.int32()), pyarrow.large_list(pyarrow.int64())):
+        parquet.write_table(pyarrow.table({"input_ids": pyarrow.array(ids, kind)}), path)
+        arguments = ["--input", path, "--output", tmp_path / "o", "--tokens-column", "input_ids", "--overwrite"]
+        assert embed(checkpoint, *arguments) == 0
+        np.testing.assert_allclose(np.load(tmp_path / "o" / "part-00000.npy"), embedder.encode(TEXTS), atol=1e-6)
+    parquet.write_table(pyarrow.table({"input_ids": [[1, 2], None, [3, 99999], [5] * 65, [-1], [7]]}), path)
+    assert embed(checkpoint, *arguments) == 1
+    assert "row 1: column 'input_ids' is null, not a list of token ids" in capsys.readouterr().err
+    assert embed(checkpoint, *arguments, "--on-error", "skip") == 3
+    rejects = [json.loads(line) for line in (tmp_path / "o" / "rejects.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rejects] == [1, 2, 3, 4]
+    assert "outside the vocabulary" in rejects[1]["reason"] and "65 tokens, more than" in rejects[2]["reason"]
+    assert next(Index(tmp_path / "o").parts())[0] == [0, 5]
+    write("jsonl", tmp_path / "in.jsonl")
+    assert embed(checkpoint, "--input", tmp_path / "in.jsonl", *arguments[2:]) == 1
+    assert "token ids is read from .parquet files only" in capsys.readouterr().err
+
+
+def test_texts_that_are_too_long(checkpoint, embedder, tmp_path, capsys):
+    jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    arguments = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "o", "--no-truncate"]
+    assert embed(checkpoint, *arguments) == 1
+    assert "in.jsonl, line 6: 152 tokens, more than max_length 64" in capsys.readouterr().err
+    assert embed(checkpoint, *arguments, "--on-error", "null") == 3
+    got = np.load(tmp_path / "o" / "part-00000.npy")
+    assert np.isnan(got[5]).all()
+    good = [i for i in range(len(TEXTS)) if i != 5]
+    np.testing.assert_allclose(got[good], embedder.encode([TEXTS[i] for i in good]), atol=1e-6)
+
+
+# --- what comes out -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("form", ["npy", "safetensors", "parquet", "jsonl"])
+def test_every_format_holds_the_same(form, dtype, checkpoint, embedder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module.Job, "__init__", _with(module.Job.__init__, part_rows=3))
+    rows = [{"id": f"n{i}", "text": t} for i, t in enumerate(TEXTS)]
+    rows[4]["text"] = None
+    path = jsonl(tmp_path / "in.jsonl", rows)
+    arguments = ["--input", path, "--id-column", "id", "--format", form, "--output-dtype", dtype, "--on-error", "null"]
+    assert embed(checkpoint, *arguments, "--output", tmp_path / "o") == 3
+    index = Index(tmp_path / "o")
+    assert [part.rows for part in index.manifest.parts] == [3, 3, 2]
+    ids, vectors = zip(*index.parts(), strict=True)
+    vectors = np.concatenate(vectors)
+    assert [i for part in ids for i in part] == [f"n{i}" for i in range(8)]
+    assert np.isnan(vectors[4]).all() and (dtype == "float32" or form == "jsonl" or vectors.dtype == np.float16)
+    good = [i for i in range(8) if i != 4]
+    expected = embedder.encode([TEXTS[i] for i in good])
+    np.testing.assert_allclose(vectors[good], expected, atol=1e-6 if dtype == "float32" else 1e-3)
+    found = index.search(expected[:1].astype(np.float32), 8)[0]
+    assert len(found) == 7 and "n4" not in [name for name, _ in found]
+    if form == "parquet":
+        file = parquet.ParquetFile(tmp_path / "o" / "part-00000.parquet")
+        kind = "float" if dtype == "float32" else "halffloat"
+        assert str(file.schema_arrow.field("embedding").type) == f"fixed_size_list<element: {kind}>[16]"
+
+
+def _with(init, **more):
+    return lambda self, *args, **kwargs: init(self, *args, **(kwargs | more))
+
+
+def test_row_groups_are_small(tmp_path):
+    from fastdistil.jobs.writers import as_table, write_embeddings
+
+    vectors = np.arange(60_000 * 2, dtype=np.float32).reshape(-1, 2)
+    write_embeddings(tmp_path, "part-00000", "parquet", list(range(60_000)), vectors)
+    metadata = parquet.ParquetFile(tmp_path / "part-00000.parquet").metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [25_000, 25_000, 10_000]
+    column = as_table([0, 1], {"embedding": vectors[:2]}, {}).column("embedding").chunk(0)
+    assert column.values.buffers()[1].address == vectors.ctypes.data  # no copy
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------------
+
+JOB = """
+import os, random, signal, sys, time
+import torch, numpy
+torch.set_num_threads(1)
+from fastdistil import Embedder
+from fastdistil.jobs.run import Embedding, Job, Log, run_job
+model, source, output, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+from pathlib import Path
+
+def job(resume):
+    embedder = Embedder.from_pretrained(model, device="cpu")
+    work = Embedding(embedder, "npy")
+    made = Job([source], Path(output), "embed", model, "npy", {"max_length": 64}, resume=resume, part_rows=40,
+               on_error="skip")
+    run_job(made, work, Log(quiet=True))
+
+def child(seconds):
+    # forked before torch has started any thread
+    pid = os.fork()
+    if pid == 0:
+        try:
+            job(True)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    start = time.time()
+    while seconds is None or time.time() - start < seconds:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0, status
+            return False
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+rng = random.Random(0)
+killed = 0
+for _ in range(kills):
+    killed += child(rng.uniform(0.02, 0.45))
+child(None)
+print(killed)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed(checkpoint, tmp_path):
+    """SIGKILL at 20 random moments; the output is the same bytes, and no finished part is computed again."""
+    rng = np.random.default_rng(0)
+    words = "the quick brown fox jumps over a lazy dog".split()  # noqa: SIM905
+    rows = [{"text": " ".join(rng.choice(words, n))} for n in rng.integers(1, 60, 6_000)]
+    rows[777]["text"] = None
+    path = jsonl(tmp_path / "in.jsonl", rows)
+
+    def run(output, kills):
+        command = [sys.executable, "-c", JOB, str(checkpoint), str(path), str(output), str(kills)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert run(tmp_path / "whole", 0) == 0
+    killed = run(tmp_path / "killed", 20)
+    assert killed >= 10, "the job is over too soon to be killed"
+    whole, resumed = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert len(whole) == 2 * 150 + 2 and whole.keys() == resumed.keys()
+    assert [name for name in whole if whole[name] != resumed[name]] == []
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, number):
+    """The job ends when it comes to write this part."""
+    write = module._write
+
+    def stopping(job, directory, manifest, work, part):
+        if part.number == number:
+            raise Stop
+        return write(job, directory, manifest, work, part)
+
+    monkeypatch.setattr(module, "_write", stopping)
+
+
+def make_job(checkpoint, source, output, **changes):
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu")
+    work = module.Embedding(embedder, "npy")
+    options = dict(part_rows=2, resume=True) | changes
+    job = module.Job([str(source)], output, "embed", str(checkpoint), "npy", {"max_length": 64}, **options)
+    return job, work
+
+
+@pytest.fixture
+def stopped(checkpoint, tmp_path, monkeypatch):
+    """A job of four parts, of which two are finished."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stop):
+            module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
+    return path, tmp_path / "o"
+
+
+def test_finished_parts_are_not_computed_again(stopped, checkpoint, monkeypatch):
+    path, output = stopped
+    assert (output / "part-00001.done.json").exists() and not (output / "part-00002.npy").exists()
+    before = {p.name: p.stat().st_mtime_ns for p in output.glob("part-*.npy")}
+    seen = []
+    encode = DistilBertTokenizer.encode_ids
+    monkeypatch.setattr(
+        DistilBertTokenizer, "encode_ids", lambda self, t, *a, **k: seen.extend(t) or encode(self, t, *a, **k)
+    )
+    module.run_job(*make_job(checkpoint, path, output), module.Log(True))
+    assert seen == TEXTS[4:]
+    assert all((output / name).stat().st_mtime_ns == then for name, then in before.items())
+    module.run_job(*make_job(checkpoint, path, output.parent / "whole"), module.Log(True))
+    assert files(output) == files(output.parent / "whole")
+    # a finished job is left alone
+    module.run_job(*make_job(checkpoint, path, output), module.Log(True))
+    assert seen == TEXTS[4:] + TEXTS
+
+
+def test_damaged_parts_are_made_again(stopped, checkpoint, tmp_path):
+    path, output = stopped
+    (output / "part-00001.npy").write_bytes(b"short")
+    (output / "part-00002.npy.tmp").write_bytes(b"torn")
+    module.run_job(*make_job(checkpoint, path, output), module.Log(True))
+    module.run_job(*make_job(checkpoint, path, tmp_path / "whole"), module.Log(True))
+    assert files(output) == files(tmp_path / "whole")
+
+
+def test_what_changed_is_named(stopped, checkpoint, tmp_path, minilm):
+    path, output = stopped
+
+    def refused(message, source=path, **changes):
+        with pytest.raises(ValueError, match=message):
+            module.run_job(*make_job(checkpoint, source, output, **changes), module.Log(True))
+
+    refused("part_rows was 2, now 3", part_rows=3)
+    refused("shards was 1, now 2", shards=2)
+    job, work = make_job(checkpoint, path, output)
+    job.fingerprint = {"max_length": 32}
+    with pytest.raises(ValueError, match="max_length was 64, now 32"):
+        module.run_job(job, work, module.Log(True))
+    other = jsonl(tmp_path / "other.jsonl", [{"text": t} for t in TEXTS])
+    refused(r"the input other.jsonl \(name: was in.jsonl\)", source=other)
+    os.utime(path, (1, 1))
+    refused(r"the input in.jsonl \(time of change")
+    path.write_text(path.read_text() + "\n")
+    refused(r"the input in.jsonl \(size: was")
+    # another checkpoint
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint, moved)
+    assert manifests.fingerprint_of_model(moved) == manifests.fingerprint_of_model(checkpoint)
+    (moved / "config.json").write_text((moved / "config.json").read_text() + " ")
+    assert manifests.fingerprint_of_model(moved) != manifests.fingerprint_of_model(checkpoint)
+
+
+def test_a_job_that_failed_on_a_row_goes_on_without_it(checkpoint, tmp_path):
+    rows = [{"text": t} for t in TEXTS]
+    rows[5]["text"] = 3
+    path = jsonl(tmp_path / "in.jsonl", rows)
+    with pytest.raises(ValueError, match="in.jsonl, line 6: column 'text' is 3, not a string"):
+        module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
+    assert sorted(p.name for p in (tmp_path / "o").glob("*.npy")) == ["part-00000.npy", "part-00001.npy"]
+    done = module.run_job(*make_job(checkpoint, path, tmp_path / "o", on_error="skip"), module.Log(True))
+    assert (done.rows, done.rejected) == (7, 1)
+    with pytest.raises(ValueError, match="on_error was 'skip', now 'null'"):
+        module.run_job(*make_job(checkpoint, path, tmp_path / "o", on_error="null"), module.Log(True))
+
+
+def test_directories_in_use(checkpoint, tmp_path, capsys):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    out = tmp_path / "o"
+    given = ["--input", path, "--output", out]
+    assert embed(checkpoint, *given, "--resume") == 0  # of nothing: a new job
+    assert embed(checkpoint, *given) == 1
+    assert (
+        "is not empty (manifest.json); give another directory, or --overwrite, or --resume" in capsys.readouterr().err
+    )
+    assert embed(checkpoint, *given, "--resume") == 0
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "notes.txt").write_text("mine")
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "p") == 1
+    assert "is not empty (notes.txt); give another directory, or --overwrite\n" in capsys.readouterr().err
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "p", "--resume") == 0
+    assert (tmp_path / "p" / "notes.txt").read_text() == "mine"
+    with pytest.raises(SystemExit) as caught:
+        embed(checkpoint, *given, "--resume", "--overwrite")
+    assert caught.value.code == 2
+    assert embed(checkpoint, "--input", path, "--output", path) == 1
+    assert "in.jsonl is a file" in capsys.readouterr().err
+
+
+def test_the_second_of_two_jobs_refuses(checkpoint, tmp_path, capsys):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    out = tmp_path / "o"
+    out.mkdir()
+    with Lock(out):
+        assert embed(checkpoint, "--input", path, "--output", out) == 1
+        assert f"another job (process {os.getpid()}) is writing to {out}" in capsys.readouterr().err
+    assert embed(checkpoint, "--input", path, "--output", out) == 0
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    code = f"from fastdistil.jobs.manifest import Lock; from pathlib import Path; import time\n" \
+           f"lock = Lock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError, match=f"process {holder.pid}"):
+        Lock(tmp_path)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    Lock(tmp_path).release()
+
+
+FULL = """
+import resource, sys
+from fastdistil.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # a quota: no file may grow larger
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors", "parquet", "jsonl"])
+def test_no_room_for_a_part(form, checkpoint, tmp_path):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"{t} {i}"} for i in range(20) for t in TEXTS])
+    arguments = ["embed", "--model", checkpoint, "--device", "cpu", "--input", path, "--output", tmp_path / "o"]
+    command = [sys.executable, "-c", FULL, *map(str, arguments), "--format", form]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and f"part-00000.{form} cannot be written" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert {p.name for p in (tmp_path / "o").iterdir()} <= {".lock", "manifest.json"}
+    assert embed(checkpoint, *arguments[5:], "--format", form, "--resume") == 0
+
+
+def test_a_full_disk(checkpoint, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("no small file system can be made here")
+    try:
+        path = jsonl(tmp_path / "in.jsonl", [{"text": f"{t} {i}"} for i in range(250) for t in TEXTS])
+        with pytest.raises(OSError, match="no space is left for .*; make room and go on with --resume") as caught:
+            module.run_job(*make_job(checkpoint, path, small / "o", part_rows=500), module.Log(True))
+        assert caught.value.errno == 28
+        kept = {p.name: p.read_bytes() for p in (small / "o").glob("part-*") if not p.name.endswith(".done.json")}
+        assert len(kept) >= 2 and not list((small / "o").glob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(small)], check=True)
+        module.run_job(*make_job(checkpoint, path, small / "o", part_rows=500), module.Log(True))
+        module.run_job(*make_job(checkpoint, path, tmp_path / "whole", part_rows=500), module.Log(True))
+        assert files(small / "o") == files(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_input_that_vanishes(checkpoint, tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in TEXTS])
+    monkeypatch.setattr(module.Job, "__init__", _with(module.Job.__init__, part_rows=4))
+    read = module.read_files
+
+    def gone(*args, **kwargs):
+        (tmp_path / "b.jsonl").unlink()
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(module, "read_files", gone)
+    arguments = ["--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--output", tmp_path / "o"]
+    assert embed(checkpoint, *arguments) == 1
+    assert "b.jsonl" in capsys.readouterr().err
+    assert len(list((tmp_path / "o").glob("part-*.npy"))) == 2
+
+
+def test_interrupted(checkpoint, tmp_path, capsys, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    monkeypatch.setattr(module.Job, "__init__", _with(module.Job.__init__, part_rows=4))
+    write = module._write
+
+    def interrupt(*args):
+        if args[-1].number:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    monkeypatch.setattr(module, "_write", interrupt)
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o") == 1
+    assert "interrupted; finished parts stay, go on with --resume" in capsys.readouterr().err
+    assert len(list((tmp_path / "o").glob("part-*.npy"))) == 1
+
+
+def test_standard_input(checkpoint, tmp_path, capsys, monkeypatch):
+    def stdin():
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(LINES).encode())))
+
+    stdin()
+    assert embed(checkpoint, "--input", "-", "--output", tmp_path / "o") == 0
+    assert len(np.load(tmp_path / "o" / "part-00000.npy")) == len(LINES)
+    stdin()
+    assert embed(checkpoint, "--input", "-", "--output", tmp_path / "o", "--resume") == 1
+    assert "standard input cannot be resumed" in capsys.readouterr().err
+    assert embed(checkpoint, "--input", "-", "--output", tmp_path / "p", "--num-shards", 2, "--shard-index", 0) == 1
+    assert "standard input cannot be split into shards" in capsys.readouterr().err
+
+
+def test_long_texts_make_smaller_parts(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_CHARACTERS", 1_000)
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "x " * n} for n in (10, 600, 10, 10, 10)])
+    done = module.run_job(*make_job(checkpoint, path, tmp_path / "o", part_rows=100), module.Log(True))
+    assert [part.rows for part in done.parts] == [2, 3]
+
+
+# --- shards -------------------------------------------------------------------------------------------------------
+
+
+def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkeypatch):
+    rows = [{"id": i * 10, "text": t} for i, t in enumerate(TEXTS * 3)]
+    rows[13]["text"] = None
+    a, b = jsonl(tmp_path / "a.jsonl", rows[:9]), tmp_path / "b.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows[9:]), b, row_group_size=4)
+    given = ["--input", a, b, "--id-column", "id", "--on-error", "skip"]
+    for shard in range(3):
+        where = ["--output", tmp_path / f"s{shard}", "--num-shards", 3, "--shard-index", shard]
+        assert embed(checkpoint, *given, *where) == (3 if shard == 1 else 0)
+    shards = [str(tmp_path / f"s{i}") for i in (2, 0, 1)]
+    assert main(["merge", *shards, "--output", str(tmp_path / "m")]) == 3
+    index = Index(tmp_path / "m")
+    ids, vectors = zip(*index.parts(), strict=True)
+    good = [row for row in rows if row["text"] is not None]
+    assert [i for part in ids for i in part] == [row["id"] for row in good]
+    np.testing.assert_allclose(np.concatenate(vectors), embedder.encode([row["text"] for row in good]), atol=1e-6)
+    assert [json.loads(x)["row"] for x in (tmp_path / "m" / "rejects.jsonl").read_text().splitlines()] == [13]
+    # by the environment, each into a directory of its own
+    for shard in range(2):
+        monkeypatch.setenv("RANK", str(shard)), monkeypatch.setenv("WORLD_SIZE", "2")
+        assert embed(checkpoint, *given, "--output", tmp_path / "ranks") in (0, 3)
+    assert sorted(p.name for p in (tmp_path / "ranks").iterdir()) == ["shard-00000-of-00002", "shard-00001-of-00002"]
+    assert main(["merge", str(tmp_path / "ranks"), "--output", str(tmp_path / "n"), "--quiet"]) == 3
+    assert [i for part, _ in Index(tmp_path / "n").parts() for i in part] == [row["id"] for row in good]
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    capsys.readouterr()
+    # what cannot be merged
+    for given, message in [
+        (shards[:2], "of 3 shards, these are missing: 1"),
+        ([*shards, shards[0]], "is shard 2, as"),
+        ([shards[0], str(tmp_path / "ranks" / "shard-00000-of-00002")], "of another job"),
+        ([str(tmp_path / "none")], "there is no directory"),
+        ([str(tmp_path)], "is no shard"),
+    ]:
+        assert main(["merge", *given, "--output", str(tmp_path / "x")]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["merge", *shards, "--output", str(tmp_path / "m")]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "s1" / "part-00000.npy").write_bytes(b"")
+    assert main(["merge", *shards, "--output", str(tmp_path / "x"), "--overwrite"]) == 1
+    assert "is missing or damaged" in capsys.readouterr().err
+
+
+def test_wrong_shards(checkpoint, tmp_path, capsys):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    for args, message in [
+        (["--num-shards", 2], "--num-shards and --shard-index go together"),
+        (["--num-shards", 2, "--shard-index", 2], "shard 2 is none of 2; they are numbered from 0"),
+    ]:
+        assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *args) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_process_a_device(checkpoint, embedder, tmp_path, capfd):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS * 3])
+    arguments = ["embed", "--model", str(checkpoint), "--input", str(path), "--output", str(tmp_path / "o"), "--quiet"]
+    assert main([*arguments, "--device", "cpu,cpu"]) == 0
+    assert sorted(p.name for p in (tmp_path / "o").iterdir() if p.is_dir()) == []
+    ids, vectors = zip(*Index(tmp_path / "o").parts(), strict=True)
+    assert [len(part) for part in ids] == [12, 12] and [i for part in ids for i in part] == list(range(24))
+    np.testing.assert_allclose(np.concatenate(vectors), embedder.encode(TEXTS * 3), atol=1e-6)
+    assert main([*arguments, "--device", "cpu,cpu", "--resume"]) == 0
+    assert main([*arguments, "--device", "cpu,cpu"]) == 1
+    assert "is not empty" in capfd.readouterr().err
+    path.write_text(path.read_text() + "[]\n")
+    assert main([*arguments, "--device", "cpu,cpu", "--overwrite"]) == 1
+    err = capfd.readouterr().err
+    assert "in.jsonl, line 25: a JSON list" in err and "the process on cpu ended with status 1" in err
+    assert main([*arguments, "--device", "cuda:0,0"]) == 1
+    assert "device cuda:0 is named twice" in capfd.readouterr().err
+
+
+# --- answers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def heads(minilm, tmp_path_factory):
+    torch.manual_seed(0)
+    names = {
+        "fill-mask": "DistilBertForMaskedLM",
+        "text-classification": "DistilBertForSequenceClassification",
+        "token-classification": "DistilBertForTokenClassification",
+        "question-answering": "DistilBertForQuestionAnswering",
+    }
+    out = {}
+    for task, name in names.items():
+        out[task] = str(tmp_path_factory.mktemp(task))
+        getattr(fastdistil, name)(DistilBertConfig(**TINY, initializer_range=0.3)).save_pretrained(out[task])
+        DistilBertTokenizer.from_pretrained(minilm).save_pretrained(out[task])
+    return out
+
+
+TASKS = [
+    ("text-classification", [], {}),
+    ("text-classification", ["--top-k", "2"], {"top_k": 2}),
+    ("token-classification", [], {"aggregation_strategy": "simple"}),
+    ("token-classification", ["--aggregation-strategy", "none"], {"aggregation_strategy": "none"}),
+    ("question-answering", ["--question-column", "asked"], {}),
+    ("question-answering", ["--question", "who?", "--top-k", "3"], {"top_k": 3}),
+    ("fill-mask", [], {}),
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("task", "args", "options"), TASKS, ids=[" ".join([t, *a]) for t, a, _ in TASKS])
+def test_answers_are_columns(task, args, options, form, heads, tmp_path):
+    texts = [f"word {'more ' * i}[MASK]" for i in range(6)]
+    rows = [{"name": f"n{i}", "text": text, "asked": f"which {i}?"} for i, text in enumerate(texts)]
+    rows[2]["text"] = {"fill-mask": "no mask", "question-answering": ""}.get(task)
+    path = jsonl(tmp_path / "in.jsonl", rows)
+    arguments = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--quiet", "--input", str(path)]
+    arguments += ["--id-column", "name", "--format", form, *args]
+    for on_error in ("skip", "null"):
+        out = tmp_path / on_error
+        assert main([*arguments, "--output", str(out), "--on-error", on_error]) == 3
+        if form == "jsonl":
+            found = [json.loads(line) for line in (out / "part-00000.jsonl").read_text().splitlines()]
+        else:
+            found = parquet.read_table(out / "part-00000.parquet").to_pylist()
+        keep = [i for i in range(6) if i != 2 or on_error == "null"]
+        assert [row.pop("id") for row in found] == [f"n{i}" for i in keep]
+        (reject,) = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+        assert reject["row"] == 2 and "inputs[" not in reject["reason"]
+        answer = fastdistil.pipeline(task, heads[task], device="cpu")
+        for i, row in zip(keep, found, strict=True):
+            if i == 2:
+                assert set(row.values()) == {None}
+                continue
+            if task == "question-answering":
+                asked = "who?" if "--question" in args else rows[i]["asked"]
+                expected = answer(question=asked, context=texts[i], **options)
+            else:
+                expected = answer([texts[i]], **options)
+                expected = expected[0] if task != "fill-mask" else expected
+            wrapped = {"question-answering": "answers", "token-classification": "entities", "fill-mask": "guesses"}
+            if task == "text-classification" and options:
+                expected = {f"{k}s": [one[k] for one in expected] for k in ("label", "score")}
+            elif task != "text-classification" and (options or task == "fill-mask"):
+                expected = {wrapped[task]: [expected] if task == "fill-mask" else expected}
+            assert approximately(row) == approximately(expected)
+
+
+def approximately(value):
+    """Scores rounded, for a batch's bits depend on the batch."""
+    if isinstance(value, dict):
+        return {k: approximately(v) for k, v in sorted(value.items())}
+    if isinstance(value, list):
+        return [approximately(v) for v in value]
+    return round(float(value), 4) if isinstance(value, (float, np.floating)) else value
+
+
+def test_what_goes_with_an_output_directory(heads, tmp_path, capsys):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    model = heads["text-classification"]
+    arguments = ["predict", "--task", "text-classification", "--model", model, "--device", "cpu", "--input", str(path)]
+    for more, message in [
+        (["--resume"], "--resume goes with --output"),
+        (["--on-error", "skip"], "--on-error skip and null go with --output"),
+        (["--device", "cpu,cpu"], "several devices need an --output directory"),
+    ]:
+        assert main([*arguments, *more]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["predict", "--task", "feature-extraction", *arguments[3:], "--output", str(tmp_path / "o")]) == 1
+
+
+# --- what is said -------------------------------------------------------------------------------------------------
+
+
+def test_json_logs(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "EVERY", 0.001)
+    monkeypatch.setattr(module.Job, "__init__", _with(module.Job.__init__, part_rows=50))
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"{t} {i}"} for i in range(50) for t in TEXTS])
+    arguments = ["embed", "--model", str(checkpoint), "--device", "cpu", "--input", str(path), "--json-logs"]
+    assert main([*arguments, "--output", str(tmp_path / "o")]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "message" and kinds[-1] == "done" and kinds.count("part") == 8 and "progress" in kinds
+    last = events[-1]
+    assert (last["rows"], last["parts"], last["rejected"]) == (400, 8, 0)
+    assert last["tokens_per_s"] > last["rows_per_s"] > 0 and last["bottleneck"] in ("model", "tokenizer")
+    assert any(event["eta_s"] is not None for event in events if event["event"] in ("progress", "done"))
+
+
+def test_without_pyarrow(checkpoint, tmp_path):
+    """Everything but parquet and zstandard works, and these say what is missing."""
+    write("parquet", tmp_path / "in.parquet")
+    write("txt+.zst", tmp_path / "in.txt.zst", LINES)
+    write("txt", tmp_path / "in.txt", LINES)
+    code = textwrap.dedent("""
+        import sys
+        sys.modules["pyarrow"] = None
+        from fastdistil.cli import main
+        base = ["embed", "--model", sys.argv[1], "--device", "cpu", "--output", sys.argv[2] + "/o", "--input"]
+        print([main([*base, sys.argv[2] + name]) for name in ("/in.txt", "/in.parquet", "/in.txt.zst")])
+    """)
+    command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[0, 1, 1]\n"
+
+
+def test_starting_is_quick(checkpoint, tmp_path):
+    """Without transformers, pyarrow or Triton: what an import costs is paid in every process."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    names = ("transformers", "pyarrow", "triton", "sentence_transformers", "pandas")
+    code = (
+        f"import sys; from fastdistil.cli import main; main(sys.argv[1:]); print([*sys.modules.keys() & {{*{names}}}])"
+    )
+    arguments = ["embed", "--model", checkpoint, "--device", "cpu", "--input", path, "--output", tmp_path / "o"]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+    assert time.perf_counter() - start < 60
