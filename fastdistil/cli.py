@@ -78,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--pooling", choices=fastdistil.ops.POOLING, help="default: the checkpoint's, else mean")
     one.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="default: the checkpoint's, else no")
     one.add_argument("--max-length", type=positive, help="tokens a text is cut to (default: the checkpoint's)")
+    one.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
+    one.add_argument("--ray-address", help="of a running cluster, or auto (default: one is started here)")
+    one.add_argument("--ray-actors", type=positive, help="default: one a GPU of the cluster, or one a CPU")
     one.add_argument("--tokenizer-processes", type=natural, default=0, help="more processes that tokenise (default: 0)")
     _placement(one)
 
@@ -177,6 +180,8 @@ def _placement(command: argparse.ArgumentParser) -> None:
 
 
 def embed(arguments: argparse.Namespace) -> int | None:
+    if arguments.engine != "ray" and (arguments.ray_address or arguments.ray_actors):
+        raise ValueError("--ray-address and --ray-actors go with --engine ray")
     if several := _on_several_devices(arguments):
         return several.status
     log = Log(arguments.quiet, arguments.json_logs)
@@ -190,15 +195,30 @@ def embed(arguments: argparse.Namespace) -> int | None:
     )
     log.say(f"{arguments.model} on {embedder.describe()}")
     columns = Columns(arguments.text_column, arguments.id_column, tokens=arguments.tokens_column)
-    work = Embedding(
-        embedder,
-        arguments.format,
-        max_batch_tokens=arguments.max_batch_tokens,
-        truncate=arguments.truncate,
-        dtype=arguments.output_dtype,
-        tokenizer_processes=arguments.tokenizer_processes,
-        of_tokens=arguments.tokens_column is not None,
-    )
+    work: Any
+    if arguments.engine == "ray":
+        from fastdistil.jobs.ray import RayEmbedding
+
+        if not arguments.truncate or arguments.tokens_column is not None:
+            raise ValueError("--engine ray takes texts, and cuts them; leave --no-truncate and --tokens-column out")
+        work = RayEmbedding(
+            embedder,
+            arguments.format,
+            address=arguments.ray_address,
+            actors=arguments.ray_actors,
+            max_batch_tokens=arguments.max_batch_tokens,
+            dtype=arguments.output_dtype,
+        )
+    else:
+        work = Embedding(
+            embedder,
+            arguments.format,
+            max_batch_tokens=arguments.max_batch_tokens,
+            truncate=arguments.truncate,
+            dtype=arguments.output_dtype,
+            tokenizer_processes=arguments.tokenizer_processes,
+            of_tokens=arguments.tokens_column is not None,
+        )
     settings = {
         "pooling": embedder.pooling,
         "normalize": embedder.normalize,
@@ -207,6 +227,7 @@ def embed(arguments: argparse.Namespace) -> int | None:
         "lower_case": embedder.lower_case,
         "output_dtype": arguments.output_dtype,
         "max_batch_tokens": work.engine.budget,
+        "engine": arguments.engine,
     }
     return _run(arguments, "embed", columns, work, embedder.model, settings, log)
 

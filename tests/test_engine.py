@@ -306,3 +306,51 @@ def test_the_bottleneck_is_named(embedder, texts):
     list(embedder.run(engine, iter([embedder.tokenize(texts)])))
     assert engine.stages.tokens == embedder.tokenize(texts).lengths.sum()
     assert set(engine.stages.seconds) == {"tokenizer", "model"} and engine.stages.bottleneck() == "model"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_cuda(dtype, embedder, texts):
+    """Staged copies, captured graphs and results on their way back, many batches, twice: the CPU's embeddings."""
+    expected = alone(embedder, texts)
+    model = DistilBertModel(embedder.model.config)
+    model.load_state_dict(embedder.model.state_dict())
+    there = Embedder(model.to("cuda", dtype), embedder.tokenizer, normalize=True, max_length=128)
+    order = np.random.default_rng(2).permutation(len(texts))
+    for budget in (500, 500, 3_000, None):
+        got = there.encode([texts[i] for i in order], max_batch_tokens=budget)
+        np.testing.assert_allclose(got, expected[order], atol=1e-4 if dtype is torch.float32 else 2e-2)
+    assert any(graph is not None for graph in there._graphs._graphs.values()), "no graph was captured"
+    # changed weights are seen
+    with torch.no_grad():
+        there.model.embeddings.word_embeddings.weight.mul_(0.5)
+    assert np.abs(there.encode(texts) - expected).max() > 1e-2
+    there.model.transformer.layer = there.model.transformer.layer[:1]
+    assert np.isfinite(there.encode(texts)).all()
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out_on_cuda(embedder, texts):
+    """A real error of torch's allocator, held to a small share of the device."""
+    model = DistilBertModel(embedder.model.config)
+    model.load_state_dict(embedder.model.state_dict())
+    there = Embedder(model.to("cuda"), embedder.tokenizer, normalize=True, max_length=128)
+    window = there.tokenize(texts)
+
+    def hungry(ids, *args):
+        torch.empty(len(ids) * 2**20, dtype=torch.uint8, device="cuda")  # a MiB a token
+        return there._compute(ids, *args)
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 600 * 2**20) / total)
+    try:
+        engine = Engine(torch.device("cuda"), 2_000)
+        out = np.full((len(texts), 32), np.nan, np.float32)
+        for done in engine.run([window], hungry):
+            at, which = window.texts(done.rows)
+            out[at] = done.result.numpy()[which]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert engine.budget < 1_000
+    np.testing.assert_allclose(out, alone(embedder, texts), atol=1e-4)

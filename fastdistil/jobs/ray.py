@@ -1,0 +1,158 @@
+"""Embedding on a Ray cluster: an actor class for `Dataset.map_batches`, and a job whose parts are computed by actors.
+
+Source: Ray (Moritz et al., 2018, arXiv:1712.05889) and Ray Data.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdistil.engine import Embedder
+from fastdistil.jobs.run import Embedding, Rows
+
+CHUNK = 2_048  # rows that an actor gets at once
+AHEAD = 2  # chunks an actor has before it answers the first
+
+
+class EmbedBatches:
+    """For `ray.data.Dataset.map_batches`: adds a column of embeddings, float32 [rows, dim], to each batch.
+
+        dataset.map_batches(EmbedBatches, fn_constructor_kwargs={"model": "..."}, compute=ActorPoolStrategy(size=2),
+                            batch_size=4096, num_gpus=1)
+
+    The model is loaded once an actor; a batch of rows is divided by tokens inside. model, and options: as
+    Embedder.from_pretrained. threads: of torch on CPU, by default the CPUs that Ray gave the actor.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        text_column: str = "text",
+        output_column: str = "embedding",
+        max_batch_tokens: int | None = None,
+        threads: int | None = None,
+        **options: Any,
+    ):
+        _set_threads(threads)
+        self.embedder = Embedder.from_pretrained(model, **options)
+        self.text_column, self.output_column, self.max_batch_tokens = text_column, output_column, max_batch_tokens
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.text_column not in batch:
+            raise ValueError(f"the batch has no column {self.text_column!r} among {', '.join(map(repr, batch))}")
+        texts = list(batch[self.text_column])
+        return batch | {self.output_column: self.embedder.encode(texts, self.max_batch_tokens, show_progress=False)}
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        import ray
+
+        # Ray sets OMP_NUM_THREADS to 1 in an actor that asked for no CPUs
+        threads = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)) or 1
+    torch.set_num_threads(threads)
+
+
+class _Worker:
+    """One actor of a job."""
+
+    def __init__(self, embedder: Embedder, device: str, dtype: torch.dtype, max_batch_tokens: int | None):
+        _set_threads(None)
+        embedder.model.to(device=device, dtype=dtype)
+        self.embedder, self.max_batch_tokens = embedder, max_batch_tokens
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        return self.embedder.encode(texts, self.max_batch_tokens, show_progress=False)
+
+
+class RayEmbedding(Embedding):
+    """The work of an embedding job, done by actors of a cluster; reading and writing stay in this process.
+
+    address: of a running cluster, "auto" for the one of this machine, None for one that is started and stopped here.
+    actors: how many, by default one a GPU, or one a CPU. An actor that dies is started again, and what it had to do is
+    done again. The embedder is sent to the actors, which need no files.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        form: str,
+        *,
+        address: str | None = None,
+        actors: int | None = None,
+        max_batch_tokens: int | None = None,
+        dtype: str = "float32",
+        num_cpus: int | None = None,
+    ):
+        super().__init__(embedder, form, max_batch_tokens=max_batch_tokens, dtype=dtype)
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("the Ray engine needs ray; install fastdistil[ray]") from error
+        self.ray = ray
+        self.started = not ray.is_initialized()
+        if self.started:
+            options = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
+            ray.init(address=address, log_to_driver=False, configure_logging=False, **options)
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        count = actors or gpus or int(resources.get("CPU", 1))
+        on_gpu = gpus > 0
+        model_dtype = torch.float16 if on_gpu and embedder.model.dtype is torch.float32 else embedder.model.dtype
+        shipped = ray.put(embedder)
+        # endless restarts and retries: a job outlives its machines
+        worker = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=1, num_gpus=int(on_gpu))(_Worker)
+        self.actors = [
+            worker.remote(shipped, "cuda" if on_gpu else "cpu", model_dtype, max_batch_tokens) for _ in range(count)
+        ]
+        self._tokens = 0
+
+    def bottleneck(self) -> str | None:
+        return "actors"
+
+    def tokens(self) -> int:
+        return self._tokens
+
+    def run(self, parts: Iterable[Rows]) -> Iterator[Rows]:
+        """Chunks go to the actors in turn, and come back in their order."""
+        flying: deque[tuple[Rows, int, Any]] = deque()
+        waiting: deque[Rows] = deque()
+        turn = 0
+
+        def land(most: int) -> Iterator[Rows]:
+            while len(flying) > most:
+                part, first, answer = flying.popleft()
+                found = self.ray.get(answer)
+                part.answers[first : first + len(found)] = found
+                part.left -= len(found)
+                while waiting and not waiting[0].left:
+                    yield waiting.popleft()
+
+        try:
+            for part in parts:
+                texts = [part.rows[p].text for p in part.usable]
+                part.answers, part.left = np.empty((len(texts), self.embedder.dim), self.dtype), len(texts)
+                waiting.append(part)
+                for first in range(0, len(texts), CHUNK):
+                    yield from land(AHEAD * len(self.actors) - 1)
+                    actor = self.actors[turn % len(self.actors)]
+                    flying.append((part, first, actor.encode.remote(texts[first : first + CHUNK])))
+                    turn += 1
+            yield from land(0)
+            yield from waiting
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for actor in self.actors:
+            self.ray.kill(actor)
+        self.actors = []
+        if self.started:
+            self.ray.shutdown()

@@ -1,0 +1,127 @@
+"""Ray: the actor class of `map_batches`, and a job whose actors die, on a local cluster of two actors."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import fastdistil
+import fastdistil.cli
+from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
+from fastdistil.jobs import ray as module
+from fastdistil.jobs.index import Index
+from fastdistil.jobs.run import Embedding, Job, Log, run_job
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkpoint(minilm, tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    config = DistilBertConfig(
+        vocab_size=30522, dim=32, n_heads=2, hidden_dim=64, n_layers=2, max_position_embeddings=128
+    )
+    fastdistil.DistilBertModel(config).save_pretrained(path)
+    DistilBertTokenizer.from_pretrained(minilm).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    return [" ".join(rng.choice(words, n)) for n in rng.integers(1, 80, 1_500)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+def test_map_batches(cluster, checkpoint, texts):
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.from_items([{"number": i, "text": text} for i, text in enumerate(texts[:300])])
+    found = dataset.map_batches(
+        module.EmbedBatches,
+        fn_constructor_kwargs={"model": checkpoint, "device": "cpu"},
+        compute=ray.data.ActorPoolStrategy(size=2),
+        batch_size=64,
+        num_cpus=1,
+    ).take_all()
+    expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(texts[:300])
+    assert sorted(row["number"] for row in found) == list(range(300))
+    for row in found:
+        assert row["text"] == texts[row["number"]] and row["embedding"].dtype == np.float32
+        np.testing.assert_allclose(row["embedding"], expected[row["number"]], atol=1e-6)
+
+
+def test_batches_are_not_written_to(checkpoint, texts):
+    column = np.array(texts[:5], dtype=object)
+    column.flags.writeable = False
+    embed = module.EmbedBatches(checkpoint, device="cpu", threads=torch.get_num_threads())
+    out = embed({"text": column})
+    assert out["text"] is column and out["embedding"].shape == (5, 32)
+    with pytest.raises(ValueError, match="the batch has no column 'text' among 'words'"):
+        embed({"words": column})
+
+
+def test_a_job_whose_actor_is_killed(cluster, checkpoint, texts, tmp_path, monkeypatch):
+    """The same ids and order as the job of one process, and the same values."""
+    source = tmp_path / "in.txt"
+    source.write_text("".join(f"{text}\n" for text in texts))
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu")
+
+    def job(output, work):
+        made = Job([str(source)], output, "embed", checkpoint, "npy", {}, part_rows=400)
+        return run_job(made, work, Log(quiet=True))
+
+    job(tmp_path / "one", Embedding(embedder, "npy"))
+    monkeypatch.setattr(module, "CHUNK", 50)
+    work = module.RayEmbedding(embedder, "npy", actors=2)
+    before = [ray.get(actor.pid.remote()) for actor in work.actors]
+    actors, after = list(work.actors), []
+    get, landed = ray.get, threading.Event()
+
+    def killing(reference):  # one dies while both have work
+        if not landed.is_set():
+            landed.set()
+            os.kill(before[0], signal.SIGKILL)
+        return get(reference)
+
+    work.ray = type("Ray", (), {"get": staticmethod(killing), "kill": staticmethod(ray.kill)})
+    close = work.close
+
+    def closing():
+        after[:] = [get(actor.pid.remote()) for actor in actors]
+        close()
+
+    work.close = closing
+    done = job(tmp_path / "two", work)
+    assert after[0] != before[0] and after[1] == before[1], "the killed actor was not started again"
+    assert [part.rows for part in done.parts] == [400, 400, 400, 300]
+    one, two = (list(Index(tmp_path / name).parts()) for name in ("one", "two"))
+    assert [ids for ids, _ in one] == [ids for ids, _ in two]
+    for (_, a), (_, b) in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_from_the_command_line(cluster, checkpoint, texts, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in texts[:100]))
+    arguments = ["embed", "--model", checkpoint, "--device", "cpu", "--input", str(tmp_path / "in.txt"), "--quiet"]
+    on_ray = [*arguments, "--engine", "ray", "--ray-actors", "2"]
+    assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "o")]) == 0
+    expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(texts[:100])
+    np.testing.assert_allclose(np.load(tmp_path / "o" / "part-00000.npy"), expected, atol=1e-6)
+    assert fastdistil.cli.main([*arguments, "--output", str(tmp_path / "p"), "--ray-actors", "2"]) == 1
+    assert "go with --engine ray" in capsys.readouterr().err
+    assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "p"), "--no-truncate"]) == 1
+    assert "--engine ray takes texts" in capsys.readouterr().err
