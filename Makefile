@@ -47,10 +47,15 @@ lint: $(VENV)/develop
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.report --check
 
+RESULTS := benchmarks/results/cpu
+MEASURE = $(BIN)/python -m pytest --benchmark-only -s --benchmark-json
+
 bench: $(VENV)/develop
-	$(BIN)/python -m pytest benchmarks/bench_encode_cpu.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/encode.json
-	$(BIN)/python -m pytest benchmarks/bench_memory.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/memory.json
-	$(BIN)/python -m pytest benchmarks/bench_ops_overhead.py --benchmark-only -s --benchmark-json benchmarks/results/cpu/ops_overhead.json
+	$(MEASURE) $(RESULTS)/encode.json benchmarks/bench_encode_cpu.py
+	$(MEASURE) $(RESULTS)/memory.json benchmarks/bench_memory.py
+	$(MEASURE) $(RESULTS)/ops_overhead.json benchmarks/bench_ops_overhead.py
+	$(MEASURE) $(RESULTS)/tokenizer.json benchmarks/bench_tokenizer.py
+	$(MEASURE) $(RESULTS)/jobs.json benchmarks/bench_jobs.py
 
 # what a GPU can show, uninstalled and with whatever torch, triton and pytest this machine has
 gpu:

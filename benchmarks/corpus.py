@@ -34,9 +34,17 @@ def stdlib_docstrings() -> list[tuple[str, str]]:
 def _documented(node: Documented, name: str) -> Iterator[tuple[str, str]]:
     if text := ast.get_docstring(node):
         yield name, text
-    for child in node.body:
-        if isinstance(child, Documented):
-            yield from _documented(child, f"{name}.{child.name}")
+    for child in _definitions(node):
+        yield from _documented(child, f"{name}.{child.name}")
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The classes and functions in a body, also under its conditions and in its try and with blocks."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        elif isinstance(child, ast.stmt | ast.ExceptHandler):
+            yield from _definitions(child)
 
 
 if __name__ == "__main__":

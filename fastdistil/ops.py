@@ -50,6 +50,7 @@ def embed_layer_norm(
             raise ValueError(f"{name} must be int32 or int64 of shape [rows], got {ids.dtype} {list(ids.shape)}")
     if input_ids.shape != position_ids.shape:
         raise ValueError(f"{len(input_ids)} input_ids but {len(position_ids)} position_ids")
+    _check_eps(eps)
     _check_tensors(word_embeddings=word_embeddings, position_embeddings=position_embeddings, weight=weight, bias=bias)
     if (
         word_embeddings.shape[1:] != position_embeddings.shape[1:]
@@ -70,8 +71,9 @@ def embed_layer_norm(
     args = (input_ids, position_ids, word_embeddings, position_embeddings, weight, bias, eps, cu_seqlens)
     if _wants_grad(word_embeddings, position_embeddings, weight, bias):
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            cpu.check_inside("input_ids", input_ids, word_embeddings)
-            cpu.check_inside("position_ids", position_ids, position_embeddings)
+            live = len(input_ids) if cu_seqlens is None else int(cu_seqlens[-1])
+            cpu.check_inside("input_ids", input_ids[:live], word_embeddings)
+            cpu.check_inside("position_ids", position_ids[:live], position_embeddings)
         return reference.embed_layer_norm(*args)
     return _embed_layer_norm(*args)
 
@@ -118,6 +120,7 @@ def add_layer_norm(
 ) -> Tensor:
     """LayerNorm(x + residual) over the last dimension -> [rows, dim]. x, residual: [rows, dim]; weight, bias: [dim]."""
     _check_tensors(x=x, residual=residual, weight=weight, bias=bias)
+    _check_eps(eps)
     if x.dim() != 2 or x.shape != residual.shape or x.shape[1:] != weight.shape or weight.shape != bias.shape:
         raise ValueError(
             f"x {list(x.shape)} and residual {list(residual.shape)} must be [rows, dim], "
@@ -144,6 +147,9 @@ def attention(
     if qkv.dim() != 2 or qkv.shape[1] % 3:
         raise ValueError(f"qkv must be [rows, 3 * dim], got {list(qkv.shape)}")
     dim = qkv.shape[1] // 3
+    for name, number in (("num_heads", num_heads), ("max_seqlen", max_seqlen)):
+        if not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an integer, got {number!r}")
     if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ValueError(f"num_heads {num_heads} does not divide dim {dim}")
     if dim // num_heads > MAX_HEAD_SIZE:
@@ -209,6 +215,11 @@ def launch_modes() -> tuple:
     """What decides, beside the arguments, which kernels run: a captured graph has it fixed inside."""
     modes = _configs.modes
     return modes.exact_gelu, modes.batch_invariant, torch.backends.cuda.matmul.fp32_precision
+
+
+def _check_eps(eps: float) -> None:
+    if not isinstance(eps, (float, int)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

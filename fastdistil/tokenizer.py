@@ -1,11 +1,12 @@
 """DistilBertTokenizer: WordPiece by the `tokenizers` library, with transformers' call, ids and files."""
 
+import copy
 import json
 import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -259,6 +260,20 @@ class DistilBertTokenizer:
         lines = "".join(f"{tokens.get(i, tokens[last])}\n" for i in range(last + 1))
         (directory / "vocab.txt").write_text(lines, encoding="utf-8")
 
+    def lowered(self) -> "DistilBertTokenizer":
+        """A copy that lowers texts first, but for the special tokens in them; the same where it does so anyway.
+
+        Source: do_lower_case of sentence-transformers.
+        """
+        normalizer = self._tokenizer.normalizer
+        if isinstance(normalizer, normalizers.BertNormalizer) and normalizer.lowercase:
+            return self
+        made = copy.copy(self)
+        made._tokenizer = _copy(self._tokenizer)
+        steps = [normalizers.Lowercase(), *([] if normalizer is None else [normalizer])]
+        made._tokenizer.normalizer = normalizers.Sequence(steps)
+        return made
+
     # --- vocabulary ---------------------------------------------------------------------------------------------
 
     @property
@@ -466,8 +481,11 @@ class DistilBertTokenizer:
         return results  # type: ignore[return-value]
 
     def _can_cut(self) -> bool:
-        return isinstance(self._tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer) and isinstance(
-            self._tokenizer.normalizer, (normalizers.BertNormalizer, normalizers.Lowercase, type(None))
+        normalizer = self._tokenizer.normalizer
+        steps = [*cast(Any, normalizer)] if isinstance(normalizer, normalizers.Sequence) else [normalizer]
+        by_character = normalizers.BertNormalizer, normalizers.Lowercase, type(None)
+        return isinstance(self._tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer) and all(
+            isinstance(step, by_character) for step in steps
         )
 
     def _encode_checked(self, texts: list[str], encode: Callable, name: str, rows: Sequence[int]) -> list[Encoding]:
@@ -495,8 +513,6 @@ class DistilBertTokenizer:
         if padding not in (True, "longest", "max_length"):
             raise ValueError(f"padding must be True, 'longest', 'max_length' or False, got {padding!r}")
         if padding == "max_length":
-            if max_length is not None and max_length > MOST_TOKENS:
-                raise ValueError(f"cannot pad to {max_length} tokens; the most is {MOST_TOKENS}")
             if max_length is None:
                 raise ValueError("padding='max_length' needs max_length, for the tokenizer has no model_max_length")
             length = max_length
@@ -504,6 +520,8 @@ class DistilBertTokenizer:
             length = max((len(e) for e in encodings), default=0)
         if multiple:
             length = -(-length // multiple) * multiple
+        if length > MOST_TOKENS:
+            raise ValueError(f"cannot pad to {length} tokens; the most is {MOST_TOKENS}")
         for encoding in encodings:
             encoding.pad(length, direction=self.padding_side, pad_id=self.pad_token_id, pad_token=self.pad_token)
 

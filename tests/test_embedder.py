@@ -179,3 +179,17 @@ def test_bad_options(checkpoint):
     small = DistilBertModel(DistilBertConfig(vocab_size=100, dim=16, n_heads=2, hidden_dim=24, n_layers=1))
     with pytest.raises(ValueError, match="ids up to 30521, the model 100 embeddings"):
         Embedder(small, DistilBertTokenizer.from_pretrained(checkpoint))
+
+
+def test_lowering_spares_special_tokens(minilm, checkpoint):
+    """do_lower_case over a cased tokenizer, as sentence-transformers has it."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    DistilBertTokenizer.from_pretrained(minilm, do_lower_case=False).save_pretrained(checkpoint)
+    (checkpoint / "sentence_bert_config.json").write_text('{"max_seq_length": 40, "do_lower_case": true}')
+    texts = ["Hello World", "fill the [MASK] Now", "ÉCOLE İstanbul", "[SEP] X", "LONG " * 400]
+    theirs = sentence_transformers.SentenceTransformer(str(checkpoint), device="cpu")
+    ours = Embedder.from_pretrained(checkpoint, device="cpu")
+    np.testing.assert_allclose(ours.encode(texts), theirs.encode(texts), atol=1e-5)
+    assert ours.tokenizer.mask_token_id in ours.tokenize(texts).ids
+    with pytest.raises(TypeError, match="normalize must be true or false, got 'yes'"):
+        Embedder(ours.model, ours.tokenizer, normalize="yes")

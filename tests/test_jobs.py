@@ -1,5 +1,6 @@
 """Jobs on files: every format in and out, bad rows, stopping and resuming, shards, and what they refuse."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -190,6 +191,34 @@ def test_an_unreadable_row_group(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["in.jsonl.gz", "in.txt.zst", "in.parquet", "other.parquet"])
+def test_values_that_python_cannot_hold(checkpoint, tmp_path, capsys):
+    far = pyarrow.array([0, 2**62], pyarrow.int64()).cast(pyarrow.timestamp("s"), safe=False)
+    table = pyarrow.table({"id": pyarrow.array([1, 2]), "text": far})
+    parquet.write_table(table, tmp_path / "far.parquet")
+    arguments = ["--input", tmp_path / "far.parquet", "--output", tmp_path / "o", "--on-error", "skip"]
+    assert embed(checkpoint, *arguments) == 3
+    rejects = [json.loads(line) for line in (tmp_path / "o" / "rejects.jsonl").read_text().splitlines()]
+    assert "not a string" in rejects[0]["reason"] and "unreadable" in rejects[1]["reason"]
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    assert embed(checkpoint, "--input", tmp_path / "twice.parquet", "--output", tmp_path / "p") == 1
+    assert "has 2 columns 'text'" in capsys.readouterr().err
+
+
+def test_what_is_no_line_format(checkpoint, tmp_path, capsys):
+    for name in ("in.json", "in.json.gz"):
+        (tmp_path / name).write_text('[{"text": "a"}]')
+        assert embed(checkpoint, "--input", tmp_path / name, "--output", tmp_path / "o") == 1
+        assert f"{name}: a .json file is one value" in capsys.readouterr().err
+
+
+def test_standard_input_with_a_damaged_first_line(checkpoint, tmp_path, monkeypatch):
+    lines = b'{"text": "bad\n{"text": "good"}\n'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert embed(checkpoint, "--input", "-", "--output", tmp_path / "o", "--on-error", "skip") == 3
+    assert next(Index(tmp_path / "o").parts())[0] == [1]
+
+
 def test_a_file_that_ends_too_early_or_is_another(name, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "PART_ROWS", 3)
     path = tmp_path / name
@@ -422,6 +451,62 @@ def test_damaged_parts_are_made_again(stopped, checkpoint, tmp_path):
     assert files(output) == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("harm", ["gone", "torn"])
+def test_a_finished_job_that_lost_files(harm, checkpoint, tmp_path):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    for name in ("o", "whole"):
+        module.run_job(*make_job(checkpoint, path, tmp_path / name), module.Log(True))
+    if harm == "gone":
+        (tmp_path / "o" / "part-00001.npy").unlink()
+    else:
+        (tmp_path / "o" / "part-00003.ids.jsonl").write_text("")
+    module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
+    assert files(tmp_path / "o") == files(tmp_path / "whole")
+
+
+def test_an_overwriting_job_that_is_killed_leaves_nothing_to_be_mistaken(stopped, checkpoint, tmp_path, monkeypatch):
+    """Its parts have the names of the earlier job's."""
+    _path, output = stopped
+    other = jsonl(tmp_path / "other.jsonl", [{"text": t.upper()} for t in TEXTS])
+    unlink, left = Path.unlink, [0]
+
+    def dying(self, **kwargs):
+        if left[0] == 0:
+            raise Stop
+        left[0] -= 1
+        return unlink(self, **kwargs)
+
+    for moment in range(8):
+        with monkeypatch.context() as patch:
+            left[0] = moment
+            patch.setattr(Path, "unlink", dying)
+            with contextlib.suppress(Stop):
+                module.run_job(*make_job(checkpoint, other, output, resume=False, overwrite=True), module.Log(True))
+        try:
+            module.run_job(*make_job(checkpoint, other, output), module.Log(True))
+        except ValueError as error:  # the earlier job is still there
+            assert "the input other.jsonl (name" in str(error)
+            continue
+        module.run_job(*make_job(checkpoint, other, tmp_path / "whole", overwrite=True), module.Log(True))
+        assert files(output) == files(tmp_path / "whole")
+        break
+    else:
+        raise AssertionError("the job never got that far")
+
+
+def test_files_of_others_are_not_taken_for_ours(checkpoint, tmp_path, capsys):
+    out = tmp_path / "o"
+    out.mkdir()
+    rows = jsonl(out / "part-00000.jsonl", [{"text": t} for t in TEXTS]).read_text()
+    other = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    assert embed(checkpoint, "--input", other, "--output", out, "--resume") == 1
+    assert "is not empty (part-00000.jsonl)" in capsys.readouterr().err
+    for how in ("--resume", "--overwrite"):
+        assert embed(checkpoint, "--input", out, "--output", out, how) == 1
+        assert "part-00000.jsonl lies in the output directory" in capsys.readouterr().err
+    assert (out / "part-00000.jsonl").read_text() == rows
+
+
 def test_what_changed_is_named(stopped, checkpoint, tmp_path, minilm):
     path, output = stopped
 
@@ -642,9 +727,13 @@ def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkey
         assert message in capsys.readouterr().err
     assert main(["merge", *shards, "--output", str(tmp_path / "m")]) == 1
     assert "is not empty" in capsys.readouterr().err
+    before = files(tmp_path / "s0")
+    assert main(["merge", *shards, "--output", shards[1], "--overwrite"]) == 1
+    assert "is one of the shards" in capsys.readouterr().err and files(tmp_path / "s0") == before
     (tmp_path / "s1" / "part-00000.npy").write_bytes(b"")
-    assert main(["merge", *shards, "--output", str(tmp_path / "x"), "--overwrite"]) == 1
-    assert "is missing or damaged" in capsys.readouterr().err
+    before = files(tmp_path / "m")
+    assert main(["merge", *shards, "--output", str(tmp_path / "m"), "--overwrite"]) == 1
+    assert "is missing or damaged" in capsys.readouterr().err and files(tmp_path / "m") == before
 
 
 def test_wrong_shards(checkpoint, tmp_path, capsys):
@@ -666,6 +755,8 @@ def test_a_process_a_device(checkpoint, embedder, tmp_path, capfd):
     assert [len(part) for part in ids] == [12, 12] and [i for part in ids for i in part] == list(range(24))
     np.testing.assert_allclose(np.concatenate(vectors), embedder.encode(TEXTS * 3), atol=1e-6)
     assert main([*arguments, "--device", "cpu,cpu", "--resume"]) == 0
+    assert main([*arguments, "--device", "cpu,cpu", "--resume", "--output-dtype", "float16"]) == 1
+    assert "output_dtype was 'float32', now 'float16'" in capfd.readouterr().err
     assert main([*arguments, "--device", "cpu,cpu"]) == 1
     assert "is not empty" in capfd.readouterr().err
     path.write_text(path.read_text() + "[]\n")
@@ -674,6 +765,27 @@ def test_a_process_a_device(checkpoint, embedder, tmp_path, capfd):
     assert "in.jsonl, line 25: a JSON list" in err and "the process on cpu ended with status 1" in err
     assert main([*arguments, "--device", "cuda:0,0"]) == 1
     assert "device cuda:0 is named twice" in capfd.readouterr().err
+
+
+def test_a_merge_that_was_killed_goes_on(checkpoint, tmp_path, monkeypatch):
+    from fastdistil.jobs import merge
+
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS * 3])
+    arguments = ["embed", "--model", str(checkpoint), "--input", str(path), "--quiet", "--device", "cpu,cpu"]
+    placed = merge._placed
+
+    def dying(directory, part, output, number):
+        if number:
+            raise Stop
+        return placed(directory, part, output, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "_placed", dying)
+        with pytest.raises(Stop):
+            main([*arguments, "--output", str(tmp_path / "o")])
+    assert (tmp_path / "o" / "part-00000.npy").exists()
+    assert main([*arguments, "--output", str(tmp_path / "o"), "--resume"]) == 0
+    assert [part.rows for part in Index(tmp_path / "o").manifest.parts] == [12, 12]
 
 
 # --- answers ------------------------------------------------------------------------------------------------------

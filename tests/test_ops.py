@@ -332,3 +332,23 @@ def test_more_wrong_arguments_and_empty_batches():
     for mode in ops.POOLING:
         assert ops.pool(q, cu_seqlens([]), mode).shape == (0, 48)
         assert (ops.pool(q[:0], cu_seqlens([0]), mode) == 0).all()
+
+
+def test_scalars_of_another_type():
+    x, w, cu = torch.randn(4, 6), torch.ones(6), torch.tensor([0, 4], dtype=torch.int32)
+    for call, name in [
+        (lambda: ops.attention(torch.randn(4, 18), cu, 4.0, 3), "max_seqlen"),
+        (lambda: ops.attention(torch.randn(4, 18), cu, 4, None), "num_heads"),
+        (lambda: ops.add_layer_norm(x, x, w, w, "1e-5"), "eps"),
+        (lambda: ops.embed_layer_norm(cu, cu, x, x, w, w, None), "eps"),
+    ]:
+        with pytest.raises(TypeError, match=name):
+            call()
+
+
+def test_ids_in_dead_rows_do_not_matter():
+    table = torch.randn(3, 4, requires_grad=True)
+    ids, live = torch.tensor([1, 99]), torch.tensor([0, 1], dtype=torch.int32)
+    places, scale = torch.zeros_like(ids), torch.ones(4)
+    out = ops.embed_layer_norm(ids, places, table, torch.randn(5, 4), scale, scale, 1e-5, live)
+    assert torch.isfinite(out[0]).all()

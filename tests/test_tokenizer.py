@@ -359,3 +359,9 @@ def test_absurd_lengths_and_ids(minilm):
     assert tokenizer("a b", truncation=True, max_length=10**30)["input_ids"] == tokenizer("a b")["input_ids"]
     assert tokenizer.convert_ids_to_tokens([-1, 10**12, 101]) == [None, None, "[CLS]"]
     assert tokenizer(["a b", "c"], padding="do_not_pad")["input_ids"] == tokenizer(["a b", "c"])["input_ids"]
+
+
+def test_an_absurd_multiple_is_refused(minilm):
+    tokenizer = DistilBertTokenizer.from_pretrained(minilm)
+    with pytest.raises(ValueError, match="cannot pad to 1000000000000 tokens"):
+        tokenizer("a", padding=True, pad_to_multiple_of=10**12)

@@ -62,7 +62,9 @@ class Embedder:
                 f"the tokenizer has ids up to {largest}, the model {model.config.vocab_size} embeddings: they do not "
                 "belong together (or call model.resize_token_embeddings)"
             )
-        self.model, self.tokenizer = model.eval(), tokenizer
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be true or false, got {normalize!r}")
+        self.model, self.tokenizer = model.eval(), tokenizer.lowered() if lower_case else tokenizer
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.prompt, self.lower_case = prompt, lower_case
         self._graphs = GraphCache()
@@ -183,7 +185,7 @@ class Embedder:
         return max_batch_tokens
 
     def text_windows(self, processes: int = 0) -> TextWindows:
-        prepare = self._prepare if self.prompt or self.lower_case else None
+        prepare = self._prepare if self.prompt else None
         return TextWindows(self.tokenizer, self.max_length, prepare, processes)
 
     def run(self, engine: Engine, windows: Iterable[Window]) -> Iterator[Done]:
@@ -220,8 +222,7 @@ class Embedder:
         return self.text_windows().window(texts, first_row)
 
     def _prepare(self, text: str) -> str:
-        text = self.prompt + text
-        return text.lower() if self.lower_case else text
+        return self.prompt + text
 
     @torch.inference_mode()
     def _compute(self, ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray) -> Tensor:

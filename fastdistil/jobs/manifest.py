@@ -123,27 +123,41 @@ def commit(directory: Path, part: Part) -> None:
     write_text(directory / f"{part.name}.done.json", json.dumps(asdict(part), sort_keys=True) + "\n")
 
 
+def is_whole(directory: Path, part: Part) -> bool:
+    """Whether the part's files are there, and as large as they were."""
+    try:
+        return all((directory / name).stat().st_size == size for name, size in part.files.items())
+    except OSError:
+        return False
+
+
 def finished_parts(directory: Path) -> list[Part]:
-    """The parts from the first one on that are whole, each with files of the size it had."""
+    """The parts from the first one on that are whole."""
     found: list[Part] = []
     while (path := directory / f"{part_name(len(found))}.done.json").is_file():
         try:
             part = Part(**json.loads(path.read_text(encoding="utf-8")))
-            if any((directory / name).stat().st_size != size for name, size in part.files.items()):
-                break
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError):
+            break
+        if not is_whole(directory, part):
             break
         found.append(part)
     return found
 
 
-def remove_parts(directory: Path, keep: int = 0) -> None:
-    """Our files, but for those of the first `keep` parts (and then the manifest, too)."""
+def start_over(directory: Path, manifest: Manifest, keep: list[Part]) -> None:
+    """The manifest of unfinished work over the parts to keep, and none of our other files.
+
+    In an order that leaves no old part to be taken for a new one, wherever it is interrupted.
+    """
+    for path in directory.glob("part-*.done.json"):
+        path.unlink()
+    write_manifest(directory, manifest)
+    for part in keep:
+        commit(directory, part)
+    kept = {MANIFEST} | {name for part in keep for name in [*part.files, f"{part.name}.done.json"]}
     for path in directory.iterdir():
-        if OURS.fullmatch(path.name) and path.is_file():
-            number = re.match(r"part-(\d+)", path.name)
-            if keep and not path.name.endswith(".tmp") and (number is None or int(number[1]) < keep):
-                continue
+        if OURS.fullmatch(path.name) and path.name not in kept and path.is_file():
             path.unlink()
 
 

@@ -13,10 +13,11 @@ from fastdistil.jobs.manifest import (
     Manifest,
     Part,
     differences,
+    is_whole,
     part_name,
     read_manifest,
-    remove_parts,
     replace,
+    start_over,
     write_manifest,
     write_text,
 )
@@ -65,20 +66,25 @@ def merge(directories: Iterable[str | Path], output: Path, *, overwrite: bool = 
     if missing := sorted(set(range(count if isinstance(count, int) else 0)) - shards.keys()):
         raise ValueError(f"of {count} shards, these are missing: {', '.join(map(str, missing[:10]))}")
     output.mkdir(parents=True, exist_ok=True)
+    for directory, manifest in shards.values():  # before anything is touched
+        if directory.resolve() == output.resolve():
+            raise ValueError(f"{output} is one of the shards; give another directory for what they are merged into")
+        for part in manifest.parts:
+            if not is_whole(directory, part):
+                raise ValueError(f"{directory / part.name} is missing or damaged; go on with its job by --resume")
     with Lock(output):
         present = sorted(p.name for p in output.iterdir() if p.name != ".lock" and not _is_shard(p))
         if present and not overwrite:
             raise FileExistsError(f"{output} is not empty ({present[0]}); give another directory, or --overwrite")
-        remove_parts(output)
-        merged = Manifest(
-            first.task, first.model, first.format, first.settings | {"shard": 0, "shards": 1}, first.dim, finished=True
-        )
+        merged = Manifest(first.task, first.model, first.format, first.settings | {"shard": 0, "shards": 1}, first.dim)
+        start_over(output, merged, [])
         for _, (directory, manifest) in sorted(shards.items()):
             for part in manifest.parts:
                 merged.parts.append(_placed(directory, part, output, len(merged.parts)))
         rejected = [reject for part in merged.parts for reject in part.rejected]
         if rejected:
             write_text(output / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejected))
+        merged.finished = True
         merged.rows, merged.rejected = sum(part.rows for part in merged.parts), len(rejected)
         write_manifest(output, merged)
     return merged
@@ -92,11 +98,8 @@ def _placed(directory: Path, part: Part, output: Path, number: int) -> Part:
     files = {}
     for name, size in part.files.items():
         new = part_name(number) + name.removeprefix(part.name)
-        source = directory / name
-        if not source.is_file() or source.stat().st_size != size:
-            raise ValueError(f"{source} is missing or damaged: it should have {size:,} bytes")
 
-        def place(temporary: Path, source: Path = source) -> None:
+        def place(temporary: Path, source: Path = directory / name) -> None:
             try:
                 os.link(source, temporary)
             except OSError:  # another file system, or one without links

@@ -42,14 +42,20 @@ def run_on(
     present = [path.name for path in output.iterdir() if path.name not in known and not path.name.startswith("shard-")]
     if present and not overwrite and not (resume and (output / MANIFEST).is_file()):
         raise FileExistsError(f"{output} is not empty ({sorted(present)[0]}); give another directory, or --overwrite")
-    if resume and shards == 1 and (output / MANIFEST).is_file() and not directories[0].exists():
-        return read_manifest(output)  # merged already
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(devices)))}
+    start = [sys.executable, "-m", "fastdistil.cli", *command]
+    if resume and shards == 1 and (output / MANIFEST).is_file() and read_manifest(output).finished:
+        # merged already: one process sees whether it is this job's, and whole
+        alone = [*start, "--device", devices[0], "--output", str(output), "--num-shards", "1", "--shard-index", "0"]
+        ended = subprocess.run(alone, env=environment, stdin=subprocess.DEVNULL)
+        if ended.returncode not in (0, 3):
+            raise ChildProcessError(f"the process on {devices[0]} ended with status {ended.returncode}")
+        return read_manifest(output)
     with Lock(output):
         children = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "fastdistil.cli", *command, "--device", device, "--output", str(directory)),
+                    *(*start, "--device", device, "--output", str(directory)),
                     *("--num-shards", str(total), "--shard-index", str(shard * len(devices) + i)),
                 ],
                 env=environment,

@@ -137,6 +137,8 @@ class Progress:
 
 def open_source(name: str, columns: Columns, progress: Progress | None = None) -> "Source":
     kind = _kind(name)
+    if kind is None and ".json" in [suffix.lower() for suffix in Path(name).suffixes[-2:]]:
+        raise ValueError(f"{name}: a .json file is one value; if it holds an object a line, name it .jsonl")
     if kind == ".parquet":
         return Parquet(name, columns, progress)
     if columns.tokens is not None:
@@ -190,7 +192,7 @@ class Source:
 
 
 class Lines(Source):
-    """A text a line, or a JSON object a line; is_json None tells by the first line that is not blank."""
+    """A text a line, or a JSON object a line; is_json None tells by how the first line that is not blank begins."""
 
     def __init__(self, name: str, columns: Columns, progress: Progress | None, is_json: bool | None):
         super().__init__(name, columns, progress)
@@ -208,7 +210,8 @@ class Lines(Source):
                 head.append(raw)
                 if raw.strip():
                     break
-            self.is_json = bool(head) and _is_object(head[-1].decode("utf-8-sig", "replace"))
+            # no matter whether it can be read: a damaged object is an object
+            self.is_json = bool(head) and head[-1].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
             self._lines = _chain(head, self._lines)
         for raw in self._lines:
             self.line += 1
@@ -313,6 +316,8 @@ class Parquet(Source):
         names = self._file.schema_arrow.names
         if missing := [column for column in columns.names() if column not in names]:
             raise ValueError(f"{name} has no column {missing[0]!r} among {', '.join(map(repr, names))}")
+        if twice := [column for column in columns.names() if names.count(column) > 1]:
+            raise ValueError(f"{name} has {names.count(twice[0])} columns {twice[0]!r}")
         self._group, self._inside, self._row_number = 0, 0, 0
 
     def skip(self, rows: int) -> int:
@@ -363,15 +368,25 @@ class Parquet(Source):
                 return [ids[a:b] if ok else None for a, b, ok in zip(ends[:-1], ends[1:], valid, strict=True)]
         try:
             return column.to_pylist()
-        except UnicodeDecodeError:  # a row's bytes are not text: find out whose
-            return [_decoded(value) for value in column.cast(pyarrow.binary()).to_pylist()]
+        except Exception:  # a row holds what Python cannot: find out which
+            return [_python_value(value) for value in column]
 
 
-def _decoded(value: bytes | None) -> Any:
+class _Unreadable:
+    """A value that pyarrow cannot make into a Python object, and why."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __repr__(self) -> str:
+        return f"unreadable ({self.error})"
+
+
+def _python_value(value: Any) -> Any:
     try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value
+        return value.as_py()
+    except Exception as error:
+        return _Unreadable(error)
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -394,7 +409,7 @@ def _text(value: Any, column: str) -> str:
 
 
 def _tokens(value: Any, column: str) -> np.ndarray:
-    found = np.asarray([] if value is None else value)
+    found = np.asarray([] if value is None else value, None if not isinstance(value, _Unreadable) else object)
     if value is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
         raise ValueError(f"column {column!r} is {_shown(value)}, not a list of token ids")
     return found.astype(np.int64, copy=False) if found.dtype.kind == "u" or not found.size else found
@@ -407,17 +422,12 @@ def _identity(value: Any, column: str) -> str | int:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, _Unreadable):
+        return repr(value)
     try:
         return json.dumps(value)[:60]
     except (TypeError, ValueError):
         return repr(value)[:60]
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------

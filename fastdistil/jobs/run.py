@@ -5,6 +5,7 @@ exist when a job is stopped, resuming it writes the same bytes that it would hav
 """
 
 import errno
+import itertools
 import json
 import logging
 import sys
@@ -26,6 +27,7 @@ from fastdistil.engine.scheduler import Window, cuts
 from fastdistil.engine.tokens import TextWindows
 from fastdistil.jobs.manifest import (
     MANIFEST,
+    OURS,
     REJECTS,
     Lock,
     Manifest,
@@ -34,9 +36,10 @@ from fastdistil.jobs.manifest import (
     differences,
     fingerprint_of_files,
     finished_parts,
+    is_whole,
     part_name,
     read_manifest,
-    remove_parts,
+    start_over,
     write_manifest,
     write_text,
 )
@@ -109,6 +112,9 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
     that are finished stay, and a job with `resume` goes on behind them."""
     inputs = find_inputs(job.inputs)
     directory = _directory(job.output)
+    for name in inputs:
+        if name != "-" and Path(name).resolve().parent == directory.resolve():
+            raise ValueError(f"the input {name} lies in the output directory; give another directory")
     with Lock(directory):
         manifest = Manifest(job.task, job.model, job.format, _settings(job, inputs), work.dim)
         parts = _start(job, directory, manifest, log)
@@ -134,7 +140,7 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
         if reading.failure is not None:
             raise reading.failure
         if not parts:
-            _clear(job, directory, manifest)
+            start_over(directory, manifest, [])
         _finish(directory, manifest, parts)
         log.done(manifest)
         return manifest
@@ -165,14 +171,17 @@ def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Pa
     if not present:
         return []
     if not (directory / MANIFEST).is_file() or not job.resume:
-        if not job.overwrite and not job.resume:
+        theirs = [name for name in present if OURS.fullmatch(name)]  # of a job that left no manifest, or of nobody's
+        if not job.overwrite and (not job.resume or theirs):
             hint = ", or --resume to go on with the job in it" if (directory / MANIFEST).is_file() else ""
             raise FileExistsError(
-                f"{directory} is not empty ({present[0]}); give another directory, or --overwrite{hint}"
+                f"{directory} is not empty ({(theirs or present)[0]}); give another directory, or --overwrite{hint}"
             )
         return []
     old = read_manifest(directory)
-    parts = old.parts if old.finished else finished_parts(directory)
+    parts = finished_parts(directory)
+    if old.finished:
+        parts = list(itertools.takewhile(lambda part: is_whole(directory, part), old.parts))
     before, now = dict(old.settings), dict(manifest.settings)
     if not any(part.rejected for part in parts):  # then it makes no difference how they are treated
         before.pop("on_error", None), now.pop("on_error", None)
@@ -187,14 +196,16 @@ def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Pa
         )
     if "-" in job.inputs and parts:
         raise ValueError("a job from standard input cannot be resumed, for it cannot be seen to be the same input")
-    if old.finished:
+    if old.finished and len(parts) == len(old.parts):
         for path in directory.glob("part-*.done.json"):
             path.unlink()
         log.say(f"{directory} is finished: {old.rows:,} rows in {len(old.parts)} parts")
         return None
-    remove_parts(directory, keep=len(parts)) if parts else None
-    log.say(f"going on behind {len(parts)} finished parts")
-    return list(parts)
+    if parts:
+        start_over(directory, manifest, parts)
+    damaged = f"; {part_name(len(parts))} is damaged" if old.finished else ""
+    log.say(f"going on behind {len(parts)} finished parts{damaged}")
+    return parts
 
 
 def _bounds(job: Job, inputs: list[str]) -> tuple[int, int]:
@@ -246,15 +257,9 @@ def _refused(job: Job, part: Rows) -> str | None:
     return f"{part.rows[position].where}: {part.errors[position]}"
 
 
-def _clear(job: Job, directory: Path, manifest: Manifest) -> None:
-    """The earlier job goes only when there is something to put in its place."""
-    remove_parts(directory)
-    write_manifest(directory, manifest)
-
-
 def _write(job: Job, directory: Path, manifest: Manifest, work: Work, part: Rows) -> Part:
-    if part.number == 0:
-        _clear(job, directory, manifest)
+    if part.number == 0:  # the earlier job goes only when there is something to put in its place
+        start_over(directory, manifest, [])
     name = part_name(part.number)
     keep = [p for p in range(len(part.rows)) if job.on_error == "null" or p not in part.errors]
     try:
