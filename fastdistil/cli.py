@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an id may hold what cannot be encoded
+    local = os.environ.get("LOCAL_RANK", "")  # torchrun's processes have a GPU each
+    if getattr(arguments, "device", "") is None and local.isdecimal() and torch.cuda.device_count() > int(local):
+        arguments.device = f"cuda:{local}"
     try:
         status = arguments.command(arguments)
         if sys.stdout is not None:

@@ -23,7 +23,7 @@ from fastdistil.cli import main
 from fastdistil.jobs import manifest as manifests
 from fastdistil.jobs import run as module
 from fastdistil.jobs.index import Index
-from fastdistil.jobs.manifest import Lock
+from fastdistil.jobs.manifest import Lock, read_manifest, write_manifest
 from fastdistil.jobs.readers import Columns, count_rows, find_inputs, read_files, read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -119,6 +119,7 @@ def test_directories_patterns_and_order(tmp_path):
     assert find_inputs([tmp_path]) == names
     assert find_inputs([tmp_path / "*.txt", tmp_path / "**" / "*.csv"]) == names[1:]
     assert find_inputs([names[1], names[0]]) == [names[1], names[0]]
+    assert find_inputs([tmp_path / "d*"]) == names[2:]
     for nothing, message in ((tmp_path / "*.parquet", "no input file"), (tmp_path / "x", "no input file")):
         with pytest.raises(FileNotFoundError, match=message):
             find_inputs([nothing])
@@ -159,7 +160,7 @@ def test_a_bad_row_spoils_no_other(name, checkpoint, tmp_path, capsys):
     assert f"{name}, {reasons[0]}" in capsys.readouterr().err
     # skip: the others are there, and each bad one in the rejects
     assert embed(checkpoint, *given, "--output", tmp_path / "skip", "--on-error", "skip") == 3
-    rejects = [json.loads(line) for line in (tmp_path / "skip" / "rejects.jsonl").read_text().splitlines()]
+    rejects = [json.loads(line) for line in (tmp_path / "skip" / "part-00000.rejects.jsonl").read_text().splitlines()]
     assert [r["row"] for r in rejects] == [row.number for row in rows if row.error]
     assert all(r["reason"] == row.error for r, row in zip(rejects, (r for r in rows if r.error), strict=True))
     good = [row for row in rows if not row.error]
@@ -190,14 +191,13 @@ def test_an_unreadable_row_group(checkpoint, tmp_path, capsys):
     assert ids == [*range(30), *range(60, 90)]
 
 
-@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.txt.zst", "in.parquet", "other.parquet"])
 def test_values_that_python_cannot_hold(checkpoint, tmp_path, capsys):
-    far = pyarrow.array([0, 2**62], pyarrow.int64()).cast(pyarrow.timestamp("s"), safe=False)
+    far = pyarrow.array([0, 2**62], pyarrow.int64()).view(pyarrow.timestamp("us"))
     table = pyarrow.table({"id": pyarrow.array([1, 2]), "text": far})
     parquet.write_table(table, tmp_path / "far.parquet")
     arguments = ["--input", tmp_path / "far.parquet", "--output", tmp_path / "o", "--on-error", "skip"]
     assert embed(checkpoint, *arguments) == 3
-    rejects = [json.loads(line) for line in (tmp_path / "o" / "rejects.jsonl").read_text().splitlines()]
+    rejects = [json.loads(line) for line in (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()]
     assert "not a string" in rejects[0]["reason"] and "unreadable" in rejects[1]["reason"]
     twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
     parquet.write_table(twice, tmp_path / "twice.parquet")
@@ -219,6 +219,7 @@ def test_standard_input_with_a_damaged_first_line(checkpoint, tmp_path, monkeypa
     assert next(Index(tmp_path / "o").parts())[0] == [1]
 
 
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.txt.zst", "in.parquet", "other.parquet"])
 def test_a_file_that_ends_too_early_or_is_another(name, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "PART_ROWS", 3)
     path = tmp_path / name
@@ -240,6 +241,17 @@ def test_columns_that_are_not_there(checkpoint, tmp_path, capsys):
     assert "is plain text, which has no id column 'b'" in capsys.readouterr().err
 
 
+def test_tables_that_are_none(checkpoint, tmp_path, capsys):
+    for content, message in [
+        (b"", "has no line of column names"),
+        (b"text,text\na,b\n", "has 2 columns 'text'"),
+        (b'id,text\n1,a\n2,"b\n3,c\n4,d\n', "unexpected end of data; it takes lines 3 to 5"),
+    ]:
+        (tmp_path / "in.csv").write_bytes(content)
+        assert embed(checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "o") == 1
+        assert message in capsys.readouterr().err
+
+
 def test_a_column_of_token_ids(checkpoint, embedder, tmp_path, capsys):
     ids = [embedder.tokenizer.encode_ids([text], 64)[0] for text in TEXTS]
     path = tmp_path / "in.parquet"
@@ -248,12 +260,12 @@ def test_a_column_of_token_ids(checkpoint, embedder, tmp_path, capsys):
         arguments = ["--input", path, "--output", tmp_path / "o", "--tokens-column", "input_ids", "--overwrite"]
         assert embed(checkpoint, *arguments) == 0
         np.testing.assert_allclose(np.load(tmp_path / "o" / "part-00000.npy"), embedder.encode(TEXTS), atol=1e-6)
-    parquet.write_table(pyarrow.table({"input_ids": [[1, 2], None, [3, 99999], [5] * 65, [-1], [7]]}), path)
+    parquet.write_table(pyarrow.table({"input_ids": [[1, 2], None, [3, 99999], [5] * 65, [-1], [7], []]}), path)
     assert embed(checkpoint, *arguments) == 1
     assert "row 1: column 'input_ids' is null, not a list of token ids" in capsys.readouterr().err
     assert embed(checkpoint, *arguments, "--on-error", "skip") == 3
-    rejects = [json.loads(line) for line in (tmp_path / "o" / "rejects.jsonl").read_text().splitlines()]
-    assert [r["row"] for r in rejects] == [1, 2, 3, 4]
+    rejects = [json.loads(line) for line in (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rejects] == [1, 2, 3, 4, 6]
     assert "outside the vocabulary" in rejects[1]["reason"] and "65 tokens, more than" in rejects[2]["reason"]
     assert next(Index(tmp_path / "o").parts())[0] == [0, 5]
     write("jsonl", tmp_path / "in.jsonl")
@@ -306,14 +318,53 @@ def _with(init, **more):
     return lambda self, *args, **kwargs: init(self, *args, **(kwargs | more))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_of_every_format(kind, checkpoint, embedder, tmp_path):
+    texts = LINES if kind.startswith("txt") else TEXTS
+    write(kind, tmp_path / f"in.{kind.replace('+', '')}", texts)
+    assert embed(checkpoint, "--input", tmp_path / f"in.{kind.replace('+', '')}", "--output", tmp_path / "o") == 0
+    np.testing.assert_allclose(np.load(tmp_path / "o" / "part-00000.npy"), embedder.encode(texts), atol=1e-6)
+
+
+def test_parts_of_a_job_have_one_schema(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.Job, "__init__", _with(module.Job.__init__, part_rows=2))
+    rows = [{"id": i, "text": "a"} for i in (1, 2, "x", "y", 2**70, 3)] + [{"text": 1}] * 2
+    path = jsonl(tmp_path / "in.jsonl", rows)
+    arguments = ["--input", path, "--output", tmp_path / "o", "--id-column", "id", "--format", "parquet"]
+    assert embed(checkpoint, *arguments, "--on-error", "null") == 3
+    tables = [parquet.read_table(p) for p in sorted((tmp_path / "o").glob("*.parquet"))]
+    assert len({str(table.schema) for table in tables}) == 1
+    ids = [i for table in tables for i in table.column("id").to_pylist()]
+    assert ids == ["1", "2", "x", "y", str(2**70), "3", None, None]
+
+
+def test_rejected_rows_are_not_held(checkpoint, tmp_path, monkeypatch):
+    """Parts without a usable row are written as they come, not when there is one with some."""
+    monkeypatch.setattr(module.Job, "__init__", _with(module.Job.__init__, part_rows=2))
+    path = jsonl(tmp_path / "in.jsonl", [{"text": 1}] * 10)
+    job, work = make_job(checkpoint, path, tmp_path / "o", on_error="skip")
+    taken = []
+
+    def parts():
+        for i in range(5):
+            taken.append(i)
+            yield module.Rows(i, 2 * i, [], errors={0: "bad"})
+
+    stream = work.run(parts())
+    assert next(stream).number == 0 and taken == [0]
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "p", "--on-error", "skip") == 3
+    assert [part.rejected for part in Index(tmp_path / "p").manifest.parts] == [2] * 5
+    assert job.on_error == "skip"
+
+
 def test_row_groups_are_small(tmp_path):
     from fastdistil.jobs.writers import as_table, write_embeddings
 
     vectors = np.arange(60_000 * 2, dtype=np.float32).reshape(-1, 2)
-    write_embeddings(tmp_path, "part-00000", "parquet", list(range(60_000)), vectors)
+    write_embeddings(tmp_path, "part-00000", "parquet", list(range(60_000)), vectors, False)
     metadata = parquet.ParquetFile(tmp_path / "part-00000.parquet").metadata
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [25_000, 25_000, 10_000]
-    column = as_table([0, 1], {"embedding": vectors[:2]}, {}).column("embedding").chunk(0)
+    column = as_table([0, 1], {"embedding": vectors[:2]}, {}, False).column("embedding").chunk(0)
     assert column.values.buffers()[1].address == vectors.ctypes.data  # no copy
 
 
@@ -384,7 +435,7 @@ def test_killed_at_any_moment_and_resumed(checkpoint, tmp_path):
     killed = run(tmp_path / "killed", 20)
     assert killed >= 10, "the job is over too soon to be killed"
     whole, resumed = files(tmp_path / "whole"), files(tmp_path / "killed")
-    assert len(whole) == 2 * 150 + 2 and whole.keys() == resumed.keys()
+    assert len(whole) == 2 * 150 + 1 + 1 and whole.keys() == resumed.keys()
     assert [name for name in whole if whole[name] != resumed[name]] == []
 
 
@@ -505,6 +556,8 @@ def test_files_of_others_are_not_taken_for_ours(checkpoint, tmp_path, capsys):
         assert embed(checkpoint, "--input", out, "--output", out, how) == 1
         assert "part-00000.jsonl lies in the output directory" in capsys.readouterr().err
     assert (out / "part-00000.jsonl").read_text() == rows
+    assert embed(checkpoint, "--input", tmp_path, "--output", tmp_path / "deep" / "o") == 1
+    assert "lies in the input directory" in capsys.readouterr().err
 
 
 def test_what_changed_is_named(stopped, checkpoint, tmp_path, minilm):
@@ -524,8 +577,12 @@ def test_what_changed_is_named(stopped, checkpoint, tmp_path, minilm):
     refused(r"the input other.jsonl \(name: was in.jsonl\)", source=other)
     os.utime(path, (1, 1))
     refused(r"the input in.jsonl \(time of change")
+    before = manifests.fingerprint_of_files([str(path)])[0][3]
     path.write_text(path.read_text() + "\n")
     refused(r"the input in.jsonl \(size: was")
+    content = path.read_text()
+    path.write_text("#" + content[1:])
+    assert manifests.fingerprint_of_files([str(path)])[0][3] != before
     # another checkpoint
     moved = tmp_path / "moved"
     shutil.copytree(checkpoint, moved)
@@ -705,7 +762,9 @@ def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkey
     good = [row for row in rows if row["text"] is not None]
     assert [i for part in ids for i in part] == [row["id"] for row in good]
     np.testing.assert_allclose(np.concatenate(vectors), embedder.encode([row["text"] for row in good]), atol=1e-6)
-    assert [json.loads(x)["row"] for x in (tmp_path / "m" / "rejects.jsonl").read_text().splitlines()] == [13]
+    assert [json.loads(x)["row"] for x in (tmp_path / "m" / "part-00001.rejects.jsonl").read_text().splitlines()] == [
+        13
+    ]
     # by the environment, each into a directory of its own
     for shard in range(2):
         monkeypatch.setenv("RANK", str(shard)), monkeypatch.setenv("WORLD_SIZE", "2")
@@ -715,6 +774,16 @@ def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkey
     assert [i for part, _ in Index(tmp_path / "n").parts() for i in part] == [row["id"] for row in good]
     monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
     capsys.readouterr()
+    # two machines: other threads, and the input copied at another time
+    merged = read_manifest(tmp_path / "s0")
+    merged.settings["threads"], merged.settings["inputs"][0][2] = 64, 1
+    write_manifest(tmp_path / "s0", merged)
+    assert main(["merge", *shards, "--output", str(tmp_path / "far"), "--quiet"]) == 3
+    # shards in shards, as several devices on several machines leave them
+    (tmp_path / "deep").mkdir()
+    for i in range(3):
+        shutil.copytree(tmp_path / f"s{i}", tmp_path / "deep" / "shard-0-of-1" / f"shard-{i}-of-3")
+    assert main(["merge", str(tmp_path / "deep"), "--output", str(tmp_path / "all"), "--quiet"]) == 3
     # what cannot be merged
     for given, message in [
         (shards[:2], "of 3 shards, these are missing: 1"),
@@ -837,7 +906,7 @@ def test_answers_are_columns(task, args, options, form, heads, tmp_path):
             found = parquet.read_table(out / "part-00000.parquet").to_pylist()
         keep = [i for i in range(6) if i != 2 or on_error == "null"]
         assert [row.pop("id") for row in found] == [f"n{i}" for i in keep]
-        (reject,) = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+        (reject,) = [json.loads(line) for line in (out / "part-00000.rejects.jsonl").read_text().splitlines()]
         assert reject["row"] == 2 and "inputs[" not in reject["reason"]
         answer = fastdistil.pipeline(task, heads[task], device="cpu")
         for i, row in zip(keep, found, strict=True):

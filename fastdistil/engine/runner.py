@@ -28,9 +28,13 @@ MOST_WORKERS = 16  # each holds the activations of a batch
 WORTH_A_WORKER = 512  # fewer tokens a thread are quicker with all threads on one batch
 SLOTS = 4  # batches in flight on CUDA
 ALIGNED = 64  # int32 elements
+MOST_GRAPHS = 64
 SMALLEST_GRAPH = 256, 16, 16  # tokens, sequences, longest: sizes below share a graph
 
 Compute = Callable[[Tensor, Tensor, int, Tensor, np.ndarray], Tensor]  # see Engine.run
+
+
+_NONE = np.empty(0, np.int64)
 
 
 class Done(NamedTuple):
@@ -79,7 +83,7 @@ class Engine:
         self.stages = Stages() if stages is None else stages
 
     def run(self, windows: Iterable[Window], compute: Compute, *, key: Any = None) -> Iterator[Done]:
-        """Results batch by batch, in no order.
+        """Results batch by batch, in no order; of a window without sequences one that is empty.
 
         compute: (ids int32 [tokens], cu_seqlens int32 [batch + 1], longest, positions int32 [tokens], numbers of the
         sequences) to a tensor, all on the device; longest may be more than the model has positions. key: what else than
@@ -89,6 +93,8 @@ class Engine:
         windows = self._timed(windows)
         if self.device.type == "cpu":
             for window in windows:
+                if not len(window.lengths):
+                    yield Done(window, _NONE, None)
                 yield from self._on_all_cores(window, compute)
         else:
             yield from self._staged(windows, compute, key)
@@ -180,6 +186,8 @@ class Engine:
                 yield Done(window, rows, result)
 
         for window in windows:
+            if not len(window.lengths):
+                yield Done(window, _NONE, None)
             for planned in batches(window.lengths, self.budget):
                 pending = deque(self._within(window, planned))
                 while pending:
@@ -252,8 +260,9 @@ class _Slot:
         step = -(-tokens // ALIGNED) * ALIGNED  # kernels are compiled for where their arguments begin
         size = 2 * step + ends
         if len(self.host) < size:
-            self.host = torch.empty(size, dtype=torch.int32, pin_memory=lanes.pinned)
-            self.there = torch.empty(size, dtype=torch.int32, device=lanes.device)
+            room = 1 << (size - 1).bit_length()  # so that it seldom grows again
+            self.host = torch.empty(room, dtype=torch.int32, pin_memory=lanes.pinned)
+            self.there = torch.empty(room, dtype=torch.int32, device=lanes.device)
             if lanes.copying is not None:
                 # the memory was the computing stream's: what that still does there comes first, now and after us
                 lanes.copying.wait_stream(torch.cuda.current_stream(lanes.device))
@@ -321,13 +330,17 @@ class GraphCache:
             max(least, 1 << (n - 1).bit_length())
             for least, n in zip(SMALLEST_GRAPH, (len(ids), sequences, longest), strict=True)
         )
-        size = min(size[0], max(budget, len(ids))), *size[1:]
+        if len(ids) > budget:  # a text of a length of its own
+            return None
+        size = min(size[0], budget), *size[1:]
         with self._lock:
             if key != self._key:  # they read memory that the model no longer owns
                 self._clear()
                 self._key = key
             at = size, ops.launch_modes()
             if at not in self._graphs:
+                if len(self._graphs) >= MOST_GRAPHS:
+                    return None
                 self._graphs[at] = self._capture(size, ids.device, compute)
             graph = self._graphs[at]
             if graph is None:
@@ -347,10 +360,9 @@ class GraphCache:
 
     def _capture(self, size: tuple[int, ...], device: torch.device, compute: Compute) -> "_Graph | None":
         graph = _Graph(size, device)
-        none = np.empty(0, np.int64)
         try:
             graph.replay, graph.result, self._pool = capture(
-                lambda: compute(graph.ids, graph.cu_seqlens, graph.longest, graph.positions, none), device, self._pool
+                lambda: compute(graph.ids, graph.cu_seqlens, graph.longest, graph.positions, _NONE), device, self._pool
             )
         except RuntimeError as error:
             if _is_out_of_memory(error):

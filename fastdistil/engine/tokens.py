@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import numpy as np
@@ -56,7 +57,10 @@ class TextWindows:
                 chunk = [self.prepare(text) if isinstance(text, str) else text for text in chunk]
             pieces.append((chunk, self.max_length, first_row + start))
         if self._pool is not None:
-            yield from self._pool.map(_tokenize_there, pieces)
+            try:
+                yield from self._pool.map(_tokenize_there, pieces)
+            except BrokenProcessPool as error:
+                raise ChildProcessError("a tokenizer process ended; perhaps there was no memory for it") from error
         else:
             for chunk, most, row in pieces:
                 yield flatten(self.tokenizer.encode_ids(chunk, most, first_row=row))

@@ -3,7 +3,7 @@
 manifest.json           what makes the output what it is (the fingerprint), and in the end all parts
 part-00000.<format>     the rows of a part; for npy and safetensors their ids are in part-00000.ids.jsonl
 part-00000.done.json    written last of a part, and so the sign that it is finished; gone when the job is
-rejects.jsonl           rows that could not be used, if there were any
+part-00000.rejects.jsonl  rows of a part that could not be used, if there were any
 .lock                   held by whoever writes
 """
 
@@ -19,10 +19,11 @@ from typing import Any
 
 MANIFEST, REJECTS, LOCK = "manifest.json", "rejects.jsonl", ".lock"
 OURS = re.compile(
-    rf"(?:{re.escape(MANIFEST)}|{re.escape(REJECTS)}|part-\d{{5,}}\.(?:npy|safetensors|parquet|jsonl|ids\.jsonl|done\.json))"
+    rf"(?:{re.escape(MANIFEST)}|part-\d{{5,}}\.(?:npy|safetensors|parquet|jsonl|(?:ids|rejects)\.jsonl|done\.json))"
     r"(?:\.tmp)?"
 )
 VERSION = 2
+SAMPLE = 2**16  # bytes of either end of an input
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Part:
     read: int
     rows: int
     files: dict[str, int]
-    rejected: list[dict[str, Any]] = field(default_factory=list)
+    rejected: int = 0
 
     @property
     def name(self) -> str:
@@ -109,6 +110,11 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the name, too
+        finally:
+            os.close(directory)
     except OSError as error:
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
     finally:
@@ -165,11 +171,19 @@ def start_over(directory: Path, manifest: Manifest, keep: list[Part]) -> None:
 
 
 def fingerprint_of_files(paths: list[str]) -> list[list[Any]]:
-    """[name, size, time of the last change] of each input: what a changed input shows by."""
-    return [
-        [Path(path).name, (stat := Path(path).stat()).st_size, stat.st_mtime_ns] if path != "-" else ["-", 0, 0]
-        for path in paths
-    ]
+    """[name, size, time of the last change, digest of both ends] of each input: what a changed input shows by."""
+    found: list[list[Any]] = []
+    for path in paths:
+        if path == "-":
+            found.append(["-", 0, 0, ""])
+            continue
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            digest = hashlib.blake2b(file.read(SAMPLE), digest_size=8)
+            file.seek(max(0, stat.st_size - SAMPLE))
+            digest.update(file.read(SAMPLE))
+        found.append([Path(path).name, stat.st_size, stat.st_mtime_ns, digest.hexdigest()])
+    return found
 
 
 def fingerprint_of_model(directory: Path) -> str:
@@ -200,9 +214,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _different_inputs(old: list[Any], new: list[Any]) -> str:
     for a, b in zip(old, new, strict=False):
-        if a != b:
-            what = "size" if a[:1] == b[:1] and a[1:2] != b[1:2] else "time of change" if a[:1] == b[:1] else "name"
-            return f"the input {b[0]} ({what}: was {a[('name', 'size', 'time of change').index(what)]})"
+        for i, what in enumerate(("name", "size", "time of change", "content")):
+            if a[i : i + 1] != b[i : i + 1]:
+                return f"the input {b[0]} ({what}{f': was {a[i]}' if i < 2 else ''})"
     return f"the number of input files, was {len(old)}, now {len(new)}"
 
 

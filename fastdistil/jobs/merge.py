@@ -1,14 +1,13 @@
 """Shards of one job into one output: the parts are linked or copied under new numbers, and nothing is computed."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fastdistil.jobs.manifest import (
     MANIFEST,
-    REJECTS,
     Lock,
     Manifest,
     Part,
@@ -19,7 +18,6 @@ from fastdistil.jobs.manifest import (
     replace,
     start_over,
     write_manifest,
-    write_text,
 )
 
 
@@ -34,7 +32,7 @@ def find_shards(directories: Iterable[str | Path]) -> list[Path]:
         if not given.is_dir():
             raise FileNotFoundError(f"there is no directory {given}")
         inside = sorted(path for path in given.glob("shard-*-of-*") if path.is_dir())
-        found += [given] if (given / MANIFEST).is_file() or not inside else inside
+        found += [given] if (given / MANIFEST).is_file() or not inside else find_shards(inside)
     return found
 
 
@@ -57,11 +55,7 @@ def merge(directories: Iterable[str | Path], output: Path, *, overwrite: bool = 
     first_directory, first = shards[min(shards)]
     count = first.settings.get("shards")
     for directory, manifest in shards.values():
-        changed = differences(
-            first.settings | {"shard": 0, "task": first.task, "format": first.format, "dim": first.dim},
-            manifest.settings | {"shard": 0, "task": manifest.task, "format": manifest.format, "dim": manifest.dim},
-        )
-        if changed:
+        if changed := differences(_meaning(first), _meaning(manifest)):
             raise ValueError(f"{directory} is of another job than {first_directory}: {'; '.join(changed)}")
     if missing := sorted(set(range(count if isinstance(count, int) else 0)) - shards.keys()):
         raise ValueError(f"of {count} shards, these are missing: {', '.join(map(str, missing[:10]))}")
@@ -81,13 +75,19 @@ def merge(directories: Iterable[str | Path], output: Path, *, overwrite: bool = 
         for _, (directory, manifest) in sorted(shards.items()):
             for part in manifest.parts:
                 merged.parts.append(_placed(directory, part, output, len(merged.parts)))
-        rejected = [reject for part in merged.parts for reject in part.rejected]
-        if rejected:
-            write_text(output / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejected))
-        merged.finished = True
-        merged.rows, merged.rejected = sum(part.rows for part in merged.parts), len(rejected)
+        merged.finished, merged.rows = True, sum(part.rows for part in merged.parts)
+        merged.rejected = sum(part.rejected for part in merged.parts)
         write_manifest(output, merged)
     return merged
+
+
+def _meaning(manifest: Manifest) -> dict[str, Any]:
+    """What shards have to share: all but where they were computed, and when their copy of the input was made."""
+    settings = {
+        k: v for k, v in manifest.settings.items() if k not in ("shard", "threads", "device", "max_batch_tokens")
+    }
+    inputs = [[name, size, 0, digest] for name, size, _, digest in manifest.settings.get("inputs", [])]
+    return settings | {"inputs": inputs, "task": manifest.task, "format": manifest.format, "dim": manifest.dim}
 
 
 def _is_shard(path: Path) -> bool:

@@ -70,25 +70,21 @@ class Prediction:
             yield part
 
     def _answers(self, part: Rows, positions: list[int]) -> list[Any]:
-        """Answers of rows; those that cannot be answered are put aside one by one."""
-        found: dict[int, Any] = {}
-        good = list(positions)
-        while good:
-            inputs = [self._input(part, p) for p in good]
-            try:
-                results = self.answer(inputs, **self.options)
-            except (ValueError, TypeError, MemoryError) as error:
-                named = re.search(r"\binputs\[(\d+)\]:?", str(error))
-                if named is None:
-                    raise
-                reason = str(error).replace(named[0], "", 1).strip()
-                part.errors[good.pop(int(named[1]))] = reason
-                continue
-            if self.alone and len(inputs) == 1:
-                results = [results]
-            found = dict(zip(good, results, strict=True))
-            break
-        return [found.get(p) for p in positions]
+        """Answers of rows. Where one cannot be answered both halves are tried, down to the row: so many bad rows cost
+        their number times its logarithm."""
+        inputs = [self._input(part, p) for p in positions]
+        try:
+            results = self.answer(inputs, **self.options)
+        except (ValueError, TypeError, MemoryError) as error:
+            named = re.search(r"\binputs\[(\d+)\]:?", str(error))
+            if named is None:
+                raise
+            if len(positions) == 1:
+                part.errors[positions[0]] = str(error).replace(named[0], "", 1).strip()
+                return [None]
+            half = len(positions) // 2
+            return self._answers(part, positions[:half]) + self._answers(part, positions[half:])
+        return [results] if self.alone and len(inputs) == 1 else results
 
     def _input(self, part: Rows, position: int) -> Any:
         row = part.rows[position]
@@ -100,4 +96,5 @@ class Prediction:
         answers = dict(zip(part.usable, part.answers, strict=True))
         rows = [None if p in part.errors else self.values(answers[p]) for p in keep]
         columns = {key: [None if row is None else row[key] for row in rows] for key in self.kinds}
-        return write_columns(directory, name, self.form, [part.rows[p].id for p in keep], columns, self.kinds)
+        ids = [part.rows[p].id for p in keep]
+        return write_columns(directory, name, self.form, ids, columns, part.named, self.kinds)

@@ -63,7 +63,10 @@ def run_on(
             )
             for i, (device, directory) in enumerate(zip(devices, directories, strict=True))
         ]
+        before = signal.getsignal(signal.SIGTERM)
         try:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGTERM, _interrupt)  # so that the children end, too
             while True:
                 states = [child.poll() for child in children]
                 for device, state in zip(devices, states, strict=True):
@@ -82,9 +85,15 @@ def run_on(
                         child.send_signal(signal.SIGINT)
             for child in children:
                 child.wait()
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGTERM, before)
     if shards > 1:
         return None
     merged = merge(directories, output, overwrite=True)
     for directory in directories:
         shutil.rmtree(directory)
     return merged
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -60,17 +60,23 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
                 raise OSError("the input is standard input, which is closed")
             found.append(name)
         elif Path(name).is_dir():
-            here = sorted(str(path) for path in Path(name).rglob("*") if path.is_file() and _kind(str(path)))
-            if not here:
-                raise FileNotFoundError(f"the directory {name} holds no {', '.join(SUFFIXES)} file")
-            found += here
+            found += _files_in(name)
         elif Path(name).exists():
             found.append(name)
         else:
-            matches = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+            matches = sorted(glob.glob(name, recursive=True))
             if not matches:
                 raise FileNotFoundError(f"there is no input file {name}")
-            found += matches
+            # of ** both a directory and its files match
+            files = [f for match in matches for f in (_files_in(match) if Path(match).is_dir() else [match])]
+            found += dict.fromkeys(files)
+    return found
+
+
+def _files_in(directory: str) -> list[str]:
+    found = sorted(str(path) for path in Path(directory).rglob("*") if path.is_file() and _kind(str(path)))
+    if not found:
+        raise FileNotFoundError(f"the directory {directory} holds no {', '.join(SUFFIXES)} file")
     return found
 
 
@@ -264,17 +270,24 @@ class Table(Source):
 
     def _records(self) -> Iterator[list[str] | csv.Error]:
         while True:
+            before = self._reader.line_num
             try:
                 values = next(self._reader)
             except StopIteration:
+                if self._names is None:
+                    raise ValueError(f"{self.where} has no line of column names") from None
                 return
             except csv.Error as error:
+                if self._reader.line_num > before + 1:  # a quote that is not closed takes what follows along
+                    error = csv.Error(f"{error}; it takes lines {before + 1} to {self._reader.line_num}")
                 yield error
                 continue
             if not values:
                 continue  # a blank line
             if self._names is None:
                 self._names = values
+                if twice := [name for name in self.columns.names() if values.count(name) > 1]:
+                    raise ValueError(f"{self.where} has {values.count(twice[0])} columns {twice[0]!r}")
                 if missing := [name for name in self.columns.names() if name not in values]:
                     raise ValueError(f"{self.where} has no column {missing[0]!r} among {', '.join(map(repr, values))}")
                 continue
@@ -308,7 +321,7 @@ class Parquet(Source):
         except ImportError as error:
             raise ValueError(f"{name}: parquet needs pyarrow; install fastdistil[arrow]") from error
         try:
-            self._file = pyarrow.parquet.ParquetFile(name, memory_map=True)
+            self._file = pyarrow.parquet.ParquetFile(name)  # not mapped: an error while reading would end the process
         except OSError:
             raise
         except Exception as error:  # pyarrow raises errors of its own
@@ -412,7 +425,9 @@ def _tokens(value: Any, column: str) -> np.ndarray:
     found = np.asarray([] if value is None else value, None if not isinstance(value, _Unreadable) else object)
     if value is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
         raise ValueError(f"column {column!r} is {_shown(value)}, not a list of token ids")
-    return found.astype(np.int64, copy=False) if found.dtype.kind == "u" or not found.size else found
+    if not found.size:
+        raise ValueError(f"column {column!r} holds no token ids")
+    return found.astype(np.int64, copy=False) if found.dtype.kind == "u" else found
 
 
 def _identity(value: Any, column: str) -> str | int:
@@ -444,6 +459,8 @@ def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
         yield from sys.stdin.buffer
         return
     with open(name, "rb") as raw:
+        size = raw.seek(0, io.SEEK_END)
+        raw.seek(0)
         if progress is not None:
             progress.at(raw)
         with _unpacked(name, raw) as file:
@@ -452,7 +469,7 @@ def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
             except (EOFError, OSError, ValueError, zlib.error) as error:  # what the packers say
                 raise OSError(f"{name} cannot be read to its end: {error}") from error
         if progress is not None:
-            progress.passed(raw.seek(0, io.SEEK_END))
+            progress.passed(size)  # the unpacker may have closed the file
 
 
 @contextmanager

@@ -75,11 +75,12 @@ class Job:
 
 @dataclass
 class Rows:
-    """The rows of a part, and what became of them. errors: by position among the rows."""
+    """The rows of a part, and what became of them. named: whether they have ids of their own. errors: by position."""
 
     number: int
     first: int
     rows: list[Row]
+    named: bool = False
     errors: dict[int, str] = field(default_factory=dict)
     usable: list[int] = field(default_factory=list)  # positions of the rows that can be answered
     answers: Any = None
@@ -115,6 +116,9 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
     for name in inputs:
         if name != "-" and Path(name).resolve().parent == directory.resolve():
             raise ValueError(f"the input {name} lies in the output directory; give another directory")
+    for given in job.inputs:
+        if Path(given).is_dir() and directory.resolve().is_relative_to(Path(given).resolve()):
+            raise ValueError(f"the output {directory} lies in the input directory {given}; give another directory")
     with Lock(directory):
         manifest = Manifest(job.task, job.model, job.format, _settings(job, inputs), work.dim)
         parts = _start(job, directory, manifest, log)
@@ -226,7 +230,8 @@ class _Reading:
         self.failure: Exception | None = None
 
     def __iter__(self) -> Iterator[Rows]:
-        part, size = Rows(self.number, self.first, []), 0
+        named = self.job.columns.id is not None
+        part, size = Rows(self.number, self.first, [], named), 0
         try:
             for row in self.rows:
                 if row.number >= self.last:
@@ -241,7 +246,7 @@ class _Reading:
                 part.rows.append(row)
                 if len(part.rows) >= self.job.part_rows or size >= PART_CHARACTERS:
                     yield part
-                    part, size = Rows(part.number + 1, row.number + 1, []), 0
+                    part, size = Rows(part.number + 1, row.number + 1, [], named), 0
         except (OSError, ValueError) as error:
             self.failure = error
             return
@@ -264,12 +269,15 @@ def _write(job: Job, directory: Path, manifest: Manifest, work: Work, part: Rows
     keep = [p for p in range(len(part.rows)) if job.on_error == "null" or p not in part.errors]
     try:
         files = work.write(directory, name, part, keep)
-        rejected = [
-            {"row": part.rows[p].number, "id": part.rows[p].id, "where": part.rows[p].where, "reason": reason}
-            for p, reason in sorted(part.errors.items())
-        ]
+        if part.errors:
+            files.append(f"{name}.{REJECTS}")
+            lines = [
+                {"row": part.rows[p].number, "id": part.rows[p].id, "where": part.rows[p].where, "reason": reason}
+                for p, reason in sorted(part.errors.items())
+            ]
+            write_text(directory / files[-1], "".join(json.dumps(line) + "\n" for line in lines))
         sizes = {file: (directory / file).stat().st_size for file in files}
-        done = Part(part.number, part.first, len(part.rows), len(keep), sizes, rejected)
+        done = Part(part.number, part.first, len(part.rows), len(keep), sizes, len(part.errors))
         commit(directory, done)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -281,11 +289,8 @@ def _write(job: Job, directory: Path, manifest: Manifest, work: Work, part: Rows
 
 
 def _finish(directory: Path, manifest: Manifest, parts: list[Part]) -> None:
-    rejected = [reject for part in parts for reject in part.rejected]
-    if rejected:
-        write_text(directory / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejected))
     manifest.finished, manifest.parts = True, parts
-    manifest.rows, manifest.rejected = sum(part.rows for part in parts), len(rejected)
+    manifest.rows, manifest.rejected = sum(part.rows for part in parts), sum(part.rejected for part in parts)
     write_manifest(directory, manifest)
     for part in parts:
         (directory / f"{part.name}.done.json").unlink(missing_ok=True)
@@ -330,7 +335,7 @@ class Embedding:
                 texts = [part.rows[p].text for p in part.usable]
                 part.answers, part.left = np.empty((len(texts), self.embedder.dim), self.dtype), len(texts)
                 waiting.append(part)
-                for first, last in cuts(len(texts)):
+                for first, last in cuts(len(texts)) if texts else [(0, 0)]:  # so that an empty part is passed on
                     window = self._window(part, texts[first:last], first)
                     window.owner = part
                     yield window
@@ -381,14 +386,14 @@ class Embedding:
     def write(self, directory: Path, name: str, part: Rows, keep: list[int]) -> list[str]:
         ids = [part.rows[p].id for p in keep]
         if not part.errors:
-            return write_embeddings(directory, name, self.form, ids, part.answers)
+            return write_embeddings(directory, name, self.form, ids, part.answers, part.named)
         out = np.full((len(keep), self.embedder.dim), np.nan, self.dtype)
         place = {p: i for i, p in enumerate(part.usable)}
         good = [(i, place[p]) for i, p in enumerate(keep) if p not in part.errors]
         if good:
             to, of = map(list, zip(*good, strict=True))
             out[to] = part.answers[of]
-        return write_embeddings(directory, name, self.form, ids, out)
+        return write_embeddings(directory, name, self.form, ids, out, part.named)
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

@@ -17,11 +17,14 @@ ROW_GROUP = 25_000  # rows; a viewer reads one at a time
 Ids = list[str | int | None]
 
 
-def write_embeddings(directory: Path, name: str, form: str, ids: Ids, embeddings: np.ndarray) -> list[str]:
-    """embeddings: float32 or float16 [len(ids), dim] -> the files that were written."""
+def write_embeddings(
+    directory: Path, name: str, form: str, ids: Ids, embeddings: np.ndarray, of_column: bool
+) -> list[str]:
+    """embeddings: float32 or float16 [len(ids), dim] -> the files that were written. of_column: whether the ids are a
+    column's values and not the rows' numbers."""
     path = directory / f"{name}.{form}"
     if form in ANSWERS:
-        return write_columns(directory, name, form, ids, {"embedding": embeddings})
+        return write_columns(directory, name, form, ids, {"embedding": embeddings}, of_column)
     if form == "npy":
         replace(path, lambda temporary: _save_npy(temporary, embeddings))
     else:
@@ -34,12 +37,18 @@ def write_embeddings(directory: Path, name: str, form: str, ids: Ids, embeddings
 
 
 def write_columns(
-    directory: Path, name: str, form: str, ids: Ids, columns: dict[str, Any], kinds: dict[str, Any] | None = None
+    directory: Path,
+    name: str,
+    form: str,
+    ids: Ids,
+    columns: dict[str, Any],
+    of_column: bool,
+    kinds: dict[str, Any] | None = None,
 ) -> list[str]:
     """columns: by name, an array [n, dim] or a list of n values. kinds: of the lists, as in `arrow_type`."""
     path = directory / f"{name}.{form}"
     if form == "parquet":
-        table = as_table(ids, columns, kinds or {})
+        table = as_table(ids, columns, kinds or {}, of_column)
         replace(path, lambda temporary: _save_parquet(temporary, table))
     else:
         replace(path, lambda temporary: _save_jsonl(temporary, ids, columns))
@@ -74,15 +83,15 @@ def _missing(array: np.ndarray) -> np.ndarray:
     return found
 
 
-def as_table(ids: Ids, columns: dict[str, Any], kinds: dict[str, Any]) -> Any:
+def as_table(ids: Ids, columns: dict[str, Any], kinds: dict[str, Any], of_column: bool) -> Any:
     """A pyarrow table; an array [n, dim] becomes a column of lists of that size without a copy."""
     import pyarrow
 
-    if all(i is None or (isinstance(i, int) and -(2**63) <= i < 2**63) for i in ids):
-        made = {"id": pyarrow.array(ids, pyarrow.int64())}
-    else:  # an id with what is not text is written escaped
+    if of_column:  # strings whatever they are, for all parts of a job have one schema; what is no text is escaped
         texts = [None if i is None else str(i).encode("utf-8", "backslashreplace").decode() for i in ids]
         made = {"id": pyarrow.array(texts, pyarrow.string())}
+    else:
+        made = {"id": pyarrow.array(ids, pyarrow.int64())}
     for name, values in columns.items():
         if isinstance(values, np.ndarray):
             flat, missing = pyarrow.array(np.ascontiguousarray(values).reshape(-1)), _missing(values)
