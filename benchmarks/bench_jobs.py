@@ -123,7 +123,8 @@ class CTranslate2:
 @pytest.mark.parametrize("compute_type", ["float32", "int8"])
 def bench_engine_against_ctranslate2(benchmark, embedder, texts, path, compute_type, tmp_path_factory):
     directory = Path(os.environ.get("BENCH_CT2", tmp_path_factory.getbasetemp() / "ct2"))
-    peer = CTranslate2(path, directory, compute_type, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    peer = CTranslate2(path, directory, compute_type, threads)
     peer.encode(texts[:64]), embedder.encode(texts[:64])
     times, expected, results = [], [], []
 
@@ -131,6 +132,7 @@ def bench_engine_against_ctranslate2(benchmark, embedder, texts, path, compute_t
         start = time.perf_counter()
         expected.append(peer.encode(texts))
         times.append(time.perf_counter() - start)
+        torch.set_num_threads(threads)  # which CTranslate2 sets for itself
 
     benchmark.pedantic(lambda: results.append(embedder.encode(texts)), setup=setup, rounds=ROUNDS)
     cosine = [(a * b).sum(1) for a, b in zip(results, expected, strict=True)]

@@ -148,7 +148,7 @@ def attention(
         raise ValueError(f"qkv must be [rows, 3 * dim], got {list(qkv.shape)}")
     dim = qkv.shape[1] // 3
     for name, number in (("num_heads", num_heads), ("max_seqlen", max_seqlen)):
-        if not isinstance(number, (int, torch.SymInt)):
+        if not isinstance(number, (int, torch.SymInt, Tensor)):  # a trace makes tensors of sizes
             raise TypeError(f"{name} must be an integer, got {number!r}")
     if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ValueError(f"num_heads {num_heads} does not divide dim {dim}")

@@ -118,8 +118,10 @@ class Pipeline:
             return finish(torch.cat(pieces))
 
         for done in self._engine().run([window], compute):
-            if done.result is None:
+            if done.error is not None:
                 raise MemoryError(f"inputs[{done.rows[0]}]: {done.error}")
+            if done.result is None:
+                continue  # of no sequences
             yield from zip(done.rows.tolist(), done.result.split(sizes[done.rows].tolist()), strict=True)
 
     def _engine(self) -> Engine:

@@ -256,6 +256,15 @@ def test_other_errors_are_not_taken_for_want_of_memory(embedder, texts):
             list(run(too_large(embedder._compute, 10, RuntimeError("something else"))))
 
 
+def test_windows_of_nothing(embedder):
+    """They are passed on, so that whoever made them knows that they are done."""
+    nothing = Window(np.empty(0, np.int32), np.empty(0, np.int64))
+    engine = Engine(torch.device("cpu"), 1_000)
+    for found in (engine.run([nothing], embedder._compute), engine._staged([nothing], embedder._compute, None)):
+        ((window, rows, result, error),) = found
+        assert window is nothing and len(rows) == 0 and result is None and error is None
+
+
 def test_a_text_that_does_not_fit_is_named(embedder, monkeypatch):
     monkeypatch.setattr(Embedder, "_compute", lambda *a: (_ for _ in ()).throw(MEMORY[0]))
     with pytest.raises(MemoryError, match=r"texts\[0\]: there is no memory for a text of 3 tokens"):

@@ -207,8 +207,10 @@ class Embedder:
             tokens = 0
             for done in self.run(engine, windows):
                 at, which = done.window.texts(done.rows)
-                if done.result is None:
+                if done.error is not None:
                     raise MemoryError(f"texts[{at[0]}]: {done.error}")
+                if done.result is None:
+                    continue  # of no sequences
                 out[at] = done.result.numpy()[which]
                 tokens += int(done.window.lengths[done.rows].sum())
                 bar.update(len(at))

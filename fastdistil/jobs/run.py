@@ -344,9 +344,9 @@ class Embedding:
             for done in self.embedder.run(self.engine, windows()):
                 part: Rows = done.window.owner
                 at, which = done.window.texts(done.rows)
-                if done.result is None:
-                    part.errors |= {part.usable[i]: str(done.error) for i in at}
-                else:
+                if done.error is not None:
+                    part.errors |= {part.usable[i]: done.error for i in at}
+                elif done.result is not None:
                     part.answers[at] = done.result.numpy()[which]
                 part.left -= len(at)
                 while waiting and not waiting[0].left:
