@@ -39,7 +39,7 @@ from fastdistil.pipelines import (
 from fastdistil.verify import verify
 
 SHARED = 64  # tokens that two windows of a long text share
-DONE, FAILED, WRONG_USE, REJECTED = 0, 1, 2, 3  # argparse itself exits with 2
+DONE, FAILED, REJECTED = 0, 1, 3  # argparse itself exits with 2 on wrong use
 
 
 def main(argv: list[str] | None = None) -> int:

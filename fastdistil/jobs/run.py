@@ -7,7 +7,6 @@ exist when a job is stopped, resuming it writes the same bytes that it would hav
 import errno
 import itertools
 import json
-import logging
 import sys
 import threading
 import time
@@ -46,8 +45,6 @@ from fastdistil.jobs.manifest import (
 from fastdistil.jobs.readers import Columns, Progress, Row, count_rows, find_inputs, read_files
 from fastdistil.jobs.writers import write_embeddings
 
-logger = logging.getLogger("fastdistil")
-
 PART_ROWS = 50_000  # two row groups of a parquet file
 PART_CHARACTERS = 2**27  # of all its texts: what bounds the memory of long ones
 ON_ERROR = ("fail", "skip", "null")
@@ -85,11 +82,6 @@ class Rows:
     usable: list[int] = field(default_factory=list)  # positions of the rows that can be answered
     answers: Any = None
     left: int = 0  # of the usable ones, still to be answered
-
-    def columns(self, keep: list[int], null: Any) -> Any:
-        """The answers of the rows at `keep`, `null` where there is none."""
-        at = {position: i for i, position in enumerate(self.usable)}
-        return [null if p in self.errors else self.answers[at[p]] for p in keep]
 
 
 class Work(Protocol):
