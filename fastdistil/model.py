@@ -536,7 +536,9 @@ class PreTrainedModel(WithAdapters):
 
     def materialize(self, fresh: set[str], untied: set[str]) -> None:
         """Allocate a model built on the meta device and give initial values to the parameters named in `fresh`."""
-        self.to_empty(device=self.__dict__.pop("_load_device", "cpu"))
+        device = self.__dict__.pop("_load_device", "cpu")
+        # not to_empty, whose empty_like of a meta tensor imports sympy: half a second
+        self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         self.tie_weights(untied)
         owners = {}
         for prefix, module in self.named_modules():

@@ -1,5 +1,7 @@
 import json
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -396,10 +398,18 @@ def test_weights_that_are_no_floating_point_are_refused(dtype, tmp_path):
 def test_a_configuration_beyond_the_memory_is_named(monkeypatch):
     model = DistilBertModel(DistilBertConfig(vocab_size=20, dim=8, n_heads=2, n_layers=1, hidden_dim=8))
 
-    def fail(self, **kwargs):
+    def fail(self, *args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(torch.nn.Module, "to_empty", fail)
+    monkeypatch.setattr(DistilBertModel, "materialize", fail)
     with pytest.raises(ValueError, match=r"asks for 4,\d+ parameters, for which there is no memory \(19 of its 20"):
         state = {"embeddings.LayerNorm.weight": torch.ones(8)}
         DistilBertModel.from_pretrained(None, config=model.config, state_dict=state)
+
+
+def test_loading_leaves_out_what_is_slow_to_import(saved):
+    code = (
+        "import sys; from fastdistil import DistilBertModel as M; M.from_pretrained(sys.argv[1]); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(saved[0])], capture_output=True, text=True, check=True)
+    assert "torch" in done.stdout.split() and "sympy" not in done.stdout.split()
