@@ -24,7 +24,7 @@ from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import Manifest, fingerprint_of_model
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.predict import Prediction
-from fastdistil.jobs.processes import run_on, split_devices
+from fastdistil.jobs.processes import end_with_parent, run_on, split_devices
 from fastdistil.jobs.readers import Columns, Row, checked, read_rows
 from fastdistil.jobs.run import ON_ERROR, Embedding, Job, Log, run_job
 from fastdistil.jobs.writers import ANSWERS, EMBEDDINGS
@@ -39,7 +39,11 @@ from fastdistil.pipelines import (
 from fastdistil.verify import verify
 
 SHARED = 64  # tokens that two windows of a long text share
-DONE, FAILED, REJECTED = 0, 1, 3  # argparse itself exits with 2 on wrong use
+DONE, FAILED, WRONG_USE, REJECTED = 0, 1, 2, 3  # argparse itself exits with 2, too
+
+
+class WrongUse(ValueError):
+    """Arguments that do not go together."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     local = os.environ.get("LOCAL_RANK", "")  # torchrun's processes have a GPU each
     if getattr(arguments, "device", "") is None and local.isdecimal() and torch.cuda.device_count() > int(local):
         arguments.device = f"cuda:{local}"
+    end_with_parent()
+    log = Log(as_json=getattr(arguments, "json_logs", False))
     try:
         status = arguments.command(arguments)
         if sys.stdout is not None:
@@ -59,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (ValueError, TypeError, OSError, MemoryError) as error:
-        print(f"fastdistil: {error}", file=sys.stderr)
-        return FAILED
+        log.fail(str(error))
+        return WRONG_USE if isinstance(error, WrongUse) else FAILED
     except KeyboardInterrupt:
-        print("fastdistil: interrupted; finished parts stay, go on with --resume", file=sys.stderr)
+        log.fail("interrupted; finished parts stay, go on with --resume")
         return FAILED
     return status or DONE
 
@@ -184,7 +190,7 @@ def _placement(command: argparse.ArgumentParser) -> None:
 
 def embed(arguments: argparse.Namespace) -> int | None:
     if arguments.engine != "ray" and (arguments.ray_address or arguments.ray_actors):
-        raise ValueError("--ray-address and --ray-actors go with --engine ray")
+        raise WrongUse("--ray-address and --ray-actors go with --engine ray")
     if several := _on_several_devices(arguments):
         return several.status
     log = Log(arguments.quiet, arguments.json_logs)
@@ -203,7 +209,7 @@ def embed(arguments: argparse.Namespace) -> int | None:
         from fastdistil.jobs.ray import RayEmbedding
 
         if not arguments.truncate or arguments.tokens_column is not None:
-            raise ValueError("--engine ray takes texts, and cuts them; leave --no-truncate and --tokens-column out")
+            raise WrongUse("--engine ray takes texts, and cuts them; leave --no-truncate and --tokens-column out")
         work = RayEmbedding(
             embedder,
             arguments.format,
@@ -283,14 +289,14 @@ def _shard(arguments: argparse.Namespace) -> tuple[int, int]:
         try:
             shard, shards = int(str(environment[0])), int(str(environment[1]))
         except ValueError:
-            raise ValueError(f"RANK and WORLD_SIZE are {environment[0]!r} and {environment[1]!r}") from None
+            raise WrongUse(f"RANK and WORLD_SIZE are {environment[0]!r} and {environment[1]!r}") from None
         arguments.output = shard_directory(arguments.output, shard, shards) if shards > 1 else arguments.output
     if (shard is None) is not (shards is None):
-        raise ValueError("--num-shards and --shard-index go together")
+        raise WrongUse("--num-shards and --shard-index go together")
     if shard is None or shards is None:
         return 0, 1
     if not 0 <= shard < shards:
-        raise ValueError(f"shard {shard} is none of {shards}; they are numbered from 0")
+        raise WrongUse(f"shard {shard} is none of {shards}; they are numbered from 0")
     return shard, shards
 
 
@@ -305,9 +311,9 @@ def _on_several_devices(arguments: argparse.Namespace) -> _Several | None:
     if len(devices) == 1:
         return None
     if arguments.output is None:
-        raise ValueError("several devices need an --output directory")
+        raise WrongUse("several devices need an --output directory")
     if "-" in arguments.input:
-        raise ValueError("standard input cannot be divided among devices; give files")
+        raise WrongUse("standard input cannot be divided among devices; give files")
     shard, shards = _shard(arguments)
     merged = run_on(
         devices,
@@ -347,24 +353,24 @@ def predict(arguments: argparse.Namespace) -> int | None:
     task = ALIASES.get(arguments.task, arguments.task)
     asked = [arguments.question, arguments.question_column]
     if len(asked) - asked.count(None) != (task == "question-answering"):
-        raise ValueError("--question or --question-column goes with --task question-answering, and only with it")
+        raise WrongUse("--question or --question-column goes with --task question-answering, and only with it")
     if arguments.output is None:
         for name in ("resume", "overwrite", "num_shards", "shard_index"):
             if getattr(arguments, name):
-                raise ValueError(f"--{name.replace('_', '-')} goes with --output, a directory")
+                raise WrongUse(f"--{name.replace('_', '-')} goes with --output, a directory")
         if arguments.on_error != "fail":
-            raise ValueError("--on-error skip and null go with --output, a directory")
+            raise WrongUse("--on-error skip and null go with --output, a directory")
     if several := _on_several_devices(arguments):
         return several.status
     options: dict[str, Any] = {}
     if arguments.top_k is not None:
         if task in ("token-classification", "feature-extraction"):
-            raise ValueError(f"--top-k is not for --task {task}")
+            raise WrongUse(f"--top-k is not for --task {task}")
         options["top_k"] = arguments.top_k
     if task == "token-classification":
         options["aggregation_strategy"] = arguments.aggregation_strategy
         if not arguments.truncate and arguments.aggregation_strategy == "none":
-            raise ValueError("--no-truncate needs an --aggregation-strategy other than none, for windows overlap")
+            raise WrongUse("--no-truncate needs an --aggregation-strategy other than none, for windows overlap")
     elif task != "question-answering":
         options["truncation"] = arguments.truncate
     answer = _pipeline(arguments, task)

@@ -24,6 +24,7 @@ from fastdistil.jobs import manifest as manifests
 from fastdistil.jobs import run as module
 from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import Lock, read_manifest, write_manifest
+from fastdistil.jobs.merge import shard_directory
 from fastdistil.jobs.readers import Columns, count_rows, find_inputs, read_files, read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -618,6 +619,7 @@ def test_directories_in_use(checkpoint, tmp_path, capsys):
     (tmp_path / "p" / "notes.txt").write_text("mine")
     assert embed(checkpoint, "--input", path, "--output", tmp_path / "p") == 1
     assert "is not empty (notes.txt); give another directory, or --overwrite\n" in capsys.readouterr().err
+    assert files(tmp_path / "p").keys() == {"notes.txt"}
     assert embed(checkpoint, "--input", path, "--output", tmp_path / "p", "--resume") == 0
     assert (tmp_path / "p" / "notes.txt").read_text() == "mine"
     with pytest.raises(SystemExit) as caught:
@@ -812,8 +814,48 @@ def test_wrong_shards(checkpoint, tmp_path, capsys):
         (["--num-shards", 2], "--num-shards and --shard-index go together"),
         (["--num-shards", 2, "--shard-index", 2], "shard 2 is none of 2; they are numbered from 0"),
     ]:
-        assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *args) == 1
+        assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *args) == 2
         assert message in capsys.readouterr().err
+
+
+def test_errors_as_json(checkpoint, tmp_path, capsys):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}])
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", "--json-logs") == 1
+    last = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert last["event"] == "error" and "in.jsonl, line 2" in last["text"]
+
+
+def test_progress_without_a_terminal(checkpoint, embedder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "SELDOM", 0.01)
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i}"} for i in range(3_000)])
+    job, work = make_job(checkpoint, path, tmp_path / "o", part_rows=1_000)
+    module.run_job(job, work, module.Log())
+    assert "rows/s" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_processes_end_with_the_one_that_started_them(checkpoint, tmp_path):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i} {'word ' * 40}"} for i in range(200_000)])
+    command = [sys.executable, "-m", "fastdistil.cli", "embed", "--model", checkpoint, "--input", path, "--quiet"]
+    parent = subprocess.Popen([*map(str, command), "--output", str(tmp_path / "o"), "--device", "cpu,cpu"])
+    locks = [shard_directory(tmp_path / "o", i, 2) / ".lock" for i in range(2)]
+    wait_for(lambda: all(lock.is_file() and lock.read_text() for lock in locks))
+    children = [int(lock.read_text()) for lock in locks]
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(map(alive, children)), seconds=10)
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty when it has ended but nobody has asked how
+    return False
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
 
 
 def test_a_process_a_device(checkpoint, embedder, tmp_path, capfd):
@@ -946,7 +988,7 @@ def test_what_goes_with_an_output_directory(heads, tmp_path, capsys):
         (["--on-error", "skip"], "--on-error skip and null go with --output"),
         (["--device", "cpu,cpu"], "several devices need an --output directory"),
     ]:
-        assert main([*arguments, *more]) == 1
+        assert main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
     assert main(["predict", "--task", "feature-extraction", *arguments[3:], "--output", str(tmp_path / "o")]) == 1
 

@@ -6,11 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastdistil.jobs.manifest import MANIFEST, Lock, Manifest, read_manifest
 from fastdistil.jobs.merge import merge, shard_directory
+
+LIFELINE = "FASTDISTIL_LIFELINE"
 
 
 def split_devices(device: str | None) -> list[str]:
@@ -51,15 +55,16 @@ def run_on(
         if ended.returncode not in (0, 3):
             raise ChildProcessError(f"the process on {devices[0]} ended with status {ended.returncode}")
         return read_manifest(output)
-    with Lock(output):
+    with Lock(output), _lifeline() as line:
         children = [
             subprocess.Popen(
                 [
                     *(*start, "--device", device, "--output", str(directory)),
                     *("--num-shards", str(total), "--shard-index", str(shard * len(devices) + i)),
                 ],
-                env=environment,
+                env=environment | {LIFELINE: str(line)},
                 stdin=subprocess.DEVNULL,
+                pass_fds=[line],
             )
             for i, (device, directory) in enumerate(zip(devices, directories, strict=True))
         ]
@@ -93,6 +98,29 @@ def run_on(
     for directory in directories:
         shutil.rmtree(directory)
     return merged
+
+
+@contextlib.contextmanager
+def _lifeline() -> Iterator[int]:
+    """What children read from to see that this process is gone, however it ended: nothing is ever written there."""
+    there, here = os.pipe()
+    try:
+        yield there
+    finally:
+        os.close(there)
+        os.close(here)
+
+
+def end_with_parent() -> None:
+    """In a child of `run_on`: stop as on Ctrl-C when the parent is gone."""
+    if (line := os.environ.pop(LIFELINE, None)) is None:
+        return
+
+    def wait() -> None:
+        os.read(int(line), 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _interrupt(*_: object) -> None:

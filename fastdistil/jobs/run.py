@@ -25,6 +25,7 @@ from fastdistil.engine.runner import Engine
 from fastdistil.engine.scheduler import Window, cuts
 from fastdistil.engine.tokens import TextWindows
 from fastdistil.jobs.manifest import (
+    LOCK,
     MANIFEST,
     OURS,
     REJECTS,
@@ -48,7 +49,7 @@ from fastdistil.jobs.writers import write_embeddings
 PART_ROWS = 50_000  # two row groups of a parquet file
 PART_CHARACTERS = 2**27  # of all its texts: what bounds the memory of long ones
 ON_ERROR = ("fail", "skip", "null")
-EVERY = 10.0  # seconds between two lines of progress, where there is no terminal to rewrite one
+EVERY, SELDOM = 10.0, 60.0  # seconds between two JSON lines of progress, and two that a log file keeps
 
 
 @dataclass
@@ -111,6 +112,8 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
     for given in job.inputs:
         if Path(given).is_dir() and directory.resolve().is_relative_to(Path(given).resolve()):
             raise ValueError(f"the output {directory} lies in the input directory {given}; give another directory")
+    if not (directory / LOCK).exists():
+        _empty(job, directory)  # a refusal leaves no lock behind
     with Lock(directory):
         manifest = Manifest(job.task, job.model, job.format, _settings(job, inputs), work.dim)
         parts = _start(job, directory, manifest, log)
@@ -161,18 +164,24 @@ def _settings(job: Job, inputs: list[str]) -> dict[str, Any]:
     }
 
 
+def _empty(job: Job, directory: Path) -> bool:
+    """Whether the job begins with its first part. Raises FileExistsError where that would lose what lies there."""
+    present = sorted(p.name for p in directory.iterdir() if p.name != LOCK)
+    known = (directory / MANIFEST).is_file()
+    if not present or (known and job.resume):
+        return not present
+    theirs = [name for name in present if OURS.fullmatch(name)]  # of a job that left no manifest, or of nobody's
+    if not job.overwrite and (not job.resume or theirs):
+        hint = ", or --resume to go on with the job in it" if known else ""
+        raise FileExistsError(
+            f"{directory} is not empty ({(theirs or present)[0]}); give another directory, or --overwrite{hint}"
+        )
+    return True
+
+
 def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Part] | None:
     """The parts that are finished already; None where all of them are."""
-    present = sorted(p.name for p in directory.iterdir() if p.name != ".lock")
-    if not present:
-        return []
-    if not (directory / MANIFEST).is_file() or not job.resume:
-        theirs = [name for name in present if OURS.fullmatch(name)]  # of a job that left no manifest, or of nobody's
-        if not job.overwrite and (not job.resume or theirs):
-            hint = ", or --resume to go on with the job in it" if (directory / MANIFEST).is_file() else ""
-            raise FileExistsError(
-                f"{directory} is not empty ({(theirs or present)[0]}); give another directory, or --overwrite{hint}"
-            )
+    if _empty(job, directory):
         return []
     old = read_manifest(directory)
     parts = finished_parts(directory)
@@ -392,7 +401,8 @@ class Embedding:
 
 
 class Log:
-    """What a job says on standard error: a line that is rewritten on a terminal, JSON objects with `as_json`."""
+    """What a job says on standard error: a line that is rewritten on a terminal, else one a minute; JSON objects with
+    `as_json`."""
 
     def __init__(self, quiet: bool = False, as_json: bool = False):
         self.quiet, self.as_json = quiet, as_json
@@ -407,6 +417,12 @@ class Log:
         elif not self.quiet:
             print(text, file=sys.stderr)
 
+    def fail(self, text: str) -> None:
+        if self.as_json:
+            self._json("error", text=text)
+        else:
+            print(f"fastdistil: {text}", file=sys.stderr)
+
     def _json(self, event: str, **values: Any) -> None:
         print(json.dumps({"event": event, "time": round(time.time(), 3)} | values), file=sys.stderr, flush=True)
 
@@ -415,25 +431,29 @@ class Log:
         self._started, self._at_start = time.perf_counter(), progress.fraction()
         if not self.quiet and not self.as_json and sys.stderr.isatty():
             self._bar = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
-        if self.as_json or self._bar is not None:
+        if self.as_json or not self.quiet:
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
 
     def _watch(self) -> None:
-        while not self._stop.wait(1.0 if self._bar is not None else EVERY):
+        while not self._stop.wait(1.0 if self._bar is not None else EVERY if self.as_json else SELDOM):
             self._show()
 
     def _show(self) -> None:
         found = self.figures()
         if self.as_json:
             self._json("progress", **found)
-        elif self._bar is not None:
-            eta = found["eta_s"]
-            left = "" if eta is None else f", {int(eta) // 3600}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d} left"
-            self._bar.set_description_str(
-                f"{found['rows']:,} rows, {found['rows_per_s']:,.0f} rows/s, {found['tokens_per_s']:,.0f} tokens/s"
-                f"{left}, waiting for the {found['bottleneck'] or 'first batch'}"
-            )
+            return
+        eta = found["eta_s"]
+        left = "" if eta is None else f", {int(eta) // 3600}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d} left"
+        line = (
+            f"{found['rows']:,} rows, {found['rows_per_s']:,.0f} rows/s, {found['tokens_per_s']:,.0f} tokens/s"
+            f"{left}, waiting for the {found['bottleneck'] or 'first batch'}"
+        )
+        if self._bar is not None:
+            self._bar.set_description_str(line)
+        else:
+            self.say(line)
 
     def figures(self) -> dict[str, Any]:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
