@@ -58,8 +58,10 @@ bench: $(VENV)/develop
 	$(MEASURE) $(RESULTS)/jobs.json benchmarks/bench_jobs.py
 
 # what a GPU can show, uninstalled and with whatever torch, triton and pytest this machine has
+OUT ?= gpu-results
+MINUTES ?= 25
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -q
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) $(if $(STAGES),--stages $(STAGES))
 
 report: $(VENV)/develop
 	$(BIN)/python -m benchmarks.report

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from benchmarks import record
+
 
 @pytest.fixture(autouse=True)
 def _inference():
@@ -10,9 +12,8 @@ def _inference():
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    import fastdistil
+    machine_info.update(record.environment())
 
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["fastdistil"] = fastdistil.__version__
-    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["digest"] = record.digest(output_json)

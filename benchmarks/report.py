@@ -1,13 +1,19 @@
-"""Writes README's tables from benchmarks/results/: python -m benchmarks.report [--check]"""
+"""What benchmarks/results/ says.
 
-import json
+python -m benchmarks.report                  # README's tables
+python -m benchmarks.report --check          # exit status 1 where README is not in step with them
+python -m benchmarks.report --goals          # id goal measured met|missed|unmeasured; 1 where a measured one is missed
+python -m benchmarks.report --compare A B    # files, directories or git revisions; 1 where B is slower beyond noise
+"""
+
+import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks import compare, goals, record
+
+RESULTS = record.ROOT / "benchmarks" / "results"
 
 
 def cpu_table() -> str:
@@ -49,7 +55,7 @@ def jobs_table() -> str:
 
 
 def _read(name: str) -> Any:
-    return json.loads((RESULTS / "cpu" / name).read_text(encoding="utf-8"))
+    return record.read(RESULTS / "cpu" / name)
 
 
 def _rates(info: dict[str, Any]) -> list[str]:
@@ -58,24 +64,45 @@ def _rates(info: dict[str, Any]) -> list[str]:
 
 def _machine(result: dict[str, Any]) -> str:
     machine = result["machine_info"]
-    cpu = machine["cpu"].get("brand_raw", machine["processor"])
+    commit = machine["commit"]
+    changed = " with changes" if commit["dirty"] else ""
     return (
-        f"{cpu}, {machine['threads']} threads, Python {machine['python_version']}, torch {machine['torch']}, "
-        f"{result['datetime'][:10]}."
+        f"{machine['cpu']}, {machine['threads']} threads, Python {machine['python']}, torch {machine['torch']}, "
+        f"{machine['date'][:10]}, commit {commit['id'][:9]}{changed}."
     )
 
 
 TABLES = {"cpu": cpu_table, "jobs": jobs_table}
 
 
-def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = text
+def tables(text: str) -> str:
+    """README with its tables made anew."""
     for name, table in TABLES.items():
         content = table().replace("\\", r"\\")
-        new = re.sub(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", rf"\g<1>{content}\n\g<2>", new, flags=re.DOTALL)
-    if "--check" in sys.argv:
+        text = re.sub(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=(__doc__ or "").splitlines()[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="whether README is in step with the results")
+    what.add_argument("--goals", action="store_true", help="what the results say of each goal")
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="files, directories or git revisions")
+    args = parser.parse_args(argv)
+    try:
+        if args.goals or args.compare:
+            sides = [compare.load(where) for where in args.compare or ()]
+            lines, right = compare.compare(*sides) if sides else goals.table(goals.Results())
+            print(*lines, sep="\n")
+            return int(not right)
+        path = record.ROOT / "README.md"
+        text = path.read_text(encoding="utf-8")
+        new = tables(text)
+    except ValueError as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 1
+    if args.check:
         if new != text:
             print("README.md is not in step with benchmarks/results/; run `make report`", file=sys.stderr)
         return int(new != text)

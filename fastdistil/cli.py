@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -135,6 +136,13 @@ def parser() -> argparse.ArgumentParser:
     six.add_argument("--input", nargs="+", help="texts to check with (.txt, .jsonl, or -; the first 64)")
     six.add_argument("--text-column", default="text", help="jsonl column of the text (default: text)")
     _placement(six)
+
+    eight = commands.add_parser(
+        "bench", help="measure speed, from a clone of the repository; without a subject it lists them"
+    )
+    eight.set_defaults(command=bench)
+    eight.add_argument("subject", nargs="?", help="kernels, encoder, engine and others; listed without one")
+    eight.add_argument("rest", nargs=argparse.REMAINDER, help="the subject's own options")
 
     three = commands.add_parser("doctor", help="show what fastdistil runs on here, and why")
     three.set_defaults(command=doctor)
@@ -460,6 +468,16 @@ def _pipeline(arguments: argparse.Namespace, task: str) -> Any:
 def say(arguments: argparse.Namespace, text: str) -> None:
     if not arguments.quiet:
         print(text, file=sys.stderr)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """`python -m benchmarks`, which is part of the repository but not of the package."""
+    root = Path(fastdistil.__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise FileNotFoundError(f"the benchmarks are not in {root}; run this in a clone of the repository")
+    command = [sys.executable, "-m", "benchmarks", *filter(None, [arguments.subject]), *arguments.rest]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode
 
 
 def doctor(arguments: argparse.Namespace) -> None:

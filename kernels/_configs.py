@@ -162,17 +162,20 @@ def _row_kernel(op: str, dim: int, kind: str, arch: int) -> Rows:
 
 def gemm(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> GemmLaunch:
     """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need."""
-    # many: tiles of 128 x 128 occupy at least half of the chip; long: those of 128 x 256, of which a deep K needs fewer
-    # bytes a product, all of it. The batch-invariant mode goes by the layer alone.
-    fixed, tall = modes.batch_invariant, 0 if m <= FEW else cdiv(m, 128)
-    if k > LONG_K and n % 256 == 0 and (fixed or tall * (n // 256) >= processors(device)):
-        size = "long"
-    elif fixed or 2 * tall * cdiv(n, 128) >= processors(device):
-        size = "many"
-    else:
-        size = "some" if m > FEW else "few"
+    size = size_class(m, n, k, processors(device))
     precision = matmul_precision() if dtype is torch.float32 else "half"
     return _gemm(op, architecture(device), size, precision, aligned, modes.exact_gelu, device)
+
+
+def size_class(m: int, n: int, k: int, processors: int) -> str:
+    """few or some rows; many: tiles of 128 x 128 occupy at least half of the chip; long: those of 128 x 256, of which a
+    deep K needs fewer bytes a product, all of it. The batch-invariant mode goes by the layer alone."""
+    fixed, tall = modes.batch_invariant, 0 if m <= FEW else cdiv(m, 128)
+    if k > LONG_K and n % 256 == 0 and (fixed or tall * (n // 256) >= processors):
+        return "long"
+    if fixed or 2 * tall * cdiv(n, 128) >= processors:
+        return "many"
+    return "some" if m > FEW else "few"
 
 
 @functools.cache

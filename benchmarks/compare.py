@@ -1,0 +1,99 @@
+"""Two sets of results side by side, with the band of noise: python -m benchmarks.report --compare A B
+
+A and B are result files, directories of them, or git revisions of benchmarks/results. What is slower by more than its
+band is a regression. The band of a pair is the wider of BAND and both sides' interquartile ranges together.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.timing import Timing
+
+BAND = 0.03
+RESULTS = "benchmarks/results"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds, and how far the middle half of the rounds spreads, as a part of them."""
+
+    median: float
+    spread: float
+
+
+def load(where: str) -> dict[str, Measured]:
+    """All times of a file, a directory or a revision, by what was measured. Raises ValueError where there are none."""
+    path = Path(where)
+    found: dict[str, Measured] = {}
+    if path.is_file():
+        files = {path.name: record.read(path)}
+    elif path.is_dir():
+        files = {str(p.relative_to(path)): record.read(p) for p in sorted(path.rglob("*.json"))}
+    else:
+        files = dict(_of_revision(where))
+    for name, result in files.items():
+        found |= {f"{name}: {what}": Measured(t.median, _spread(t)) for what, t in _times(result)}
+    if not found:
+        raise ValueError(f"{where} is no file, directory or revision with results")
+    return found
+
+
+def _of_revision(revision: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", record.ROOT, *args], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"{revision} is no file, directory or revision: {done.stderr.strip()}")
+        return done.stdout
+
+    for name in git("ls-tree", "-r", "--name-only", revision, RESULTS).split():
+        if name.endswith(".json"):
+            yield name.removeprefix(RESULTS + "/"), json.loads(git("show", f"{revision}:{name}"))
+
+
+def _times(result: dict[str, Any]) -> Iterator[tuple[str, Timing]]:
+    for entry in result.get("benchmarks", []):  # pytest-benchmark's
+        yield entry["name"], Timing(entry["stats"]["data"])
+    for row in result.get("rows", []):
+        keys = ("op", "shape", "batch", "input", "dtype", "provider")
+        name = ", ".join(str(row[key]) for key in keys if key in row)
+        for way in ("cold", "graph"):
+            if way in row:
+                yield f"{name}, {way}", Timing([s / 1e6 for s in row[way]["samples_us"]])
+        if "samples_us" in row:
+            yield name, Timing([s / 1e6 for s in row["samples_us"]])
+        if "samples_s" in row:
+            yield name, Timing(row["samples_s"])
+
+
+def _spread(timing: Timing) -> float:
+    low, middle, high = timing.quartiles
+    return (high - low) / middle if middle else 0.0
+
+
+def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[list[str], bool]:
+    """A line for each thing that both measured, the changed ones first, and whether none is a regression."""
+    changed: list[str] = []
+    same: list[str] = []
+    right = True
+    for name in sorted(before.keys() & after.keys()):
+        a, b = before[name], after[name]
+        ratio, band = b.median / a.median, max(BAND, a.spread + b.spread)
+        line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
+        if ratio > 1 + band:
+            changed.insert(0, f"SLOWER {line}")
+            right = False
+        elif ratio < 1 / (1 + band):
+            changed.append(f"faster {line}")
+        else:
+            same.append(f"       {line}")
+    only = len(before.keys() ^ after.keys())
+    return [
+        *changed,
+        *same,
+        f"{len(changed)} changed, {len(same)} within the noise, {only} in one of the two only",
+    ], right

@@ -1,0 +1,343 @@
+"""The whole encoder, pre-tokenised: ours padded, packed and captured, beside transformers, at batch x length x fill.
+
+    python -m benchmarks encoder [--toy] [--model M] [--lengths-from texts.jsonl] [--out FILE] [--minutes N]
+
+Only real tokens are counted. Hidden states at real positions are held to the error law against float64 first.
+A peer is one function under `@provider`: it gets a Batch and gives back a call that computes the last hidden state.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import record, roofline, shapes, timing
+from benchmarks.kernels import KEPT, Missing, failed
+from benchmarks.roofline import Shape
+from benchmarks.shapes import Matrix
+from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer
+from fastdistil.testing import cu_seqlens, error_law
+
+COMPILED = 128  # the length at which torch.compile takes part
+TRUTH_TOKENS = 4_096  # of a batch, whose first texts are computed in float64: more would take longer than the rest
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch and the model's weights. ids, keep: [batch, length], int64 and bool."""
+
+    name: str
+    model: DistilBertModel
+    ids: Tensor
+    keep: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, int]:
+        """ids int32 [rows], cu_seqlens int32 [batch + 1], longest: what the engine passes."""
+        return self.ids[self.keep].int(), cu_seqlens(list(self.lengths), str(self.device)), max(self.lengths)
+
+
+PROVIDERS: list[tuple[str, Callable[[Batch, ExitStack], timing.Run]]] = []
+
+
+def provider(name: str) -> Callable[[Any], Any]:
+    """Registers (batch, stack) -> a call that gives [batch, length, dim], or [rows, dim] where padding is left out."""
+
+    def register(function: Any) -> Any:
+        PROVIDERS.append((name, function))
+        return function
+
+    return register
+
+
+# --- providers --------------------------------------------------------------------------------------------------------
+
+
+@provider("fastdistil, padded call")
+def padded(batch: Batch, stack: ExitStack) -> timing.Run:
+    mask = None if bool(batch.keep.all()) else batch.keep
+    return lambda: batch.model(batch.ids, mask).last_hidden_state
+
+
+@provider("fastdistil, packed call")
+def packed(batch: Batch, stack: ExitStack) -> timing.Run:
+    ids, cu, longest = batch.packed
+    return lambda: batch.model.forward_packed(ids, cu, longest)
+
+
+@provider("fastdistil, captured graph")
+def captured(batch: Batch, stack: ExitStack) -> timing.Run:
+    if batch.device.type != "cuda":
+        raise Missing("CUDA graphs are for CUDA")
+    batch.model.cuda_graphs(True)
+    stack.callback(batch.model.cuda_graphs, False)
+    return padded(batch, stack)
+
+
+def transformers(attention: str) -> Callable[[Batch, ExitStack], timing.Run]:
+    def run(batch: Batch, stack: ExitStack) -> timing.Run:
+        model = _theirs(batch, attention)
+        mask = batch.keep.long()
+        return lambda: model(input_ids=batch.ids, attention_mask=mask).last_hidden_state
+
+    return run
+
+
+for _attention in ("eager", "sdpa", "flash_attention_2"):
+    provider(f"transformers {_attention}")(transformers(_attention))
+
+
+@provider("transformers sdpa, torch.compile")
+def compiled(batch: Batch, stack: ExitStack) -> timing.Run:
+    return _compile(batch, stack, None)
+
+
+@provider("transformers sdpa, torch.compile max-autotune")
+def autotuned(batch: Batch, stack: ExitStack) -> timing.Run:
+    return _compile(batch, stack, "max-autotune")  # with CUDA graphs
+
+
+def _compile(batch: Batch, stack: ExitStack, mode: str | None) -> timing.Run:
+    if batch.device.type != "cuda":
+        raise Missing("compiled for CUDA only")
+    if batch.model.dtype is not torch.bfloat16 or batch.ids.shape[1] != COMPILED:
+        raise Missing(f"compiled in bfloat16 at a length of {COMPILED} only: it takes up to minutes a shape")
+    model, mask = _theirs(batch, "sdpa"), batch.keep.long()
+    stack.callback(torch._dynamo.reset)
+    forward = torch.compile(model, mode=mode, dynamic=False)
+
+    def call() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return forward(input_ids=batch.ids, attention_mask=mask).last_hidden_state
+
+    return call
+
+
+_cached: dict[Any, Any] = {}
+
+
+def _theirs(batch: Batch, attention: str) -> Any:
+    """transformers' model with our weights, one kept at a time."""
+    try:
+        import transformers as hf
+    except ImportError as error:
+        raise Missing(str(error)) from error
+    key = id(batch.model), batch.model.dtype, attention
+    if key not in _cached:
+        _cached.clear()
+        config = hf.DistilBertConfig(**_config(batch.model), attn_implementation=attention)
+        try:
+            model = hf.DistilBertModel(config)
+        except (ImportError, ValueError) as error:
+            raise Missing(str(error).splitlines()[0][:200]) from error
+        model.load_state_dict(batch.model.state_dict(), strict=False)
+        _cached[key] = model.eval().to(batch.device, batch.model.dtype)
+    return _cached[key]
+
+
+def _config(model: DistilBertModel) -> dict[str, Any]:
+    names = ("vocab_size", "max_position_embeddings", "dim", "hidden_dim", "n_layers", "n_heads", "activation")
+    return {name: getattr(model.config, name) for name in names}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def model_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> DistilBertModel:
+    """Random weights, biases and norms among them, for a model that is initialised has many zeros."""
+    config = DistilBertConfig(dim=shape.dim, hidden_dim=shape.hidden, n_layers=shape.layers, n_heads=shape.heads)
+    torch.manual_seed(0)
+    model = DistilBertModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model.to(device, dtype)
+
+
+def batch_of(model: DistilBertModel, name: str, lengths: list[int], longest: int) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    keep = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(1, model.config.vocab_size, keep.shape, generator=g).masked_fill(~keep, 0)
+    device = model.device
+    return Batch(name, model, ids.to(device), keep.to(device), tuple(lengths))
+
+
+def batches(model: DistilBertModel, matrix: Matrix) -> Iterator[Batch]:
+    """batch x length x fill; at a fill below one, lengths are spread evenly around it, the first being the longest."""
+    for texts, longest, fill in product(matrix.batches, matrix.lengths, matrix.fills):
+        if fill == 1:
+            lengths = [longest] * texts
+        elif texts == 1:
+            continue  # one text is its own padding
+        else:
+            spread = [max(1, round(longest * fill * (0.5 + i / max(1, texts - 2)))) for i in range(texts - 1)]
+            lengths = [longest, *(min(longest, n) for n in spread)]
+        yield batch_of(model, f"{texts} x {longest}, fill {sum(lengths) / (texts * longest):.2f}", lengths, longest)
+
+
+def truth_of(batch: Batch) -> tuple[Tensor, Tensor, int]:
+    """(float64, the same precision by eager torch, of how many texts): hidden states of real positions [rows, dim]."""
+    texts = max(1, min(len(batch.ids), TRUTH_TOKENS // batch.ids.shape[1]))
+    ids, keep = batch.ids[:texts], batch.keep[:texts]
+
+    def dense(model: DistilBertModel) -> Tensor:
+        with torch.enable_grad():  # a gradient could be asked for: the differentiable definitions
+            return model(ids, keep).last_hidden_state.detach()[keep]
+
+    eager = dense(batch.model)
+    wide = DistilBertModel(batch.model.config).eval().to(batch.device, torch.float64)
+    wide.load_state_dict(batch.model.state_dict())
+    return dense(wide), eager, texts
+
+
+@torch.no_grad()
+def measure(batch: Batch, deadline: float) -> Iterator[dict[str, Any]]:
+    truth, eager, texts = truth_of(batch)
+    known = int(batch.keep[:texts].sum())
+    tokens = sum(batch.lengths)
+    for name, make in PROVIDERS:
+        row: dict[str, Any] = {"batch": batch.name, "provider": name, "tokens": tokens}
+        row |= {"dtype": str(batch.model.dtype).removeprefix("torch."), "fill": tokens / batch.ids.numel()}
+        if time.monotonic() > deadline:
+            yield row | {"missing": "no time was left"}
+            continue
+        with ExitStack() as stack:
+            try:
+                run = make(batch, stack)
+                result = run()
+                error_law((result[batch.keep] if result.dim() == 3 else result)[:known], eager, truth)
+                del result
+                if batch.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(batch.device)
+                found = timing.wall(run, batch.device)
+                figures = found.figures()
+                figures["samples_us"] = [round(s, 3) for s in figures["samples_us"][:KEPT]]
+                row |= figures | {"tokens_per_s": tokens / found.median}
+                row["p99_us"] = sorted(found.samples)[int(0.99 * (len(found.samples) - 1))] * 1e6
+                if batch.device.type == "cuda":
+                    row["peak_bytes"] = torch.cuda.max_memory_allocated(batch.device)
+                yield row
+            except Missing as why:
+                yield row | {"missing": str(why)}
+            except Exception as error:  # of one provider; the others go on, and the run fails in the end
+                yield row | {"wrong": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def run(
+    matrix: Matrix,
+    device: torch.device,
+    *,
+    minutes: float = 10,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Every batch by every provider. keep: gets all rows so far after each batch."""
+    deadline = time.monotonic() + 60 * minutes
+    rows: list[dict[str, Any]] = []
+    for dtype in matrix.dtypes:
+        model = model_of(matrix.shape, device, dtype)
+        for batch in batches(model, matrix):
+            rows += measure(batch, deadline)
+            keep(rows)
+    _cached.clear()
+    return rows
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line a batch: our quickest call, and the peers by it."""
+    by_batch: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_batch.setdefault((row["batch"], row["dtype"]), []).append(row)
+    for (name, dtype), found in by_batch.items():
+        for row in found:
+            if "wrong" in row:
+                yield f"WRONG {name} {dtype} {row['provider']}: {row['wrong']}"
+        timed = {row["provider"]: row for row in found if "tokens_per_s" in row}
+        ours = {n.removeprefix("fastdistil, "): r for n, r in timed.items() if n.startswith("fastdistil")}
+        if not ours:
+            continue
+        best = min(ours, key=lambda n: ours[n]["median_us"])
+        line = f"{name:22} {dtype:8} {ours[best]['tokens_per_s']:12,.0f} tokens/s {ours[best]['median_us']:9.0f} us"
+        peers = [
+            f"{row['median_us'] / ours[best]['median_us']:.2f}x {n.removeprefix('transformers ')}"
+            for n, row in timed.items()
+            if not n.startswith("fastdistil")
+        ]
+        yield f"{line} ({best}): {', '.join(peers)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks encoder", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, for CPU")
+    parser.add_argument("--model", help="a checkpoint instead of DistilBERT-base with random weights")
+    parser.add_argument("--lengths-from", type=Path, help="jsonl of {text}: batches of 32 as they come (with --model)")
+    parser.add_argument("--dtypes", help="comma-separated, such as bfloat16,float32")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--out", type=Path, help="a result file")
+    args = parser.parse_args(argv)
+    if args.lengths_from and not args.model:
+        parser.error("--lengths-from goes with --model, whose tokenizer tells the lengths")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix = shapes.TOY if args.toy else shapes.FULL if device.type == "cuda" else shapes.ON_CPU
+    if args.dtypes:
+        matrix = shapes.with_dtypes(matrix, args.dtypes.split(","))
+    with timing.Watch() as watch:
+        if args.model:
+            rows = of_checkpoint(args.model, args.lengths_from, matrix, device, args.minutes)
+        else:
+            rows = run(matrix, device, minutes=args.minutes)
+    print(*lines(rows), sep="\n")
+    if args.out:
+        shape = None if args.model else asdict(matrix.shape)
+        result = {"stage": "encoder", "model": args.model, "shape": shape, "rows": rows, "clocks": watch.samples}
+        record.write(args.out, record.environment() | result)
+    return int(failed(rows))
+
+
+def of_checkpoint(
+    path: str, texts: Path | None, matrix: Matrix, device: torch.device, minutes: float
+) -> list[dict[str, Any]]:
+    """Somebody's own model, at the matrix's shapes or in batches of 32 of somebody's own texts."""
+    deadline = time.monotonic() + 60 * minutes
+    rows: list[dict[str, Any]] = []
+    for dtype in matrix.dtypes:
+        model = DistilBertModel.from_pretrained(path, dtype=dtype, device=device)
+        own = _batches_of_texts(model, path, texts) if texts else batches(model, matrix)
+        for batch in own:
+            rows += measure(batch, deadline)
+    return rows
+
+
+def _batches_of_texts(model: DistilBertModel, path: str, texts: Path) -> Iterator[Batch]:
+    tokenizer, longest = DistilBertTokenizer.from_pretrained(path), model.config.max_position_embeddings
+    found = [json.loads(line)["text"] for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lengths = [len(ids) for ids in tokenizer(found, truncation=True, max_length=longest)["input_ids"]]
+    for first in range(0, min(len(lengths), 8 * 32), 32):
+        part = lengths[first : first + 32]
+        yield batch_of(model, f"texts {first}-{first + len(part) - 1}", part, max(part))
+
+
+def predicted(rows: list[dict[str, Any]], chip: roofline.Chip, shape: Shape) -> Iterator[tuple[str, float, float]]:
+    """(batch, predicted, measured) tokens/s of our captured graph, where it was measured."""
+    for row in rows:
+        if row["provider"] == "fastdistil, captured graph" and "tokens_per_s" in row and row["fill"] == 1:
+            texts, longest = map(int, row["batch"].partition(",")[0].split(" x "))
+            lengths = [longest] * texts
+            yield row["batch"], roofline.predict(chip, lengths, shape, row["dtype"]), row["tokens_per_s"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

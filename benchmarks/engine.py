@@ -1,0 +1,195 @@
+"""The engine's throughput on texts and on token ids, by length, with what it waited for.
+
+    python -m benchmarks engine [--toy] [--out FILE] [--minutes N]
+
+Beside it the encoder alone on one full batch: what the engine could reach at best. Weights are random at
+DistilBERT-base size, and the vocabulary is trained by the run on the docstrings of Python's standard library.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import record, shapes, timing
+from benchmarks.corpus import stdlib_docstrings
+from benchmarks.encoder import Batch, batch_of, model_of, truth_of
+from benchmarks.kernels import failed
+from benchmarks.shapes import Matrix
+from fastdistil import DistilBertTokenizer, Embedder, reference
+from fastdistil.engine.scheduler import Window, cuts
+from fastdistil.testing import cu_seqlens, error_law
+
+VOCABULARY = 30_522
+BATCHES = 200  # full ones, that a measurement on CUDA takes
+MAX_LENGTH = 256
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def tokenizer_for(texts: list[str], size: int = VOCABULARY) -> DistilBertTokenizer:
+    """WordPiece trained on the texts, lower case."""
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(iter(texts), vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
+    with tempfile.TemporaryDirectory() as directory:
+        trained.save_model(directory)
+        return DistilBertTokenizer.from_pretrained(directory)
+
+
+def drive(embedder: Embedder, windows: Iterator[Window], texts: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Embeddings, float32 [texts, dim], and the seconds of each stage, as `encode` makes them."""
+    engine = embedder.engine()
+    out = np.empty((texts, embedder.dim), np.float32)
+    start = time.perf_counter()
+    for done in embedder.run(engine, windows):
+        if done.result is not None:
+            at, which = done.window.texts(done.rows)
+            out[at] = done.result.numpy()[which]
+    seconds = time.perf_counter() - start
+    stages = engine.stages
+    return out, {
+        "seconds": seconds,
+        "tokens": stages.tokens,
+        "tokens_per_s": stages.tokens / seconds,
+        "stages": stages.seconds,
+        "bottleneck": stages.bottleneck(),
+    }
+
+
+def check(embedder: Embedder, found: np.ndarray, batch: Batch) -> None:
+    """Hold the first embeddings to the error law against the dense forward in float64."""
+    truth, eager, texts = truth_of(batch)
+    cu = cu_seqlens(list(batch.lengths[:texts]), str(batch.device))
+    plain, exact = (reference.pool(h, cu, embedder.pooling, embedder.normalize) for h in (eager, truth))
+    result = torch.from_numpy(found[:texts]).to(batch.device)
+    error_law(result, plain, exact, eps=torch.finfo(batch.model.dtype).eps)
+
+
+def of_tokens(embedder: Embedder, longest: int, form: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Token ids of random texts of a length, through the engine; and one full batch of them by the encoder alone."""
+    lengths = np.array(shapes.lengths(form, longest, tokens))
+    first = batch_of(embedder.model, "", [int(n) for n in lengths[:64]], longest)
+    ids = np.random.default_rng(0).integers(1, embedder.model.config.vocab_size, lengths.sum(), dtype=np.int32)
+    ids[: sum(first.lengths)] = first.ids[first.keep].cpu().numpy()
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+
+    def windows() -> Iterator[Window]:
+        return (Window(ids[ends[a] : ends[b]], lengths[a:b], first=a) for a, b in cuts(len(lengths)))
+
+    found, _ = drive(embedder, windows(), len(lengths))  # compiles and captures
+    check(embedder, found, first)
+    rows = [drive(embedder, windows(), len(lengths))[1] for _ in range(rounds)]
+    row = sorted(rows, key=lambda row: row["seconds"])[rounds // 2]
+    row["samples_s"] = [r["seconds"] for r in rows]
+    budget = embedder.budget(None)
+    batch = batch_of(embedder.model, "", shapes.lengths(form, longest, budget), longest)
+    packed, cu, most = batch.packed
+    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in batch.lengths]).to(batch.device)
+    none = np.empty(0, np.int64)
+    alone = timing.in_graph(lambda: embedder._compute(packed, cu, most, positions, none), batch.device, 0.3)
+    return row | {"encoder_tokens_per_s": sum(batch.lengths) / alone.median, "budget": budget}
+
+
+def of_texts(embedder: Embedder, texts: list[str], rounds: int, processes: int) -> dict[str, Any]:
+    """Texts through tokenizer and engine; and the tokenizer alone."""
+    source = embedder.text_windows(processes)
+
+    def windows() -> Iterator[Window]:
+        return (source.window(texts[a:b], a) for a, b in cuts(len(texts)))
+
+    try:
+        start = time.perf_counter()
+        lengths = [window.lengths.sum() for window in windows()]
+        alone = sum(lengths) / (time.perf_counter() - start)
+        drive(embedder, windows(), len(texts))
+        rows = [drive(embedder, windows(), len(texts))[1] for _ in range(rounds)]
+    finally:
+        source.close()
+    row = sorted(rows, key=lambda row: row["seconds"])[rounds // 2]
+    return row | {"samples_s": [r["seconds"] for r in rows], "tokenizer_tokens_per_s": alone}
+
+
+def run(
+    matrix: Matrix,
+    device: torch.device,
+    *,
+    minutes: float = 5,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Texts first, then token ids by length. keep: gets all rows so far after each."""
+    deadline = time.monotonic() + 60 * minutes
+    toy = matrix is shapes.TOY
+    docstrings = [text for _, text in stdlib_docstrings()][: 200 if toy else None]
+    tokenizer = tokenizer_for(docstrings, 500 if toy else VOCABULARY)
+    copies = 1 if toy or device.type == "cpu" else 16
+    texts = [text if i == 0 else f"{i} {text}" for i in range(copies) for text in docstrings]  # none twice
+    rows: list[dict[str, Any]] = []
+    for dtype in matrix.dtypes:
+        if dtype is torch.float32 and not toy and device.type == "cuda":
+            continue  # half precision is what the engine takes there
+        model = model_of(matrix.shape, device, dtype)
+        embedder = Embedder(model, tokenizer, pooling="mean", normalize=True, max_length=MAX_LENGTH)
+        tokens = embedder.budget(None) * BATCHES if device.type == "cuda" else matrix.attended * 4
+        for name, measure in _plan(embedder, texts, matrix, tokens):
+            row: dict[str, Any] = {"input": name, "dtype": str(dtype).removeprefix("torch.")}
+            if time.monotonic() > deadline:
+                rows.append(row | {"missing": "no time was left"})
+                continue
+            try:
+                rows.append(row | measure())
+            except Exception as error:  # of one input; the others go on, and the run fails in the end
+                rows.append(row | {"wrong": f"{type(error).__name__}: {str(error)[:300]}"})
+            keep(rows)
+    return rows
+
+
+def _plan(
+    embedder: Embedder, texts: list[str], matrix: Matrix, tokens: int
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    for processes in (0,) if embedder.model.device.type == "cpu" else (0, 4):
+        yield f"texts, {processes} tokenizer processes", partial(of_texts, embedder, texts, 3, processes)
+    for longest, form in product(matrix.lengths, ("fixed", "long-tailed")):
+        yield f"ids, L={longest}, {form}", partial(of_tokens, embedder, longest, form, tokens, 3)
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        name = f"{row['input']:30} {row['dtype']:8}"
+        if "wrong" in row:
+            yield f"WRONG {name} {row['wrong']}"
+        elif "tokens_per_s" in row:
+            best = row.get("encoder_tokens_per_s") or row["tokenizer_tokens_per_s"]
+            of = "encoder" if "encoder_tokens_per_s" in row else "tokenizer"
+            yield (
+                f"{name} {row['tokens_per_s']:12,.0f} tokens/s, {row['tokens_per_s'] / best:.2f} of the {of} alone, "
+                f"waiting for the {row['bottleneck']}"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks engine", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, for CPU")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--out", type=Path, help="a result file")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix = shapes.TOY if args.toy else shapes.FULL if device.type == "cuda" else shapes.ON_CPU
+    with timing.Watch() as watch:
+        rows = run(matrix, device, minutes=args.minutes)
+    print(*lines(rows), sep="\n")
+    if args.out:
+        record.write(args.out, record.environment() | {"stage": "engine", "rows": rows, "clocks": watch.samples})
+    return int(failed(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""The goals, and what the committed results say of each: python -m benchmarks.report --goals"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+
+RESULTS = record.ROOT / "benchmarks" / "results"
+GPUS = ("h200", "h100")  # the first that has results is judged
+LIBRARY = ("eager torch", "matrix product alone", "torch.compile", "torch.compile, max-autotune")
+ATTENTION = ("torch varlen_attn", "flash-attn", "SDPA, flash", "SDPA, cuDNN", "SDPA, memory-efficient")
+SATURATED = "256 x 128, fill 1.00"
+
+Find = Callable[["Results"], float | None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number to reach: at least, or with `most`, at most."""
+
+    id: str
+    what: str
+    goal: float
+    find: Find
+    most: bool = False
+
+    def judge(self, results: "Results") -> tuple[float | None, str]:
+        """What was measured, and met, missed or unmeasured."""
+        found = self.find(results)
+        if found is None:
+            return None, "unmeasured"
+        return found, "met" if (found <= self.goal if self.most else found >= self.goal) else "missed"
+
+
+class Results:
+    """The committed results: of the CPU suites, and of one GPU's run."""
+
+    def __init__(self, root: Path = RESULTS):
+        self.root = root
+        self.gpu = next((name for name in GPUS if (root / name).is_dir()), None)
+        self._read: dict[Path, Any] = {}
+
+    def read(self, *parts: str) -> Any:
+        """A result file, or None where there is none; raises ValueError for one that was edited."""
+        path = self.root.joinpath(*parts)
+        if path not in self._read:
+            self._read[path] = record.read(path) if path.is_file() else None
+        return self._read[path]
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        found = self.read(self.gpu, f"{stage}.json") if self.gpu else None
+        return found["rows"] if found else []
+
+    def suite(self, name: str, starts: str, figure: str) -> float | None:
+        """A figure of the first benchmark of a CPU suite whose peer or name starts so."""
+        for entry in (self.read("cpu", f"{name}.json") or {"benchmarks": []})["benchmarks"]:
+            info = entry["extra_info"]
+            if info.get("peer", entry["name"]).startswith(starts):
+                return entry["stats"]["median"] if figure == "seconds" else info.get(figure)
+        return None
+
+
+def cpu(name: str, starts: str, figure: str = "ratio") -> Find:
+    return lambda results: results.suite(name, starts, figure)
+
+
+def beside(op: str, peers: tuple[str, ...], *, rows: int = 0, ends: str = "", dtype: str = "bfloat16") -> Find:
+    """The least of peer's time by ours, best peer, over an op's shapes of at least so many rows that end so."""
+
+    def find(results: Results) -> float | None:
+        ratios = []
+        for case in _cases(results, op, dtype):
+            shape = next(iter(case.values()))["shape"]
+            if shape.endswith(ends) and ("=" in shape or int(shape.split()[0]) >= rows) and "fastdistil" in case:
+                theirs = [case[p]["cold"]["median_us"] for p in peers if p in case]
+                if theirs:
+                    ratios.append(min(theirs) / case["fastdistil"]["cold"]["median_us"])
+        return min(ratios, default=None)
+
+    return find
+
+
+def attention(lengths: tuple[int, ...], figure: str) -> Find:
+    """The least part of the copy ceiling, or ratio to the best peer, over fixed lengths."""
+
+    def find(results: Results) -> float | None:
+        found = []
+        for case in _cases(results, "attention", "bfloat16"):
+            shape = next(iter(case.values()))["shape"]
+            if shape not in {f"L={n}, fixed" for n in lengths} or "fastdistil" not in case:
+                continue
+            mine = case["fastdistil"]
+            if figure == "of_copy":
+                found.append(mine["of_copy"])
+            elif theirs := [case[p]["cold"]["median_us"] for p in ATTENTION if p in case]:
+                found.append(min(theirs) / mine["cold"]["median_us"])
+        return min(found, default=None)
+
+    return find
+
+
+def at_best(op: str, figure: str) -> Find:
+    """The best over an op's shapes in bfloat16: FLOP/s or part of a ceiling."""
+
+    def find(results: Results) -> float | None:
+        mine = [c["fastdistil"] for c in _cases(results, op, "bfloat16") if "fastdistil" in c]
+        if figure == "flops":
+            return max((r["flops"] / r["cold"]["median_us"] * 1e6 for r in mine), default=None)
+        return max((r[figure] for r in mine), default=None)
+
+    return find
+
+
+def encoder(batch: str, figure: str, peer: str = "", dtype: str = "bfloat16") -> Find:
+    """Of our quickest call at batches that start so: tokens/s, microseconds, or the least ratio to a peer."""
+
+    def find(results: Results) -> float | None:
+        by_batch: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in results.rows("encoder"):
+            if row["dtype"] == dtype and row["batch"].startswith(batch) and "median_us" in row:
+                by_batch.setdefault(row["batch"], {})[row["provider"]] = row
+        found = []
+        for case in by_batch.values():
+            ours = [row for name, row in case.items() if name.startswith("fastdistil")]
+            if not ours:
+                continue
+            best = min(ours, key=lambda row: row["median_us"])
+            if figure != "ratio":
+                found.append(best[figure])
+            elif peer in case:
+                found.append(case[peer]["median_us"] / best["median_us"])
+        return min(found, default=None)
+
+    return find
+
+
+def engine(starts: str, of: str) -> Find:
+    """The least of the engine's tokens/s by those of what bounds it."""
+
+    def find(results: Results) -> float | None:
+        rows = [r for r in results.rows("engine") if r["input"].startswith(starts) and of in r]
+        return min((row["tokens_per_s"] / row[of] for row in rows), default=None)
+
+    return find
+
+
+def _cases(results: Results, op: str, dtype: str) -> Iterator[dict[str, dict[str, Any]]]:
+    """The timed rows of each shape of an op, by provider."""
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in results.rows("kernels"):
+        if row["op"] == op and row["dtype"] == dtype and "cold" in row:
+            cases.setdefault(row["shape"], {})[row["provider"]] = row
+    yield from cases.values()
+
+
+def _memory(results: Results) -> float | None:
+    early, late = (results.suite("memory", "bench_a_job", name) for name in ("early_bytes", "late_bytes"))
+    return None if early is None or late is None else late / early
+
+
+def _right(results: Results) -> float | None:
+    found = results.read(results.gpu, "correctness.json") if results.gpu else None
+    return None if found is None or not found["counts"] else float(found["counts"]["failed"])
+
+
+AUTOTUNE = "transformers sdpa, torch.compile max-autotune"
+GOALS = (
+    Goal(
+        "cpu-unsorted", "transformers sdpa, unsorted batches", 5.0, cpu("encode", "transformers sdpa, batches of 32, u")
+    ),
+    Goal("cpu-sorted", "transformers sdpa, sorted batches", 1.2, cpu("encode", "transformers sdpa, batches of 32, s")),
+    Goal("cpu-st", "sentence-transformers encode", 1.6, cpu("encode", "sentence-transformers")),
+    Goal("cpu-base", "DistilBERT-base width, full batches", 1.0, cpu("encode", "transformers sdpa, DistilBERT-base")),
+    Goal("cpu-query", "a single query, two threads", 1 / 0.85, cpu("encode", "transformers sdpa, one query, 2")),
+    Goal("cpu-ct2", "CTranslate2 float32", 1.15, cpu("jobs", "CTranslate2 float32")),
+    Goal("cpu-job", "a job of its own encode", 0.95, cpu("jobs", "its own encode, a job from jsonl to npy")),
+    Goal("cpu-start", "seconds, a process of one text", 3.0, cpu("jobs", "bench_start", "seconds"), most=True),
+    Goal("cpu-tokenizer", "tokens/s of the bare tokenizer", 0.9, cpu("tokenizer", "bench_one_thread", "of_bare")),
+    Goal("cpu-call", "tokens/s of transformers' call", 3.0, cpu("tokenizer", "bench_one_thread", "over_call")),
+    Goal("cpu-memory", "a long job's memory, late by early", 1.1, _memory, most=True),
+    Goal("right", "failures of the tests on the GPU", 0, _right, most=True),
+    Goal("qkv", "QKV GEMM of cuBLAS, 5,632 rows on", 0.95, beside("qkv_projection", LIBRARY[:2], rows=5_632)),
+    Goal("out", "output GEMM of cuBLAS", 0.95, beside("linear", LIBRARY[:2], rows=5_632, ends=" 768 x 768")),
+    Goal("ffn2", "FFN2 GEMM of cuBLAS", 0.95, beside("linear", LIBRARY[:2], rows=5_632, ends=" 768 x 3072")),
+    Goal("ffn1-flops", "FFN1 and GELU, FLOP/s", 560e12, at_best("bias_gelu", "flops")),
+    Goal("ffn1", "FFN1 and GELU of addmm and GELU", 1.15, beside("bias_gelu", ("eager torch",), rows=5_632)),
+    Goal("norm", "residual and LayerNorm of the copy ceiling", 0.9, at_best("add_layer_norm", "of_copy")),
+    Goal("attention-64", "attention to 64 tokens of the copy ceiling", 0.75, attention((16, 32, 64), "of_copy")),
+    Goal("attention-128", "attention at 128 of the best peer", 1.3, attention((128,), "ratio")),
+    Goal("attention-512", "attention at 512 of the best peer", 1.1, attention((512,), "ratio")),
+    Goal(
+        "embeddings", "embeddings and LayerNorm of eager", 3.0, beside("embed_layer_norm", ("eager torch",), rows=4_096)
+    ),
+    Goal("pooling", "pooling of eager", 3.0, beside("pool", ("eager torch",))),
+    Goal("tokens", "tokens/s at L=128, saturated", 6.3e6, encoder(SATURATED, "tokens_per_s")),
+    Goal("autotune", "torch.compile max-autotune, saturated", 1.15, encoder(SATURATED, "ratio", AUTOTUNE)),
+    Goal("sdpa", "transformers sdpa, saturated", 1.2, encoder(SATURATED, "ratio", "transformers sdpa")),
+    Goal("half-autotune", "max-autotune at half fill", 2.2, encoder("256 x 128, fill 0.5", "ratio", AUTOTUNE)),
+    Goal("half-sdpa", "sdpa at half fill", 2.2, encoder("256 x 128, fill 0.5", "ratio", "transformers sdpa")),
+    Goal("latency-16", "microseconds, one text of 16", 120, encoder("1 x 16,", "median_us"), most=True),
+    Goal("latency-64", "microseconds, one text of 64", 120, encoder("1 x 64,", "median_us"), most=True),
+    Goal("one-16", "transformers eager, one text of 16", 10, encoder("1 x 16,", "ratio", "transformers eager")),
+    Goal("one-64", "transformers eager, one text of 64", 10, encoder("1 x 64,", "ratio", "transformers eager")),
+    Goal("engine-ids", "the engine on ids of the encoder alone", 0.95, engine("ids", "encoder_tokens_per_s")),
+    Goal("engine-texts", "the engine on texts of the tokenizer", 0.9, engine("texts", "tokenizer_tokens_per_s")),
+)
+
+
+def table(results: Results) -> tuple[list[str], bool]:
+    """`id goal measured met|missed|unmeasured`, a line a goal, and whether all that was measured is met."""
+    lines, right = [], True
+    for goal in GOALS:
+        found, verdict = goal.judge(results)
+        right &= verdict != "missed"
+        measured = "-" if found is None else f"{found:.4g}"
+        lines.append(
+            f"{goal.id:16} {'<=' if goal.most else '>='} {goal.goal:<9.4g} {measured:>9} {verdict:11} {goal.what}"
+        )
+    return lines, right

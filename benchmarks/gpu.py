@@ -1,0 +1,281 @@
+"""All that a machine with a GPU can show, in one command, within given minutes.
+
+    python -m benchmarks.gpu --out DIR --minutes 25 [--stages correctness,engine] [--dry]
+
+The stages run in this order, each in a process of its own, so that what breaks one loses nothing of the others; each
+writes DIR/<stage>.json as it goes. --dry walks through every one at toy size, on CPU. Runs uninstalled and offline.
+Exit status 1 where a stage failed or something measured was wrong.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import encoder, engine, kernels, record, roofline, shapes, timing, tune
+
+# share of the minutes; what a stage leaves is the others'
+STAGES = {"environment": 1, "correctness": 8, "ceilings": 1, "kernels": 8, "encoder": 5, "engine": 3, "tune": 8}
+WITH_GPU = (
+    "test_ops.py",
+    *(f"kernels/test_{name}.py" for name in ("gemm", "attention", "layer_norm", "pooling", "encoder", "launching")),
+    *("test_graphs.py", "test_engine.py", "test_fallback.py", "kernels/test_memcheck.py"),
+)
+# "tests/x.py::test_y PASSED [ 1%]", or by several processes "[gw0] [ 1%] PASSED tests/x.py::test_y"
+OUTCOME = re.compile(
+    r"(?:\[gw\d+\] \[ *\d+%\] (?P<reported>PASSED|FAILED|ERROR|SKIPPED) (?P<tested>.+?) *$)"
+    r"|(?:(?P<test>\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b)"
+)
+SUMMARY = 12_000  # characters at most, for logs that keep no more
+EVERY = 10.0  # seconds between two writes of what a stage has so far
+
+
+@dataclass
+class Stage:
+    """What a stage gets: where it writes, how long it may take, and whether it is a rehearsal."""
+
+    out: Path
+    minutes: float
+    dry: bool
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not self.dry else "cpu")
+        self.matrix = shapes.TOY if self.dry else shapes.FULL if self.device.type == "cuda" else shapes.ON_CPU
+
+    def ceilings(self) -> dict[str, Any]:
+        """As the stage of that name measured them, or measured now."""
+        path = self.out / "ceilings.json"
+        return record.read(path)["ceilings"] if path.is_file() else timing.ceilings(self.device, self.dry)
+
+
+Result = tuple[dict[str, Any], list[str], bool]  # what is written, lines of the summary, whether it is right
+Keep = Callable[[list[dict[str, Any]]], None]
+
+
+def environment(stage: Stage, keep: Keep) -> Result:
+    found = record.environment()
+    gpu = found["gpu"] or {"name": "no GPU"}
+    lines = [f"{gpu['name']}, torch {found['torch']}, triton {found['triton']}, Python {found['python']}"]
+    lines += [
+        f"{name}: {gpu[name]}" for name in ("uuid", "driver_version", "clocks.max.sm", "power.limit") if name in gpu
+    ]
+    return {}, lines, stage.dry or found["gpu"] is not None
+
+
+def correctness(stage: Stage, keep: Keep) -> Result:
+    """The tests that need a GPU, file by file: what breaks the device in one leaves the others alone."""
+    end = time.monotonic() + 60 * stage.minutes
+    files: dict[str, dict[str, Any]] = {}
+    for name in WITH_GPU[:1] if stage.dry else WITH_GPU:
+        chosen = ["-k", "pool and fullgraph"] if stage.dry else ["-m", "gpu"]
+        command = [sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=short", "-p", "no:randomly", *chosen]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", "0" if stage.dry else "8"]
+        left = end - time.monotonic()
+        if left < 5:
+            files[name] = {"ended": "not run: no time was left", "output": ""}
+            continue
+        with tempfile.TemporaryFile("w+") as log:
+            try:
+                done = subprocess.run(
+                    [*command, str(record.ROOT / "tests" / name)],
+                    cwd=record.ROOT,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=left,
+                    check=False,
+                )
+                ended = "" if done.returncode in (0, 1, 5) else f"pytest ended with status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                ended = "stopped: no time was left"
+            log.seek(0)
+            output = log.read()
+        files[name] = outcomes(output) | {"ended": ended, "output": output[-100_000:]}
+        keep([{"file": name} | found for name, found in files.items()])
+    counts = {what: sum(f.get(what, 0) for f in files.values()) for what in ("passed", "failed", "skipped")}
+    lines = [", ".join(f"{n} {what}" for what, n in counts.items())]
+    for name, found in files.items():
+        lines += [f"WRONG {name}: {found['ended']}"] if found["ended"] else []
+        lines += [f"WRONG {line}" for line in found.get("failures", [])]
+    right = counts["passed"] > 0 and not counts["failed"] and not any(f["ended"] for f in files.values())
+    return {"counts": counts, "files": files}, lines, right
+
+
+def outcomes(output: str) -> dict[str, Any]:
+    """Of pytest -v, whole or cut off: how many passed, failed and were skipped, and a line a failure."""
+    found: dict[str, str] = {}
+    for line in output.splitlines():
+        if (one := OUTCOME.match(line)) is not None:
+            test, outcome = one["test"] or one["tested"], one["outcome"] or one["reported"]
+            found[test] = "failed" if outcome in ("FAILED", "ERROR") else outcome.lower()
+    failures = [line[:500] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    told = " ".join(failures)
+    failures += [f"FAILED {test}" for test, outcome in found.items() if outcome == "failed" and test not in told]
+    counts = {what: list(found.values()).count(what) for what in ("passed", "failed", "skipped")}
+    counts["failed"] = max(counts["failed"], len(failures))  # a file that cannot be collected has no line of its own
+    return counts | {"failures": failures}
+
+
+def ceilings(stage: Stage, keep: Keep) -> Result:
+    found = timing.ceilings(stage.device, stage.dry)
+    lines = [f"copy {found['copy']['bytes_per_s'] / 1e12:.2f} TB/s"]
+    lines += [f"{name} {f['flops_per_s'] / 1e12:.1f} TFLOP/s" for name, f in found.items() if name != "copy"]
+    return {"ceilings": found}, [", ".join(lines)], True
+
+
+def of_kernels(stage: Stage, keep: Keep) -> Result:
+    limits = stage.ceilings()
+    rows = kernels.run(stage.matrix, stage.device, limits, minutes=stage.minutes, keep=keep)
+    result = {"ceilings": limits, "shape": asdict(stage.matrix.shape), "rows": rows}
+    return result, list(kernels.lines(rows)), not kernels.failed(rows)
+
+
+def of_encoder(stage: Stage, keep: Keep) -> Result:
+    rows = encoder.run(stage.matrix, stage.device, minutes=stage.minutes, keep=keep)
+    lines = list(encoder.lines(rows))
+    name = torch.cuda.get_device_name() if stage.device.type == "cuda" else ""
+    for chip in (chip for key, chip in roofline.CHIPS.items() if key in name):
+        found = encoder.predicted(rows, chip, stage.matrix.shape)
+        lines += [
+            f"predicted {batch}: {guess:,.0f} tokens/s, measured {real / guess:.2f} of it"
+            for batch, guess, real in found
+        ]
+    return {"shape": asdict(stage.matrix.shape), "rows": rows}, lines, not kernels.failed(rows)
+
+
+def of_engine(stage: Stage, keep: Keep) -> Result:
+    rows = engine.run(stage.matrix, stage.device, minutes=stage.minutes, keep=keep)
+    return {"shape": asdict(stage.matrix.shape), "rows": rows}, list(engine.lines(rows)), not kernels.failed(rows)
+
+
+def of_tune(stage: Stage, keep: Keep) -> Result:
+    """Gains are kept as they are found; `python -m benchmarks.tune --apply` records them."""
+    path = stage.out / "tune.json"
+    names, most = (("bias_gelu",), 2) if stage.dry else (kernels.OPS, None)
+    rows = tune.run(stage.matrix, stage.device, path, names=names, minutes=stage.minutes, most=most)
+    return {"rows": rows}, list(tune.lines(rows)), True
+
+
+RUN: dict[str, Callable[[Stage, Keep], Result]] = {
+    "environment": environment,
+    "correctness": correctness,
+    "ceilings": ceilings,
+    "kernels": of_kernels,
+    "encoder": of_encoder,
+    "engine": of_engine,
+    "tune": of_tune,
+}
+
+
+def run_stage(name: str, stage: Stage) -> int:
+    """In a process of its own."""
+    path = stage.out / f"{name}.json"
+    around = record.environment() | {"stage": name, "dry": stage.dry}
+    written = time.monotonic()
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        nonlocal written
+        if time.monotonic() > written + EVERY:
+            record.write(path, around | {"rows": rows, "whole": False, "clocks": watch.samples})
+            written = time.monotonic()
+
+    with timing.Watch() as watch:
+        found, lines, right = RUN[name](stage, keep)
+    result = around | found | {"whole": True, "right": right, "lines": lines, "clocks": watch.samples}
+    record.write(path, result)
+    return int(not right)
+
+
+def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
+    """Each stage's process, one after another; then what they found."""
+    end = time.monotonic() + 60 * minutes
+    states: dict[str, str] = {}
+    for i, name in enumerate(names):
+        left = (end - time.monotonic()) / 60
+        share = left * STAGES[name] / sum(STAGES[n] for n in names[i:])
+        if left < 0.05:
+            states[name] = "not run: no time was left"
+            continue
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--stage",
+            name,
+            "--out",
+            str(out),
+            "--minutes",
+            f"{share:.2f}",
+        ]
+        start = time.monotonic()
+        print(f"--- {name}, {share:.1f} minutes", flush=True)
+        if name != "tune":  # which goes on with what an earlier run found
+            (out / f"{name}.json").unlink(missing_ok=True)
+        try:
+            # a provider that is being measured when its time is up may need a while to end
+            code = subprocess.run(
+                [*command, *(["--dry"] if dry else [])],
+                cwd=record.ROOT,
+                env=os.environ | {"PYTHONPATH": str(record.ROOT)},
+                timeout=60 * share + min(120, 60 * left),
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        words = {0: "right", 1: "WRONG", -1: "STOPPED"}
+        states[name] = f"{words.get(code, f'BROKE with status {code}')}, {time.monotonic() - start:.0f} s"
+    print(*summary(out, states), sep="\n")
+    return int(any("right" not in state for state in states.values()))
+
+
+def summary(out: Path, states: dict[str, str]) -> Iterator[str]:
+    """What went wrong first, then an equal share of the lines for each stage, in at most SUMMARY characters."""
+    yield "--- summary"
+    room = SUMMARY - 100 - sum(len(name) + len(state) + 3 for name, state in states.items())
+    for i, (name, state) in enumerate(states.items()):
+        yield f"{name}: {state}"
+        path = out / f"{name}.json"
+        lines = record.read(path).get("lines", ["(what it had so far is in the file)"]) if path.is_file() else []
+        lines = sorted((line[:300] for line in lines), key=lambda line: not line.startswith("WRONG"))
+        share = room // (len(states) - i)
+        for n, line in enumerate(lines):
+            if len(line) + 40 > share:
+                yield f"  ... and {len(lines) - n} more lines"
+                room -= 40
+                break
+            yield f"  {line}"
+            share -= len(line) + 3
+            room -= len(line) + 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory for a JSON file a stage")
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated")
+    parser.add_argument("--dry", action="store_true", help="toy sizes on CPU")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.stage:
+        return run_stage(args.stage, Stage(args.out, args.minutes, args.dry))
+    names = args.stages.split(",")
+    if unknown := set(names) - set(STAGES):
+        parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(STAGES)}")
+    if not (torch.cuda.is_available() or args.dry):
+        parser.error("torch finds no CUDA device; --dry rehearses on CPU")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return run_all([name for name in STAGES if name in names], args.out, args.minutes, args.dry)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,410 @@
+"""Each op at each shape: ours beside its peers, equality first, then time.
+
+    python -m benchmarks kernels [--toy] [--ops attention,pool] [--dtypes bfloat16] [--out FILE] [--minutes N]
+
+A peer is one function under `@provider`: it gets a Case and gives back a call without arguments that computes the op.
+What it computes is held to the error law against float64; where it does not hold there is no speed, and the run fails.
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import record, roofline, shapes, timing
+from benchmarks.roofline import Op
+from benchmarks.shapes import FORMS, Matrix
+from fastdistil import ops, reference
+from fastdistil.kernels import _configs
+from fastdistil.testing import cu_seqlens, error_law
+
+COMPILED = (16_896, 5_632, 1_024, 64)  # rows at which torch.compile takes part
+KEPT = 64  # samples of a timing that a result file keeps
+GEMMS = ("qkv_projection", "linear", "bias_gelu")
+ROWS = ("add_layer_norm", "embed_layer_norm")
+OPS = (*GEMMS, "attention", *ROWS, "pool")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op, its arguments, and what it costs. lengths: of the sequences, where the op knows them."""
+
+    op: str
+    name: str
+    args: tuple[Any, ...]
+    cost: Op
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> Tensor:
+        return next(a for a in self.args if isinstance(a, Tensor) and a.is_floating_point())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+
+class Missing(Exception):
+    """Why a provider cannot run here: it is listed with the reason."""
+
+
+PROVIDERS: dict[str, list[tuple[str, Callable[[Case, ExitStack], timing.Run]]]] = {}
+
+
+def provider(name: str, *names: str) -> Callable[[Any], Any]:
+    """Registers (case, stack) -> a call for the ops named. What it enters on the stack holds while it is timed."""
+
+    def register(function: Any) -> Any:
+        for op in names:
+            PROVIDERS.setdefault(op, []).append((name, function))
+        return function
+
+    return register
+
+
+# --- providers --------------------------------------------------------------------------------------------------------
+
+
+@provider("fastdistil", *OPS)
+def ours(case: Case, stack: ExitStack) -> timing.Run:
+    op = getattr(ops, case.op)
+    args = case.args if case.op in ("attention", "pool") else (*case.args, case.cu_seqlens)  # as the encoder calls it
+    return lambda: op(*args)
+
+
+@provider("fastdistil, exact gelu", "bias_gelu")
+def ours_exact(case: Case, stack: ExitStack) -> timing.Run:
+    if case.dtype is torch.float32:
+        raise Missing("float32 is always exact")
+    stack.enter_context(patch.object(_configs.modes, "exact_gelu", True))
+    return ours(case, stack)
+
+
+@provider("fastdistil, pointer tiles", *GEMMS)
+def ours_pointer(case: Case, stack: ExitStack) -> timing.Run:
+    """The family without tensor descriptors, where the other one is what runs."""
+    if case.device.type != "cuda":
+        raise Missing("no kernel runs on CPU")
+    real, (m, k), n = _configs.gemm, case.rows.shape, case.args[1].shape[0]
+    if real(case.op, m, n, k, case.dtype, case.device, True).config.family == "pointer":
+        raise Missing("it is what runs anyway")
+
+    def pointer(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> Any:
+        return real(op, m, n, k, dtype, device, False)
+
+    stack.enter_context(patch.object(_configs, "gemm", pointer))
+    return ours(case, stack)
+
+
+@provider("eager torch", *OPS)
+def eager(case: Case, stack: ExitStack) -> timing.Run:
+    """cuBLAS, and torch's own kernel for each other step."""
+    definition = getattr(reference, case.op)
+    return lambda: definition(*case.args)
+
+
+@provider("matrix product alone", "qkv_projection", "linear")
+def product_alone(case: Case, stack: ExitStack) -> timing.Run:
+    """cuBLAS through addmm into memory that is there: the least a library call takes."""
+    x, weight, bias = case.args
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    return lambda: torch.addmm(bias, x, weight.T, out=out)
+
+
+@provider("torch.compile", *GEMMS, *ROWS, "pool")
+def compiled(case: Case, stack: ExitStack) -> timing.Run:
+    return _compile(case, stack, None)
+
+
+@provider("torch.compile, max-autotune", *GEMMS, *ROWS)
+def autotuned(case: Case, stack: ExitStack) -> timing.Run:
+    return _compile(case, stack, "max-autotune-no-cudagraphs")
+
+
+def _compile(case: Case, stack: ExitStack, mode: str | None) -> timing.Run:
+    if case.device.type != "cuda":
+        raise Missing("compiled for CUDA only")
+    rows = case.rows.shape[0]
+    if case.dtype is not torch.bfloat16 or not (rows in COMPILED or case.name == "L=128, fixed"):
+        raise Missing(f"compiled in bfloat16 at {', '.join(map(str, COMPILED))} rows only: it takes long")
+    if mode and rows != COMPILED[0]:
+        raise Missing(f"tuned at {COMPILED[0]} rows only: it takes a minute a shape")
+    stack.callback(torch._dynamo.reset)
+    function = torch.compile(getattr(reference, case.op), mode=mode, dynamic=False)
+    return lambda: function(*case.args)
+
+
+def sdpa(backend: SDPBackend) -> Callable[[Case, ExitStack], timing.Run]:
+    """On a padded batch that is there already; with a mask unless all sequences are of one length."""
+
+    def run(case: Case, stack: ExitStack) -> timing.Run:
+        if case.device.type != "cuda" and backend not in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+            raise Missing("for CUDA only")
+        qkv, _, longest, heads = case.args
+        live = torch.arange(longest, device=qkv.device) < torch.tensor(case.lengths, device=qkv.device)[:, None]
+        even = bool(live.all())
+        padded = qkv.new_zeros(*live.shape, qkv.shape[1])
+        padded[live] = qkv
+        q, k, v = (t.contiguous() for t in padded.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
+        mask = None if even else live[:, None, None]
+        stack.enter_context(sdpa_kernel(backend))
+
+        def attend() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, mask)
+
+        try:
+            out = attend()
+        except RuntimeError as error:
+            raise Missing(f"refused: {str(error).splitlines()[0]}"[:200]) from error
+        return _Unpacked(attend, lambda: out.transpose(1, 2).flatten(2)[live])
+
+    return run
+
+
+class _Unpacked:
+    """A call whose result has another layout; `packed` is what is compared."""
+
+    def __init__(self, run: timing.Run, packed: Callable[[], Tensor]):
+        self.run, self.packed = run, packed
+
+    def __call__(self) -> Any:
+        return self.run()
+
+
+for _name, _backend in [
+    ("SDPA, flash", SDPBackend.FLASH_ATTENTION),
+    ("SDPA, cuDNN", SDPBackend.CUDNN_ATTENTION),
+    ("SDPA, memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
+    ("SDPA, math", SDPBackend.MATH),
+]:
+    provider(_name, "attention")(sdpa(_backend))
+
+
+@provider("torch varlen_attn", "attention")
+def varlen(case: Case, stack: ExitStack) -> timing.Run:
+    """FlashAttention 2 as torch carries it, on packed rows."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise Missing(str(error)) from error
+    qkv, cu, longest, heads = case.args
+    if case.device.type != "cuda" or case.dtype is torch.float32:
+        raise Missing("float16 and bfloat16 on CUDA only")
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(1)  # each [rows, heads, head_size]
+    return lambda: varlen_attn(q, k, v, cu, cu, longest, longest).flatten(1)  # type: ignore[union-attr]
+
+
+@provider("flash-attn", "attention")
+def flash_attn(case: Case, stack: ExitStack) -> timing.Run:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise Missing("flash-attn is not installed")
+    from flash_attn import flash_attn_varlen_qkvpacked_func  # type: ignore[import-not-found]
+
+    qkv, cu, longest, heads = case.args
+    packed = qkv.unflatten(-1, (3, heads, -1))
+    return lambda: flash_attn_varlen_qkvpacked_func(packed, cu, longest).flatten(1)
+
+
+@provider("Liger", "add_layer_norm")
+def liger(case: Case, stack: ExitStack) -> timing.Run:
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise Missing("liger-kernel is not installed")
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction  # type: ignore[import-not-found]
+
+    x, residual, weight, bias, eps = case.args
+    return lambda: LigerLayerNormFunction.apply(x + residual, weight, bias, eps)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def cases(op: str, matrix: Matrix, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """The op at every shape of the matrix, random arguments of a size as in an encoder."""
+    dim, hidden, heads = matrix.shape.dim, matrix.shape.hidden, matrix.shape.heads
+    size = dtype.itemsize
+
+    def rand(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+    def whole(rows: int) -> Tensor:
+        return torch.tensor([0, rows], dtype=torch.int32, device=device)
+
+    def gemm(rows: int, n: int, k: int, *more: Any) -> Case:
+        args = rand(rows, k), rand(n, k, scale=k**-0.5), rand(n, scale=0.1), *more
+        return Case(op, f"{rows} x {n} x {k}", args, roofline.gemm(op, rows, n, k, size), whole(rows))
+
+    def norm() -> tuple[Tensor, Tensor, float]:
+        return 1 + rand(dim, scale=0.1), rand(dim, scale=0.1), 1e-12
+
+    if op in GEMMS:
+        for rows in matrix.rows:
+            if op == "qkv_projection":
+                yield gemm(rows, 3 * dim, dim)
+            elif op == "bias_gelu":
+                yield gemm(rows, hidden, dim, "gelu")
+            else:
+                yield gemm(rows, dim, dim)
+                yield gemm(rows, dim, hidden)
+    elif op == "add_layer_norm":
+        for rows in matrix.rows:
+            args = rand(rows, dim), rand(rows, dim), *norm()
+            yield Case(op, f"{rows} x {dim}", args, roofline.add_layer_norm(rows, dim, size), whole(rows))
+    elif op == "embed_layer_norm":
+        for rows in matrix.rows:
+            ids, positions = (torch.randint(n, (rows,), dtype=torch.int32, device=device) for n in (30_522, 512))
+            tables = ids, positions, rand(30_522, dim), rand(512, dim), *norm()
+            yield Case(op, f"{rows} x {dim}", tables, roofline.embed_layer_norm(rows, dim, size), whole(rows))
+    elif op in ("attention", "pool"):
+        for longest, form in product(matrix.lengths, FORMS):
+            lengths = shapes.lengths(form, longest, matrix.attended)
+            cu, rows, name = cu_seqlens(lengths, str(device)), sum(lengths), f"L={longest}, {form}"
+            if op == "attention":
+                cost = roofline.attention(lengths, dim, size)
+                yield Case(op, name, (rand(rows, 3 * dim), cu, longest, heads), cost, cu, tuple(lengths))
+            else:
+                cost = roofline.pool(rows, len(lengths), dim, size)
+                yield Case(op, name, (rand(rows, dim), cu, "mean", True), cost, cu, tuple(lengths))
+    else:
+        raise ValueError(f"{op!r} is none of {', '.join(OPS)}")
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def measure(case: Case, ceilings: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
+    """A row a provider: what is missing or wrong, or its times."""
+    definition = getattr(reference, case.op)
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args]
+    truth, plain = definition(*wide), definition(*case.args)
+    del wide
+    for name, make in PROVIDERS[case.op]:
+        row: dict[str, Any] = {"op": case.op, "shape": case.name, "provider": name}
+        row["dtype"] = str(case.dtype).removeprefix("torch.")
+        if time.monotonic() > deadline:
+            yield row | {"missing": "no time was left"}
+            continue
+        with ExitStack() as stack:
+            try:
+                run = make(case, stack)
+                result = run()
+                error_law(run.packed() if isinstance(run, _Unpacked) else result, plain, truth)
+                yield row | _timed(run, case, ceilings)
+            except Missing as why:
+                yield row | {"missing": str(why)}
+            except Exception as error:  # of one provider; the others go on, and the run fails in the end
+                yield row | {"wrong": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def _timed(run: timing.Run, case: Case, ceilings: dict[str, Any]) -> dict[str, Any]:
+    cold = timing.cold(run, case.device)
+    graph = timing.in_graph(run, case.device)
+    found: dict[str, Any] = {"flops": case.cost.flops, "bytes": case.cost.bytes}
+    for name, took in (("cold", cold), ("graph", graph)):
+        figures = took.figures()
+        figures["samples_us"] = [round(s, 3) for s in figures["samples_us"][:KEPT]]
+        found[name] = figures
+    precision = "tf32" if case.dtype is torch.float32 and _configs.matmul_precision() == "tf32" else str(case.dtype)
+    matmul = ceilings[precision.removeprefix("torch.")]["flops_per_s"]
+    found["of_copy"] = case.cost.bytes / cold.median / ceilings["copy"]["bytes_per_s"]
+    found["of_matmul"] = case.cost.flops / cold.median / matmul
+    l2 = torch.cuda.get_device_properties(case.device).L2_cache_size if case.device.type == "cuda" else None
+    over = ["of_matmul"] if found["of_matmul"] > 1 else []
+    if l2 is not None and case.cost.bytes > 4 * l2 and found["of_copy"] > 1:  # what is less may stay in the cache
+        over.append("of_copy")
+    if over:
+        raise AssertionError(f"{found[over[0]]:.0%} of a ceiling: a clock, a count or the ceiling is wrong")
+    return found
+
+
+def run(
+    matrix: Matrix,
+    device: torch.device,
+    ceilings: dict[str, Any],
+    *,
+    names: tuple[str, ...] = OPS,
+    minutes: float = 10,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Every case by every provider. keep: gets all rows so far after each case."""
+    deadline = time.monotonic() + 60 * minutes
+    rows: list[dict[str, Any]] = []
+    for dtype, op in product(matrix.dtypes, names):
+        for case in cases(op, matrix, dtype, device):
+            rows += measure(case, ceilings, deadline)
+            keep(rows)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line a case: ours, its part of the ceilings, and the best peer."""
+    by_case: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_case.setdefault((row["op"], row["shape"], row["dtype"]), []).append(row)
+    for (op, shape, dtype), found in by_case.items():
+        timed = {row["provider"]: row for row in found if "cold" in row}
+        for row in found:
+            if "wrong" in row:
+                yield f"WRONG {op} {shape} {dtype} {row['provider']}: {row['wrong']}"
+        if (mine := timed.pop("fastdistil", None)) is None:
+            continue
+        peers = {name: row for name, row in timed.items() if not name.startswith("fastdistil")}
+        line = f"{op:16} {shape:20} {dtype:8} {mine['cold']['median_us']:9.1f} us"
+        line += f" copy {mine['of_copy']:4.0%} matmul {mine['of_matmul']:4.0%}"
+        if peers:
+            best = min(peers, key=lambda name: peers[name]["cold"]["median_us"])
+            ratios = [peers[best][way]["median_us"] / mine[way]["median_us"] for way in ("cold", "graph")]
+            line += f"  {ratios[0]:.2f}x (graph {ratios[1]:.2f}x) {best}"
+        yield line
+
+
+def failed(rows: list[dict[str, Any]]) -> bool:
+    return any("wrong" in row for row in rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, for CPU")
+    parser.add_argument("--ops", default=",".join(OPS), help="comma-separated")
+    parser.add_argument("--dtypes", help="comma-separated, such as bfloat16,float32")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--out", type=Path, help="a result file")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix = shapes.TOY if args.toy else shapes.FULL if device.type == "cuda" else shapes.ON_CPU
+    if args.dtypes:
+        matrix = shapes.with_dtypes(matrix, args.dtypes.split(","))
+    names = tuple(args.ops.split(","))
+    if unknown := set(names) - set(OPS):
+        parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(OPS)}")
+    with timing.Watch() as watch:
+        ceilings = timing.ceilings(device, args.toy)
+        rows = run(matrix, device, ceilings, names=names, minutes=args.minutes)
+    print(*lines(rows), sep="\n")
+    if args.out:
+        result = {"stage": "kernels", "ceilings": ceilings, "rows": rows, "clocks": watch.samples}
+        record.write(args.out, record.environment() | result)
+    return int(failed(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""How long something takes on a device, what the device can do at best, and what state it was in."""
+
+import csv
+import io
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+CLOCKS = ("timestamp", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu")
+
+
+@dataclass
+class Timing:
+    """Seconds of each round."""
+
+    samples: list[float]
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        if len(self.samples) < 2:
+            return (self.samples[0],) * 3
+        low, middle, high = quantiles(self.samples, n=4, method="inclusive")
+        return low, middle, high
+
+    @property
+    def median(self) -> float:
+        return self.quartiles[1]
+
+    def figures(self) -> dict[str, Any]:
+        low, middle, high = self.quartiles
+        return {"median_us": middle * 1e6, "iqr_us": (high - low) * 1e6, "samples_us": [s * 1e6 for s in self.samples]}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cold(run: Run, device: torch.device, seconds: float = 0.1) -> Timing:
+    """Each round finds none of its arguments in L2. On CPU the caches are left as they are."""
+    if device.type != "cuda":
+        return wall(run, device, seconds)
+    from triton.testing import do_bench
+
+    found = do_bench(run, warmup=int(seconds * 250), rep=int(seconds * 1e3), return_mode="all")
+    return Timing([ms / 1e3 for ms in found])
+
+
+def in_graph(run: Run, device: torch.device, seconds: float = 0.05) -> Timing:
+    """Within a captured graph of many calls, one after another: no launch costs, L2 as the last call left it."""
+    if device.type != "cuda":
+        return wall(run, device, seconds)
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        found = do_bench_cudagraph(run, rep=max(1, int(seconds * 1e3)), return_mode="all")
+    return Timing([ms / 1e3 for ms in found])
+
+
+def wall(run: Run, device: torch.device, seconds: float = 0.2, least: int = 5, most: int = 1_000) -> Timing:
+    """From the call to its result, the host's work included: what a caller waits for."""
+    run()
+    synchronize(device)
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < least or (time.perf_counter() < end and len(samples) < most):
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        samples.append(time.perf_counter() - start)
+    return Timing(samples)
+
+
+def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
+    """What this very machine reaches: FLOP/s of large matrix products by dtype, bytes/s of a copy, read and written.
+
+    The quickest round counts, for nothing may pass a ceiling. Random numbers: zeros draw less power and are up to 15 %
+    quicker.
+    """
+    n, size = (1_024, 2**24) if toy or device.type == "cpu" else (8_192, 2**30)
+    found: dict[str, Any] = {}
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    kinds: dict[str, torch.dtype] = {"float32": torch.float32}
+    if device.type == "cuda":
+        kinds |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
+    try:
+        for name, dtype in kinds.items():
+            matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            timing = cold(lambda a=a, b=b: a @ b, device, 0.5)  # type: ignore[misc]
+            found[name] = {"flops_per_s": 2 * n**3 / min(timing.samples)} | timing.figures()
+    finally:
+        matmul.fp32_precision = before
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    timing = cold(lambda: target.copy_(source), device, 0.5)
+    found["copy"] = {"bytes_per_s": 2 * size / min(timing.samples)} | timing.figures()
+    return found
+
+
+@dataclass
+class Watch:
+    """Clocks, power and temperature of the GPUs while something runs, a sample every two seconds."""
+
+    samples: list[dict[str, str]] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watch":
+        if torch.cuda.is_available():
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.is_set():
+            self.samples += nvidia_smi(*CLOCKS)
+            self._stop.wait(2.0)
+
+
+def nvidia_smi(*what: str) -> list[dict[str, str]]:
+    """A row a GPU, with units; none where the tool is missing or refuses."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(what)}", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(what, map(str.strip, row), strict=False)) for row in csv.reader(io.StringIO(out))]

@@ -1,0 +1,342 @@
+"""Searches launch configurations on the GPU at hand, and writes the quickest to kernels/_configs.py.
+
+    python -m benchmarks.tune --out tune.json --minutes 10 [--ops bias_gelu,attention]  # on a GPU; goes on from --out
+    python -m benchmarks.tune --out tune.json --apply                                  # anywhere: RECORDED from --out
+
+A shape class is what kernels/_configs.py looks up. Its candidates are compiled first, on all cores, and those that
+spill or break another rule of the compile gate are not timed. Each of the others is held to the error law at every
+shape of the class, then timed; the best few are timed again for longer. The score is the geometric mean over the
+shapes of the time, relative to what runs without tuning; a candidate is recorded where it wins by more than MARGIN.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks import compile_gate, kernels, record, shapes, timing
+from benchmarks.kernels import Case
+from fastdistil import reference
+from fastdistil.kernels import _configs
+from fastdistil.kernels._configs import Attention, Gemm, Rows
+from fastdistil.testing import error_law
+
+MARGIN = 0.03  # what is less is a tie
+FINALISTS = 4
+CONFIGS = Path(_configs.__file__)
+Config = Gemm | Attention | Rows
+
+
+@dataclass(frozen=True)
+class Class:
+    """A key of RECORDED beside the architecture, and the cases that are looked up by it."""
+
+    op: str
+    name: str
+    cases: tuple[Case, ...]
+
+
+# --- what is searched -------------------------------------------------------------------------------------------------
+
+
+def classes(matrix: shapes.Matrix, device: torch.device, processors: int, names: tuple[str, ...]) -> Iterator[Class]:
+    """The shape classes that the matrix's cases fall into, half precision by bfloat16."""
+    for op in names:
+        found: dict[str, list[Case]] = {}
+        for dtype in matrix.dtypes:
+            if dtype is torch.float16:
+                continue  # shares its configurations with bfloat16
+            for case in kernels.cases(op, matrix, dtype, device):
+                if op != "attention" or "fixed" not in case.name:
+                    found.setdefault(class_of(case, processors), []).append(case)
+        for name, cases in found.items():
+            yield Class(op, name, tuple(cases))
+
+
+def class_of(case: Case, processors: int) -> str:
+    """As the functions of kernels/_configs.py name it."""
+    kind = _configs.matmul_precision() if case.dtype is torch.float32 else "half"
+    if case.op in kernels.GEMMS:
+        (m, k), n = case.rows.shape, case.args[1].shape[0]
+        return f"{kind}/{_configs.size_class(m, n, k, processors)}"
+    if case.op == "attention":
+        _, _, longest, heads = case.args
+        size = case.rows.shape[1] // 3 // heads
+        return f"{kind}/{size}/{next((n for n in (16, 32, 64, 128) if longest <= n), 'any')}"
+    return f"{'float32' if case.dtype is torch.float32 else 'half'}/{_configs.power_of_two(case.rows.shape[1])}"
+
+
+def candidates(op: str, name: str, arch: int) -> Iterator[Config]:
+    """Every configuration worth compiling for a class; most are thrown out by the compile gate."""
+    kind, _, rest = name.partition("/")
+    if op in kernels.GEMMS:
+        yield from _gemms(kind, rest, arch)
+    elif op == "attention":
+        yield from _attentions(kind, rest.partition("/")[2])
+    else:
+        block = int(rest)
+        for rows, warps in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
+            if rows * block <= 32_768:
+                yield Rows(rows, block, warps)
+
+
+def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm]:
+    few, descriptors = size == "few", kind == "half" and arch in (90, 100) and size != "few"
+    depths = {"half": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[kind]
+    tall = (16, 32) if few else (64, 128) if size == "some" else (128,) if descriptors else (64, 128)
+    for m, n, k, stages in product(tall, (32, 64, 128, 256), depths, (2, 3, 5) if few else (3, 4)):
+        for warps in {4 if m * n <= 64 * 128 else 8, 8 if m * n >= 64 * 64 else 4}:
+            yield Gemm("pointer", m, n, k, warps, stages, group=1 if few else 8)
+    if descriptors:
+        shapes_of_tiles = ((128, 128), (128, 256), (256, 128), (64, 256), (64, 128))
+        for (m, n), k, stages, halves in product(shapes_of_tiles, (64, 128), (2, 3, 4), (1, 2)):
+            warps = 8 if m > 64 else 4
+            yield Gemm("tma", m, n, k, warps, stages, halves=halves)
+            if m * n <= 128 * 128:  # two a multiprocessor
+                most = min(255, 65_536 // (2 * warps * 32))
+                yield Gemm(
+                    "tma", m, n, k, warps, stages, halves=halves, per_sm=2, registers=most if most < 255 else None
+                )
+
+
+def _attentions(kind: str, longest: str) -> Iterator[Attention]:
+    most = None if longest == "any" else int(longest)
+    warps = (4, 8)
+    if most is not None and most <= 64:
+        yield from (Attention("short", tile, w, most) for tile, w in product((32, 64, 128), warps) if tile >= most)
+    if most is not None:
+        yield from (Attention("single", max(16, most), w, most) for w in (2, *warps))
+    for tile, keys, stages, w in product((16, 32, 64, 128), (16, 32, 64, 128), (1, 2, 3), warps):
+        yield Attention("looped", tile, w, most, keys=keys, stages=stages)
+
+
+@contextmanager
+def forced(arch: int, found: Class, config: Config | None) -> Iterator[None]:
+    """Within, the class is looked up as if the configuration were recorded; None: as if nothing were."""
+
+    def forget() -> None:
+        for cache in (_configs._gemm, _configs._attention, _configs._row_kernel):
+            cache.cache_clear()
+
+    key = arch, found.op, found.name
+    with patch.dict(_configs.RECORDED):
+        _configs.RECORDED.pop(key, None)
+        if config is not None:
+            _configs.RECORDED[key] = config
+        forget()
+        try:
+            yield
+        finally:
+            forget()
+
+
+# --- pruning, without a GPU -------------------------------------------------------------------------------------------
+
+
+def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Iterator[tuple[Config, str | None]]:
+    """Each configuration, and why it is not worth timing or None."""
+    case = found.cases[0]
+    args = [a.to("meta") if isinstance(a, Tensor) else a for a in case.args]
+    launch = _launcher(found.op)
+    wanted: dict[compile_gate.Entry, Config] = {}
+    for config in configs:
+        with compile_gate.recorded(arch) as launches, forced(arch, found, config):
+            launch(*args)
+        wanted[launches[-1]] = config
+    for entry, row in compile_gate.compile_all(list(wanted), jobs):
+        if isinstance(row, str):
+            yield wanted[entry], row
+        else:
+            yield wanted[entry], "; ".join(compile_gate.complaints(row)) or None
+
+
+def _launcher(op: str) -> Any:
+    from fastdistil.kernels import attention, bias_gelu, layer_norm, linear, pooling, qkv_projection
+
+    modules = (qkv_projection, linear, bias_gelu, attention, layer_norm, pooling)
+    return next(getattr(module, op) for module in modules if hasattr(module, op))
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+class Trial:
+    """A class's cases with what each has to give, computed once."""
+
+    def __init__(self, found: Class):
+        self.found = found
+        self.expected = []
+        for case in found.cases:
+            definition = getattr(reference, case.op)
+            wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args]
+            self.expected.append((definition(*case.args), definition(*wide)))
+
+    def seconds(self, arch: int, config: Config | None, each: float) -> list[float]:
+        """Median time at every case; raises AssertionError where a result is wrong."""
+        with forced(arch, self.found, config):
+            times = []
+            for case, (plain, truth) in zip(self.found.cases, self.expected, strict=True):
+                run = kernels.PROVIDERS[case.op][0][1](case, None)  # type: ignore[arg-type]
+                error_law(run(), plain, truth)
+                times.append(timing.cold(run, case.device, each).median)
+            return times
+
+
+def score(times: list[float], before: list[float]) -> float:
+    """Geometric mean of the times relative to those before: less is better."""
+    return math.exp(sum(math.log(t / b) for t, b in zip(times, before, strict=True)) / len(times))
+
+
+@torch.inference_mode()
+def tune(found: Class, arch: int, deadline: float, jobs: int) -> dict[str, Any]:
+    """What became of every candidate, and the winner or None."""
+    row: dict[str, Any] = {"arch": arch, "op": found.op, "class": found.name, "cases": [c.name for c in found.cases]}
+    every = list(candidates(found.op, found.name, arch))
+    verdicts: list[tuple[Config, str | None]] = []
+    for first in range(0, len(every), 4 * jobs):  # in portions, for the time may run out
+        if time.monotonic() < deadline:
+            verdicts += compiled(found, every[first : first + 4 * jobs], arch, jobs)
+    fit = [config for config, why in verdicts if why is None]
+    row |= {"compiled": len(verdicts), "fit": len(fit), "winner": None}
+    if found.cases[0].device.type != "cuda":
+        return row | {"missing": "no CUDA device: compiled only"}
+    trial = Trial(found)
+    before = trial.seconds(arch, None, 0.1)
+    times: list[tuple[float, Config]] = []
+    wrong: list[str] = []
+    for config in fit:
+        if time.monotonic() > deadline:
+            row["stopped"] = f"after {len(times) + len(wrong)} of {len(fit)}: no time was left"
+            break
+        try:
+            times.append((score(trial.seconds(arch, config, 0.02), before), config))
+        except Exception as error:  # of one candidate, which is then none
+            wrong.append(f"{config}: {type(error).__name__}: {str(error)[:200]}")
+    times.sort(key=lambda pair: pair[0])
+    again = [(score(trial.seconds(arch, config, 0.2), before), config) for _, config in times[:FINALISTS]]
+    again.sort(key=lambda pair: pair[0])
+    row |= {"wrong": wrong, "before_us": [t * 1e6 for t in before]}
+    row["best"] = [{"score": s, "config": _written(c)} for s, c in again]
+    if again and again[0][0] < 1 - MARGIN:
+        row["winner"] = _written(again[0][1])
+    return row
+
+
+def _written(config: Config) -> str:
+    """As source code, defaults left out."""
+    plain = type(config).__dataclass_fields__
+    given = {
+        name: value
+        for name, value in asdict(config).items()
+        if plain[name].default is not value and plain[name].default != value
+    }
+    return f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+
+# --- recording --------------------------------------------------------------------------------------------------------
+
+
+def apply(rows: list[dict[str, Any]], source: str) -> str:
+    """The source of kernels/_configs.py with the winners in RECORDED, sorted, beside what was recorded of others."""
+    start = source.index("RECORDED: dict[")
+    end = (
+        source.index("\n\n", start)
+        if "{}" in source[start : source.index("\n", start)]
+        else source.index("\n}", start) + 2
+    )
+    known = {key: _written(config) for key, config in _configs.RECORDED.items()}
+    for row in rows:
+        key = row["arch"], row["op"], row["class"]
+        known.pop(key, None)
+        if row["winner"]:
+            known[key] = row["winner"]
+    lines = [f'    ({arch}, "{op}", "{name}"): {config},' for (arch, op, name), config in sorted(known.items())]
+    head = source[start : source.index("{", source.index("=", start))]
+    return source[:start] + head + ("{\n" + "\n".join(lines) + "\n}" if lines else "{}") + source[end:]
+
+
+def run(
+    matrix: shapes.Matrix,
+    device: torch.device,
+    path: Path,
+    *,
+    names: tuple[str, ...] = kernels.OPS,
+    minutes: float,
+    jobs: int | None = None,
+    most: int | None = None,
+) -> list[dict[str, Any]]:
+    """Tune every class that `path` does not hold yet. most: candidates a class, for a rehearsal."""
+    deadline = time.monotonic() + 60 * minutes
+    rows: list[dict[str, Any]] = record.read(path)["rows"] if path.is_file() else []
+    done = {(row["op"], row["class"]) for row in rows}
+    arch = _configs.architecture(device) if device.type == "cuda" else 90
+    processors = _configs.processors(device) if device.type == "cuda" else 132
+    limited = patch.object(sys.modules[__name__], "candidates", _first(most)) if most else patch.dict({})
+    with limited:
+        for found in classes(matrix, device, processors, names):
+            if (found.op, found.name) in done:
+                continue
+            if time.monotonic() > deadline:
+                break
+            rows.append(tune(found, arch, deadline, jobs or os.cpu_count() or 1))
+            record.write(path, record.environment() | {"stage": "tune", "rows": rows})
+    return rows
+
+
+def _first(most: int) -> Any:
+    every = candidates
+
+    def few(op: str, name: str, arch: int) -> Iterator[Config]:
+        found = list(every(op, name, arch))
+        yield from found[:: max(1, len(found) // most)][:most]
+
+    return few
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        name = f"sm_{row['arch']} {row['op']} {row['class']}: {row['fit']} of {row['compiled']} fit"
+        if row.get("best"):
+            best = row["best"][0]
+            verdict = "recorded" if row["winner"] else "kept as it was"
+            yield f"{name}; {best['score']:.3f} of the time before by {best['config']}: {verdict}"
+        else:
+            yield f"{name}; {row.get('missing') or row.get('stopped') or 'none is right'}"
+        if row.get("wrong"):
+            yield f"  {len(row['wrong'])} gave wrong results or broke, such as {row['wrong'][0]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.tune", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="what was found, class by class; read and gone on with")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--ops", default=",".join(kernels.OPS), help="comma-separated")
+    parser.add_argument(
+        "--apply", action="store_true", help="write the winners to kernels/_configs.py, and measure nothing"
+    )
+    args = parser.parse_args(argv)
+    if args.apply:
+        rows = record.read(args.out)["rows"]
+        CONFIGS.write_text(apply(rows, CONFIGS.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        if not torch.cuda.is_available():
+            parser.error("torch finds no CUDA device")
+        names = tuple(args.ops.split(","))
+        rows = run(shapes.FULL, torch.device("cuda"), args.out, names=names, minutes=args.minutes)
+    print(*lines(rows), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+"""The benchmarks themselves: counts, records, equality before speed, and every stage of a GPU's run at toy size."""
+
+import json
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import encoder, goals, gpu, kernels, record, report, roofline, shapes, timing, tune
+from benchmarks.roofline import BASE, CHIPS, Shape
+from benchmarks.timing import Timing
+from fastdistil.cli import main as cli
+from fastdistil.kernels import _configs
+from fastdistil.kernels._configs import Attention, Gemm, Rows
+
+CPU = torch.device("cpu")
+
+
+# --- roofline -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "mega"), [(16, 85.23), (32, 85.52), (64, 86.11), (128, 87.29), (512, 94.37)])
+def test_flops_of_a_token(length, mega):
+    """Of DistilBERT-base, worked out by hand: 6 layers of 2 * 768 * (2304 + 768 + 3072 + 3072) + 4 * L * 768."""
+    assert roofline.flops_per_token(length) / 1e6 == pytest.approx(mega, abs=0.005)
+
+
+def test_bytes_of_a_layer():
+    """bfloat16, a token: GEMMs 24,576, attention 6,144, two LayerNorms 9,216; weights and biases beside them."""
+    rows = 1_000_000
+    ops = roofline.forward([128] * (rows // 128), BASE, "bfloat16")[1:8]
+    tokens = rows // 128 * 128
+    found = {name: sum(op.bytes for op in ops if op.name == name) / tokens for name in {op.name for op in ops}}
+    gemms = found["qkv_projection"] + found["linear"] + found["bias_gelu"]
+    assert gemms == pytest.approx(24_576, rel=1e-3) and found["attention"] == 6_144
+    assert found["add_layer_norm"] == pytest.approx(9_216, rel=1e-3)
+
+
+def test_a_forward_has_44_launches():
+    assert len(roofline.forward([128])) == 44  # embeddings, 6 layers of 7, pooling
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+@pytest.mark.parametrize("shape", [BASE, roofline.MINILM, roofline.LARGE], ids=lambda s: f"{s.dim}x{s.layers}")
+def test_a_prediction_is_below_the_bound(chip, shape):
+    """From the compile table's data, on every architecture and in every precision."""
+    for dtype, lengths in [("bfloat16", [128] * 132), ("float32", [64] * 64), ("float16", [16])]:
+        assert 0 < roofline.predict(chip, lengths, shape, dtype) < roofline.bound(chip, lengths, shape, dtype)
+
+
+def test_tiles_that_fill_the_chip_are_quicker():
+    chip = CHIPS["H200"]
+    tokens = [roofline.predict(chip, [128] * (rows // 128)) for rows in (5_632, 5_760)]
+    assert tokens[1] < tokens[0]  # one more row block begins a wave of its own
+
+
+def test_the_table_of_predictions(capsys):
+    assert roofline.main([]) == 0
+    out = capsys.readouterr().out
+    assert "H200" in out and len(out.splitlines()) == 2 + len(CHIPS)
+
+
+# --- shapes, timings, records ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", shapes.FORMS)
+def test_lengths_fill_their_tokens(form):
+    found = shapes.lengths(form, 64, 5_000)
+    assert max(found) <= 64 and min(found) >= 1 and 5_000 - 64 < sum(found) <= 5_000
+    assert found == shapes.lengths(form, 64, 5_000)
+    with pytest.raises(ValueError, match="'gamma' is none of"):
+        shapes.lengths("gamma", 64, 10)
+
+
+def test_quartiles():
+    timing_ = Timing([4.0, 1.0, 2.0, 3.0, 5.0])
+    assert timing_.quartiles == (2.0, 3.0, 4.0) and timing_.median == 3.0
+    assert timing_.figures() == {"median_us": 3e6, "iqr_us": 2e6, "samples_us": [4e6, 1e6, 2e6, 3e6, 5e6]}
+    assert Timing([2.0]).quartiles == (2.0, 2.0, 2.0)
+
+
+def test_wall_time_is_real_time():
+    found = timing.wall(lambda: time.sleep(0.01), CPU, 0.1)
+    assert 0.01 <= found.median < 0.05 and len(found.samples) >= 5
+
+
+def test_an_edited_result_is_refused(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    record.write(path, record.environment() | {"rows": [{"lengths": (1, 2), "tokens_per_s": 5.25}]})
+    found = record.read(path)
+    assert found["rows"] == [{"lengths": [1, 2], "tokens_per_s": 5.25}]
+    assert found["torch"] == torch.__version__ and found["commit"].keys() == {"id", "dirty"} and found["command"]
+    path.write_text(path.read_text().replace("5.25", "9.25"))
+    with pytest.raises(ValueError, match=r"x\.json is not as it was measured"):
+        record.read(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not as it was measured"):
+        record.read(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        record.read(path)
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+# --- kernels and encoder ----------------------------------------------------------------------------------------------
+
+CEILINGS = {"copy": {"bytes_per_s": 1e15}, "float32": {"flops_per_s": 1e15}}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Timings of a round or two."""
+    for name in ("cold", "in_graph", "wall"):
+        monkeypatch.setattr(timing, name, lambda run, device, seconds=0.0: (run(), Timing([1e-3, 2e-3, 3e-3]))[1])
+
+
+def test_every_op_by_every_provider(quick):
+    kept = []
+    rows = kernels.run(shapes.TOY, CPU, CEILINGS, keep=kept.append)
+    assert not kernels.failed(rows) and {row["op"] for row in rows} == set(kernels.OPS) and kept[-1] is rows
+    timed = [row for row in rows if "cold" in row]
+    assert {row["provider"] for row in timed} >= {"fastdistil", "eager torch", "matrix product alone", "SDPA, flash"}
+    one = next(row for row in timed if row["op"] == "linear" and row["shape"] == "40 x 32 x 64")
+    assert one["of_matmul"] == pytest.approx(2 * 40 * 32 * 64 / 2e-3 / 1e15) and one["cold"]["median_us"] == 2_000
+    missing = {row["provider"]: row["missing"] for row in rows if "missing" in row}
+    assert missing["flash-attn"] == "flash-attn is not installed" and "CUDA" in missing["torch.compile"]
+    assert any(line.startswith("attention        L=16, uniform") for line in kernels.lines(rows))
+
+
+def test_a_wrong_provider_has_no_speed_and_fails_the_run(quick, monkeypatch):
+    def wrong(case, stack):
+        return lambda: kernels.reference.linear(*case.args) * 1.001
+
+    monkeypatch.setitem(kernels.PROVIDERS, "linear", [*kernels.PROVIDERS["linear"], ("wrong", wrong)])
+    rows = kernels.run(shapes.TOY, CPU, CEILINGS, names=("linear",))
+    bad = [row for row in rows if row["provider"] == "wrong"]
+    assert kernels.failed(rows) and bad and all("max error" in row["wrong"] and "cold" not in row for row in bad)
+    assert sum(line.startswith("WRONG linear") for line in kernels.lines(rows)) == len(bad)
+    assert all("wrong" not in row for row in rows if row not in bad)
+
+
+def test_what_is_above_a_ceiling_is_an_error(quick):
+    rows = kernels.run(shapes.TOY, CPU, CEILINGS | {"float32": {"flops_per_s": 1e3}}, names=("linear",))
+    assert kernels.failed(rows) and "of a ceiling" in rows[0]["wrong"]
+
+
+def test_no_time_left_is_said(quick):
+    rows = kernels.run(shapes.TOY, CPU, CEILINGS, names=("pool",), minutes=-1)
+    assert rows and all(row["missing"] == "no time was left" for row in rows) and not kernels.failed(rows)
+
+
+def test_the_encoder_by_every_provider(quick):
+    pytest.importorskip("transformers")
+    rows = encoder.run(shapes.TOY, CPU)
+    assert not kernels.failed(rows), [row for row in rows if "wrong" in row]
+    timed = {row["provider"] for row in rows if "tokens_per_s" in row}
+    assert timed >= {"fastdistil, padded call", "fastdistil, packed call", "transformers sdpa", "transformers eager"}
+    half = next(row for row in rows if "fill 0" in row["batch"])
+    assert half["tokens"] < 32 and half["tokens_per_s"] == pytest.approx(half["tokens"] / 2e-3)
+    assert any("transformers" not in line and "x sdpa" in line for line in encoder.lines(rows))
+
+
+def test_a_wrong_encoder_has_no_speed(quick, monkeypatch):
+    def wrong(batch, stack):
+        run = encoder.packed(batch, stack)
+        return lambda: run() + 1e-3
+
+    monkeypatch.setattr(encoder, "PROVIDERS", [("wrong", wrong)])
+    rows = encoder.run(shapes.TOY, CPU)
+    assert all("max error" in row["wrong"] and "tokens_per_s" not in row for row in rows)
+
+
+def test_a_checkpoint_and_texts_of_ones_own(minilm, quick, tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in range(1, 40)))
+    arguments = ["--toy", "--model", str(minilm), "--lengths-from", str(texts), "--out", str(tmp_path / "r.json")]
+    assert encoder.main(arguments) == 0
+    rows = record.read(tmp_path / "r.json")["rows"]
+    assert {row["batch"] for row in rows} == {"texts 0-31", "texts 32-38"}
+    assert rows[0]["tokens"] == sum(n + 2 for n in range(1, 33))
+    with pytest.raises(SystemExit):
+        encoder.main(["--lengths-from", str(texts)])
+    assert "goes with --model" in capsys.readouterr().err
+
+
+# --- tuning ---------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_what_is_looked_up(monkeypatch):
+    """Every case, looked up as the launchers do, finds what is recorded for its class."""
+    monkeypatch.setattr(_configs, "architecture", lambda device: 90)
+    monkeypatch.setattr(_configs, "processors", lambda device: 132)
+    matrix = shapes.with_dtypes(shapes.FULL, ["bfloat16", "float32"])
+    meta, seen = torch.device("meta"), set()
+    for found in tune.classes(matrix, meta, 132, ("qkv_projection", "linear", "bias_gelu", "attention", "pool")):
+        seen.add((found.op, found.name))
+        for case in found.cases:
+            marked = {
+                "attention": Attention("looped", 16, warps=2, keys=16),
+                "pool": Rows(3, 1_024, 7),
+            }.get(case.op, Gemm("pointer", 16, 16, 16, warps=1, stages=7))
+            with tune.forced(90, found, marked):
+                if case.op == "attention":
+                    _, _, longest, heads = case.args
+                    looked = _configs.attention(longest, case.rows.shape[1] // 3 // heads, case.dtype, meta)
+                elif case.op == "pool":
+                    looked = _configs.row_kernel("pool", case.rows.shape[1], case.dtype, meta)
+                else:
+                    (m, k), n = case.rows.shape, case.args[1].shape[0]
+                    looked = _configs.gemm(case.op, m, n, k, case.dtype, meta, True).config
+            assert looked == marked, (found.op, found.name, case.name)
+    assert {
+        ("linear", "half/long"),
+        ("linear", "ieee/some"),
+        ("attention", "half/64/16"),
+        ("pool", "half/1024"),
+    } <= seen
+    assert ("attention", "half/64/any") in seen and not _configs.RECORDED
+
+
+def test_winners_are_recorded_in_order(monkeypatch):
+    path = Path(_configs.__file__)
+    rows = [
+        {"arch": 90, "op": "pool", "class": "half/1024", "winner": tune._written(Rows(8, 1_024, 4))},
+        {"arch": 90, "op": "linear", "class": "half/many", "winner": tune._written(Gemm("tma", 128, 256, 64, 8, 3))},
+        {"arch": 80, "op": "linear", "class": "half/many", "winner": None},
+    ]
+    once = tune.apply(rows, path.read_text())
+    module = types.ModuleType("configs")
+    monkeypatch.setitem(sys.modules, "configs", module)  # where its dataclasses look for their module
+    exec(compile(once, "configs", "exec"), module.__dict__)
+    assert list(module.RECORDED) == [(90, "linear", "half/many"), (90, "pool", "half/1024")]
+    assert module.RECORDED[90, "linear", "half/many"] == module.Gemm("tma", 128, 256, 64, 8, 3)
+    assert module.GEMM.keys() == _configs.GEMM.keys()
+    assert tune.apply([], path.read_text()) == path.read_text()
+
+
+def test_what_spills_is_not_timed():
+    """The compile gate's verdict on a candidate that fits and one that does not."""
+    case = next(
+        kernels.cases("bias_gelu", shapes.with_dtypes(shapes.FULL, ["bfloat16"]), torch.bfloat16, torch.device("meta"))
+    )
+    found = tune.Class("bias_gelu", "half/many", (case,))
+    fits = Gemm("tma", 128, 128, 64, warps=8, stages=3, halves=2, per_sm=2, registers=128)
+    spills = Gemm("tma", 128, 256, 64, warps=4, stages=3)
+    verdicts = dict(tune.compiled(found, [fits, spills], 90, 2))
+    assert verdicts[fits] is None and "spills" in verdicts[spills]
+
+
+def test_scores():
+    assert tune.score([1.0, 2.0], [2.0, 4.0]) == pytest.approx(0.5)
+    assert tune.score([1.0, 4.0], [2.0, 2.0]) == pytest.approx(1.0)
+
+
+# --- what the results say -------------------------------------------------------------------------------------------
+
+
+def kernel_row(shape, provider, us, **more):
+    times = {"median_us": us, "samples_us": [us * 0.99, us, us * 1.01]}
+    row = {"op": "linear", "shape": shape, "dtype": "bfloat16", "provider": provider, "flops": 1e9, "of_copy": 0.5}
+    return row | {"cold": times, "graph": times} | more
+
+
+def test_goals(tmp_path):
+    verdicts = {line.split()[0]: line.split()[4] for line in goals.table(goals.Results(tmp_path))[0]}
+    assert set(verdicts.values()) == {"unmeasured"} and goals.table(goals.Results(tmp_path))[1]
+    rows = [
+        kernel_row("5632 x 768 x 768", "fastdistil", 10.0),
+        kernel_row("5632 x 768 x 768", "eager torch", 11.0),
+        kernel_row("16896 x 768 x 768", "fastdistil", 10.0),
+        kernel_row("16896 x 768 x 768", "matrix product alone", 9.6),
+        kernel_row("16 x 768 x 768", "fastdistil", 10.0),  # too few rows to be judged
+        kernel_row("16 x 768 x 768", "eager torch", 1.0),
+        kernel_row("5632 x 768 x 3072", "fastdistil", 10.0),
+        kernel_row("5632 x 768 x 3072", "eager torch", 9.0),
+    ]
+    record.write(tmp_path / "h200" / "kernels.json", {"rows": rows})
+    entries = [
+        {"name": "bench_start_to_end", "extra_info": {}, "stats": {"median": 2.5}},
+        {"name": "x", "extra_info": {"peer": "CTranslate2 float32, sorted", "ratio": 0.9}, "stats": {"median": 1}},
+    ]
+    record.write(tmp_path / "cpu" / "jobs.json", {"benchmarks": entries})
+    lines, right = goals.table(goals.Results(tmp_path))
+    found = {line.split()[0]: line.split()[3:5] for line in lines}
+    assert (
+        found["out"] == ["0.96", "met"] and found["ffn2"] == ["0.9", "missed"] and found["qkv"] == ["-", "unmeasured"]
+    )
+    assert found["cpu-start"] == ["2.5", "met"] and found["cpu-ct2"] == ["0.9", "missed"] and not right
+
+
+def test_goals_of_the_committed_results(capsys):
+    report.main(["--goals"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(goals.GOALS) and all(line.split()[4] in ("met", "missed", "unmeasured") for line in lines)
+    assert "cpu-sorted" in lines[1] and "unmeasured" not in lines[1]
+
+
+def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
+    before = [kernel_row("16 x 8 x 8", name, 10.0) for name in ("same", "slower", "faster", "noisy", "gone")]
+    after = [kernel_row("16 x 8 x 8", name, us) for name, us in [("same", 10.2), ("slower", 10.8), ("faster", 9.0)]]
+    noisy = {"median_us": 12, "samples_us": [8.0, 12.0, 16.0]}
+    after.append(kernel_row("16 x 8 x 8", "noisy", 12) | {"cold": noisy, "graph": noisy})
+    record.write(tmp_path / "a" / "kernels.json", {"rows": before})
+    record.write(tmp_path / "b" / "kernels.json", {"rows": after})
+    assert report.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["SLOWER", "SLOWER", "faster", "faster"]
+    assert (
+        "slower" in lines[0] and "1.080" in lines[0] and lines[-1].startswith("4 changed, 4 within the noise, 2 in one")
+    )
+    assert report.main(["--compare", str(tmp_path / "a"), str(tmp_path / "a" / "kernels.json")]) == 0
+    capsys.readouterr()
+    assert report.main(["--compare", str(tmp_path / "a"), "no-such-revision"]) == 1
+    assert "no-such-revision is no file, directory or revision" in capsys.readouterr().err
+
+
+def test_the_committed_results_are_as_they_were_measured():
+    files = sorted((record.ROOT / "benchmarks" / "results").glob("*/*.json"))
+    assert files and all(record.read(path) for path in files)
+
+
+# --- a whole run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_rehearsal_of_a_gpus_run(tmp_path):
+    """Every stage in its own process, uninstalled, at toy size."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--minutes", "8", "--dry"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {path.name: path for path in tmp_path.iterdir()}
+    assert files.keys() == {f"{name}.json" for name in gpu.STAGES} and len(files) <= 8
+    assert all(path.stat().st_size < 16 * 2**20 for path in files.values())
+    for name, path in files.items():
+        found = record.read(path)
+        assert found["right"] and found["whole"] and found["dry"], name
+        assert found["command"].startswith("python") and found["date"] and "clocks" in found
+    engine = record.read(files["engine.json"])["rows"]
+    assert engine[0]["input"].startswith("texts") and all(row["bottleneck"] in row["stages"] for row in engine)
+    assert any(row["input"] == "ids, L=16, fixed" and row["encoder_tokens_per_s"] > 0 for row in engine)
+    assert record.read(files["correctness.json"])["counts"]["passed"] > 0
+    summary = done.stdout[done.stdout.index("--- summary") :]
+    assert all(f"{name}: right" in summary for name in gpu.STAGES) and len(summary) <= gpu.SUMMARY
+
+
+def test_a_stage_that_breaks_loses_nothing_of_the_others(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(command, **options):
+        name = command[command.index("--stage") + 1]
+        ran.append(name)
+        if name == "kernels":
+            record.write(tmp_path / "kernels.json", {"rows": [1], "whole": False})
+            raise subprocess.TimeoutExpired(command, 1)
+        lines = ["WRONG one thing", *(f"line {i}" + "x" * 200 for i in range(99))]
+        record.write(tmp_path / f"{name}.json", {"lines": lines[::-1]})
+        return subprocess.CompletedProcess(command, {"encoder": 1, "engine": -11}.get(name, 0))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu.run_all(list(gpu.STAGES), tmp_path, 1, False) == 1
+    out = capsys.readouterr().out
+    summary = out[out.index("--- summary") :]
+    assert ran == list(gpu.STAGES) and len(summary) <= gpu.SUMMARY
+    for line in ("environment: right", "kernels: STOPPED", "encoder: WRONG", "engine: BROKE with status -11"):
+        assert line in summary
+    assert "  WRONG one thing" in summary and "more lines" in summary and "has so far" not in summary
+    assert record.read(tmp_path / "kernels.json")["rows"] == [1]
+
+
+def test_outcomes_of_tests_whole_and_cut_off():
+    """As pytest prints them, by one process and by several."""
+    one = "tests/a.py::test_x[1-cuda] PASSED [ 10%]\ntests/a.py::test_y FAILED    [ 20%]\n"
+    one += "tests/a.py::test_z SKIPPED (no) [ 30%]\n"
+    found = gpu.outcomes(one)
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert found["failures"] == ["FAILED tests/a.py::test_y"]
+    whole = gpu.outcomes(one + "FAILED tests/a.py::test_y - AssertionError: max error 3\n")
+    assert whole["failed"] == 1 and whole["failures"] == ["FAILED tests/a.py::test_y - AssertionError: max error 3"]
+    several = "[gw1] [ 50%] PASSED tests/a.py::test_x[1 2] \n[gw0] [100%] FAILED tests/a.py::test_y \n"
+    assert gpu.outcomes(several)["failures"] == ["FAILED tests/a.py::test_y"] and gpu.outcomes(several)["passed"] == 1
+    broken = gpu.outcomes("ERROR tests/b.py - ImportError: no\n")
+    assert broken["failed"] == 1 and broken["passed"] == 0 and gpu.outcomes("")["failed"] == 0
+
+
+def test_wrong_use(tmp_path, capsys):
+    for argv, message in [
+        (["--out", str(tmp_path), "--stages", "speed", "--dry"], "'speed' is none of environment"),
+        (["--out", str(tmp_path)], "torch finds no CUDA device; --dry rehearses on CPU"),
+    ]:
+        if torch.cuda.is_available() and "CUDA" in message:
+            continue
+        with pytest.raises(SystemExit):
+            gpu.main(argv)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        kernels.main(["--ops", "softmax"])
+    assert "'softmax' is none of" in capsys.readouterr().err
+
+
+def test_fastdistil_bench(capfd):
+    assert cli(["bench", "roofline"]) == 0 and "H200" in capfd.readouterr().out
+    assert cli(["bench"]) == 2 and "encoder" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli(["bench", "encoder", "--lengths-from", "x"]) and sys.exit(2)  # the subject's own error
+    assert caught.value.code == 2 and "goes with --model" in capfd.readouterr().err
+
+
+def test_a_shape_has_its_own_figures():
+    small = Shape(32, 64, 2, 2)
+    assert roofline.flops_per_token(8, small) == 2 * (2 * 32 * (96 + 32 + 2 * 64) + 4 * 8 * 32)
