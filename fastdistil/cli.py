@@ -1,6 +1,7 @@
 """The command line: fastdistil embed, predict, merge, search, fill-mask, verify, doctor."""
 
 import argparse
+import importlib.metadata
 import io
 import json
 import logging
@@ -22,11 +23,11 @@ from fastdistil.engine import Embedder
 from fastdistil.engine.embedder import describe
 from fastdistil.engine.scheduler import TOKENIZE
 from fastdistil.jobs.index import Index
-from fastdistil.jobs.manifest import Manifest, fingerprint_of_model
+from fastdistil.jobs.manifest import Manifest, fingerprint_of_model, refuse_overlap
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.predict import Prediction
-from fastdistil.jobs.processes import end_with_parent, run_on, split_devices
-from fastdistil.jobs.readers import Columns, Row, checked, read_rows
+from fastdistil.jobs.processes import Failed, end_with_parent, run_on, split_devices
+from fastdistil.jobs.readers import Columns, Row, checked, find_inputs, read_rows
 from fastdistil.jobs.run import ON_ERROR, Embedding, Job, Log, run_job
 from fastdistil.jobs.writers import ANSWERS, EMBEDDINGS
 from fastdistil.kernels import _target
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     end_with_parent()
     log = Log(as_json=getattr(arguments, "json_logs", False))
     try:
-        status = arguments.command(arguments)
+        with log.warnings():
+            status = arguments.command(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has enough
@@ -67,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except (ValueError, TypeError, OSError, MemoryError) as error:
         log.fail(str(error))
-        return WRONG_USE if isinstance(error, WrongUse) else FAILED
+        wrong_use = isinstance(error, WrongUse) or (isinstance(error, Failed) and error.status == WRONG_USE)
+        return WRONG_USE if wrong_use else FAILED
     except KeyboardInterrupt:
         log.fail("interrupted; finished parts stay, go on with --resume")
         return FAILED
@@ -254,12 +257,15 @@ def _run(
 ) -> int:
     directory = find(arguments.model)
     shard, shards = _shard(arguments)
+    if shards > 1 and "-" in arguments.input:
+        raise WrongUse("standard input cannot be split into shards; give files")
     device = model.device
     on_cpu = device.type == "cpu"
     fingerprint = settings | {
-        "model_digest": fingerprint_of_model(directory),
+        "model_digest": fingerprint_of_model(directory, arguments.output),
         "fastdistil": fastdistil.__version__,
         "torch": torch.__version__,
+        "tokenizers": importlib.metadata.version("tokenizers"),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads() if on_cpu else None,
@@ -315,7 +321,10 @@ class _Several:
 
 def _on_several_devices(arguments: argparse.Namespace) -> _Several | None:
     """Runs the command once a device, where several are named."""
-    devices = split_devices(arguments.device)
+    try:
+        devices = split_devices(arguments.device)
+    except ValueError as error:
+        raise WrongUse(str(error)) from error
     if len(devices) == 1:
         return None
     if arguments.output is None:
@@ -323,7 +332,8 @@ def _on_several_devices(arguments: argparse.Namespace) -> _Several | None:
     if "-" in arguments.input:
         raise WrongUse("standard input cannot be divided among devices; give files")
     shard, shards = _shard(arguments)
-    merged = run_on(
+    refuse_overlap(arguments.input, find_inputs(arguments.input), arguments.output)
+    rejected = run_on(
         devices,
         arguments.argv,
         arguments.output,
@@ -332,7 +342,7 @@ def _on_several_devices(arguments: argparse.Namespace) -> _Several | None:
         resume=arguments.resume,
         overwrite=arguments.overwrite,
     )
-    return _Several(DONE if merged is None else _status(merged))
+    return _Several(REJECTED if rejected else DONE)
 
 
 def join(arguments: argparse.Namespace) -> int:
@@ -366,6 +376,8 @@ def predict(arguments: argparse.Namespace) -> int | None:
         for name in ("resume", "overwrite", "num_shards", "shard_index"):
             if getattr(arguments, name):
                 raise WrongUse(f"--{name.replace('_', '-')} goes with --output, a directory")
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            raise WrongUse("several processes (WORLD_SIZE) need an --output directory; each would print every answer")
         if arguments.on_error != "fail":
             raise WrongUse("--on-error skip and null go with --output, a directory")
     if several := _on_several_devices(arguments):
@@ -461,7 +473,7 @@ def _pipeline(arguments: argparse.Namespace, task: str) -> Any:
         dtype=arguments.dtype,
         max_batch_tokens=getattr(arguments, "max_batch_tokens", None),
     )
-    say(arguments, f"{arguments.model} on {describe(found.encoder)}")
+    Log(arguments.quiet, getattr(arguments, "json_logs", False)).say(f"{arguments.model} on {describe(found.encoder)}")
     return found
 
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -503,6 +504,32 @@ def test_damaged_parts_are_made_again(stopped, checkpoint, tmp_path):
     assert files(output) == files(tmp_path / "whole")
 
 
+def test_a_resume_that_is_killed_keeps_what_is_finished(stopped, checkpoint, monkeypatch):
+    """At every step it takes on the disk before it computes anything."""
+    path, output = stopped
+    whole = len(manifests.finished_parts(output))
+    for moment in range(6):
+        left = [moment]
+
+        def dying(real, left=left):
+            def step(*args, **kwargs):
+                if left[0] == 0:
+                    raise Stop
+                left[0] -= 1
+                return real(*args, **kwargs)
+
+            return step
+
+        (output / "part-00002.npy").write_bytes(b"torn")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", dying(Path.unlink))
+            patch.setattr(os, "replace", dying(os.replace))
+            patch.setattr(module, "read_files", dying(module.read_files))
+            with pytest.raises(Stop):
+                module.run_job(*make_job(checkpoint, path, output), module.Log(True))
+        assert len(manifests.finished_parts(output)) == whole, moment
+
+
 @pytest.mark.parametrize("harm", ["gone", "torn"])
 def test_a_finished_job_that_lost_files(harm, checkpoint, tmp_path):
     path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
@@ -629,6 +656,30 @@ def test_directories_in_use(checkpoint, tmp_path, capsys):
     assert "in.jsonl is a file" in capsys.readouterr().err
 
 
+def test_a_lock_of_somebody_elses(checkpoint, tmp_path, capsys):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / ".lock").write_text("do not touch")
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o") == 1
+    assert "is somebody else's file" in capsys.readouterr().err
+    assert (tmp_path / "o" / ".lock").read_text() == "do not touch"
+
+
+def test_an_output_in_the_models_directory(checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    for name in ("a", "b"):
+        assert embed(model, "--input", path, "--output", model / name) == 0
+    for name in ("a", "b"):
+        assert embed(model, "--input", path, "--output", model / name, "--resume") == 0
+
+
+def test_a_pipe_by_its_name(checkpoint, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert embed(checkpoint, "--input", tmp_path / "pipe.jsonl", "--output", tmp_path / "o") == 1
+    assert "pipe.jsonl is no regular file; send a pipe to standard input, and give -" in capsys.readouterr().err
+
+
 def test_the_second_of_two_jobs_refuses(checkpoint, tmp_path, capsys):
     path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
     out = tmp_path / "o"
@@ -735,7 +786,7 @@ def test_standard_input(checkpoint, tmp_path, capsys, monkeypatch):
     stdin()
     assert embed(checkpoint, "--input", "-", "--output", tmp_path / "o", "--resume") == 1
     assert "standard input cannot be resumed" in capsys.readouterr().err
-    assert embed(checkpoint, "--input", "-", "--output", tmp_path / "p", "--num-shards", 2, "--shard-index", 0) == 1
+    assert embed(checkpoint, "--input", "-", "--output", tmp_path / "p", "--num-shards", 2, "--shard-index", 0) == 2
     assert "standard input cannot be split into shards" in capsys.readouterr().err
 
 
@@ -833,16 +884,126 @@ def test_progress_without_a_terminal(checkpoint, embedder, tmp_path, monkeypatch
     assert "rows/s" in capsys.readouterr().err.splitlines()[0]
 
 
-def test_processes_end_with_the_one_that_started_them(checkpoint, tmp_path):
-    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i} {'word ' * 40}"} for i in range(200_000)])
+def start(checkpoint, tmp_path, *more, texts=200_000, **options):
+    """A job in a process of its own, that takes long enough to be stopped."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i} {'word ' * 40}"} for i in range(texts)])
     command = [sys.executable, "-m", "fastdistil.cli", "embed", "--model", checkpoint, "--input", path, "--quiet"]
-    parent = subprocess.Popen([*map(str, command), "--output", str(tmp_path / "o"), "--device", "cpu,cpu"])
+    return subprocess.Popen([*map(str, command), "--output", str(tmp_path / "o"), *more], **options)
+
+
+def holders(tmp_path):
+    """The processes of both shards, once they have begun."""
     locks = [shard_directory(tmp_path / "o", i, 2) / ".lock" for i in range(2)]
     wait_for(lambda: all(lock.is_file() and lock.read_text() for lock in locks))
-    children = [int(lock.read_text()) for lock in locks]
+    return [int(lock.read_text()) for lock in locks]
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_the_one_that_started_them(end, background, checkpoint, tmp_path):
+    # what a script starts with & ignores Ctrl-C, and so do its children
+    ignore = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if background else None
+    parent = start(checkpoint, tmp_path, "--device", "cpu,cpu", preexec_fn=ignore)
+    children = holders(tmp_path)
+    parent.send_signal(end)
+    parent.wait(20)
+    wait_for(lambda: not any(map(alive, children)), seconds=10)
+
+
+def test_tokenizers_end_with_the_job(checkpoint, tmp_path):
+    job = start(checkpoint, tmp_path, "--device", "cpu", "--tokenizer-processes", "2")
+
+    def children():
+        found = map(int, Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
+        return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    wait_for(lambda: len(children()) == 2)
+    found = children()
+    job.kill()
+    job.wait()
+    wait_for(lambda: not any(map(alive, found)), seconds=20)
+
+
+def test_ctrl_c_is_one_line(checkpoint, tmp_path):
+    """The terminal sends it to the whole group."""
+    job = start(checkpoint, tmp_path, "--device", "cpu,cpu", stderr=subprocess.PIPE, start_new_session=True)
+    children = holders(tmp_path)
+    os.killpg(job.pid, signal.SIGINT)
+    error = job.communicate(timeout=30)[1].decode()
+    assert job.returncode == 1 and not any(map(alive, children))
+    assert "Traceback" not in error and set(error.splitlines()) == {
+        "fastdistil: interrupted; finished parts stay, go on with --resume"
+    }
+
+
+def test_several_devices_lose_nothing(checkpoint, tmp_path, capfd):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    base = ["embed", "--model", str(checkpoint), "--quiet", "--device", "cpu,cpu"]
+    # an input in the output's place
+    (tmp_path / "in").mkdir()
+    inside = jsonl(tmp_path / "in" / "part-00000.jsonl", [{"text": "a"}])
+    assert main([*base, "--input", str(inside), "--output", str(tmp_path / "in"), "--overwrite"]) == 1
+    assert "lies in the output directory" in capfd.readouterr().err and inside.exists()
+    # somebody's file in a shard's directory
+    notes = shard_directory(tmp_path / "o", 0, 2) / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    assert main([*base, "--input", str(path), "--output", str(tmp_path / "o"), "--overwrite"]) == 0
+    assert notes.read_text() == "mine" and len(Index(tmp_path / "o").manifest.parts) == 2
+    # shards of another division
+    other = tmp_path / "p" / "shard-00000-of-00003"
+    other.mkdir(parents=True)
+    given = [*base, "--input", str(path), "--output", str(tmp_path / "p")]
+    assert main(given) == 1 and main([*given, "--resume"]) == 1
+    assert "holds shard-00000-of-00003, of a job on another number of devices" in capfd.readouterr().err
+    assert main([*given, "--overwrite"]) == 0 and not other.exists()
+    # another's unfinished job on one device
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(Stop):
+            module.run_job(*make_job(checkpoint, path, tmp_path / "q"), module.Log(True))
+    before = files(tmp_path / "q")
+    assert main([*base, "--input", str(path), "--output", str(tmp_path / "q"), "--resume"]) == 1
+    assert "holds an unfinished job on one device" in capfd.readouterr().err and files(tmp_path / "q") == before
+    # a resume of nothing beside somebody's file
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "notes.txt").write_text("mine")
+    given = [*base, "--input", str(path), "--output", str(tmp_path / "r")]
+    assert main(given) == 1 and main([*given, "--resume"]) == 0
+    assert (tmp_path / "r" / "notes.txt").read_text() == "mine"
+    # what a kill behind the merge left
+    left = shard_directory(tmp_path / "r", 1, 2)
+    left.mkdir()
+    (left / "manifest.json").write_text("{}")
+    assert main([*given, "--resume"]) == 0 and not left.exists()
+
+
+def test_an_overwriting_job_on_several_devices_that_was_killed_goes_on(checkpoint, tmp_path):
+    first = jsonl(tmp_path / "first.jsonl", [{"text": t} for t in TEXTS])
+    arguments = ["embed", "--model", str(checkpoint), "--quiet", "--output", str(tmp_path / "o"), "--device", "cpu,cpu"]
+    assert main([*arguments, "--input", str(first)]) == 0
+    parent = start(checkpoint, tmp_path, "--device", "cpu,cpu", "--overwrite", texts=120_000)
+    wait_for(lambda: not (tmp_path / "o" / "manifest.json").exists())  # it has something to put in its place
+    children = holders(tmp_path)
     parent.kill()
     parent.wait()
-    wait_for(lambda: not any(map(alive, children)), seconds=10)
+    wait_for(lambda: not any(map(alive, children)), seconds=20)
+    assert any(manifests.finished_parts(shard_directory(tmp_path / "o", i, 2)) for i in range(2))
+    assert main([*arguments, "--input", str(tmp_path / "in.jsonl"), "--resume"]) == 0
+    assert Index(tmp_path / "o").manifest.rows == 120_000
+
+
+def test_the_status_of_several_devices(checkpoint, heads, tmp_path, capfd):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": "c"}])
+    base = ["embed", "--model", str(checkpoint), "--input", str(path), "--quiet", "--device", "cpu,cpu"]
+    base += ["--on-error", "skip", "--num-shards", "2", "--shard-index"]
+    assert main([*base, "0", "--output", str(tmp_path / "o")]) == 3
+    assert main([*base, "1", "--output", str(tmp_path / "o")]) == 0
+    wrong = ["predict", "--task", "token-classification", "--top-k", "2", "--model", heads["token-classification"]]
+    wrong += ["--input", str(path), "--output", str(tmp_path / "p"), "--device", "cpu,cpu"]
+    assert main(wrong) == 2 and "--resume" not in capfd.readouterr().err
+    assert main([*base, "0", "--output", str(tmp_path / "q"), "--device", "cpu,"]) == 2
+    assert "leaves one between commas out" in capfd.readouterr().err
 
 
 def alive(pid):
@@ -875,7 +1036,7 @@ def test_a_process_a_device(checkpoint, embedder, tmp_path, capfd):
     assert main([*arguments, "--device", "cpu,cpu", "--overwrite"]) == 1
     err = capfd.readouterr().err
     assert "in.jsonl, line 25: a JSON list" in err and "the process on cpu ended with status 1" in err
-    assert main([*arguments, "--device", "cuda:0,0"]) == 1
+    assert main([*arguments, "--device", "cuda:0,0"]) == 2
     assert "device cuda:0 is named twice" in capfd.readouterr().err
 
 
@@ -979,7 +1140,7 @@ def approximately(value):
     return round(float(value), 4) if isinstance(value, (float, np.floating)) else value
 
 
-def test_what_goes_with_an_output_directory(heads, tmp_path, capsys):
+def test_what_goes_with_an_output_directory(heads, tmp_path, capsys, monkeypatch):
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
     model = heads["text-classification"]
     arguments = ["predict", "--task", "text-classification", "--model", model, "--device", "cpu", "--input", str(path)]
@@ -990,10 +1151,25 @@ def test_what_goes_with_an_output_directory(heads, tmp_path, capsys):
     ]:
         assert main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments) == 2 and "each would print every answer" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
     assert main(["predict", "--task", "feature-extraction", *arguments[3:], "--output", str(tmp_path / "o")]) == 1
 
 
 # --- what is said -------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_said_as_json(heads, tmp_path, capsys, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    arguments = ["predict", "--task", "text-classification", "--model", heads["text-classification"], "--device", "cpu"]
+    warn = module.find_inputs
+    monkeypatch.setattr(
+        module, "find_inputs", lambda *a: logging.getLogger("fastdistil").warning("look out") or warn(*a)
+    )
+    assert main([*arguments, "--input", str(path), "--output", str(tmp_path / "o"), "--json-logs"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert events[0]["event"] == "message" and {"event": "warning", "text": "look out"}.items() <= events[1].items()
 
 
 def test_json_logs(checkpoint, tmp_path, capsys, monkeypatch):
@@ -1022,11 +1198,13 @@ def test_without_pyarrow(checkpoint, tmp_path):
         from fastdistil.cli import main
         base = ["embed", "--model", sys.argv[1], "--device", "cpu", "--output", sys.argv[2] + "/o", "--input"]
         print([main([*base, sys.argv[2] + name]) for name in ("/in.txt", "/in.parquet", "/in.txt.zst")])
+        print(main([*base, sys.argv[2] + "/in.txt", "--format", "parquet", "--overwrite"]))
     """)
     command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "[0, 1, 1]\n"
+    assert done.stdout == "[0, 1, 1]\n1\n"
+    assert "parquet needs pyarrow; install fastdistil[arrow], or choose another --format" in done.stderr
 
 
 def test_starting_is_quick(checkpoint, tmp_path):

@@ -121,7 +121,7 @@ def test_from_the_command_line(cluster, checkpoint, texts, tmp_path, capsys):
     assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "o")]) == 0
     expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(texts[:100])
     np.testing.assert_allclose(np.load(tmp_path / "o" / "part-00000.npy"), expected, atol=1e-6)
-    assert fastdistil.cli.main([*arguments, "--output", str(tmp_path / "p"), "--ray-actors", "2"]) == 1
+    assert fastdistil.cli.main([*arguments, "--output", str(tmp_path / "p"), "--ray-actors", "2"]) == 2
     assert "go with --engine ray" in capsys.readouterr().err
-    assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "p"), "--no-truncate"]) == 1
+    assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "p"), "--no-truncate"]) == 2
     assert "--engine ray takes texts" in capsys.readouterr().err

@@ -154,17 +154,45 @@ def finished_parts(directory: Path) -> list[Part]:
 def start_over(directory: Path, manifest: Manifest, keep: list[Part]) -> None:
     """The manifest of unfinished work over the parts to keep, and none of our other files.
 
-    In an order that leaves no old part to be taken for a new one, wherever it is interrupted.
+    In an order that leaves no old part to be taken for a new one and no part to keep unfinished, wherever it is
+    interrupted.
     """
-    for path in directory.glob("part-*.done.json"):
-        path.unlink()
-    write_manifest(directory, manifest)
     for part in keep:
-        commit(directory, part)
+        if not (directory / f"{part.name}.done.json").is_file():  # of a job that was finished
+            commit(directory, part)
     kept = {MANIFEST} | {name for part in keep for name in [*part.files, f"{part.name}.done.json"]}
+    for path in directory.glob("part-*.done.json"):
+        if path.name not in kept:
+            path.unlink()
+    write_manifest(directory, manifest)
+    _remove_ours(directory, kept)
+
+
+def remove(directory: Path) -> None:
+    """All that a job wrote there, and the directory unless it holds anything else."""
+    if not directory.is_dir():
+        return
+    for path in directory.glob("part-*.done.json"):  # first, so that no part is taken for finished without its manifest
+        path.unlink()
+    (directory / MANIFEST).unlink(missing_ok=True)
+    _remove_ours(directory, set())
+
+
+def _remove_ours(directory: Path, kept: set[str]) -> None:
     for path in directory.iterdir():
         if OURS.fullmatch(path.name) and path.name not in kept and path.is_file():
             path.unlink()
+
+
+def refuse_overlap(given: list[str], inputs: list[str], directory: Path) -> None:
+    """Raise ValueError where what is read and what is written are in one place."""
+    output = directory.resolve()
+    for name in inputs:
+        if name != "-" and Path(name).resolve().parent == output:
+            raise ValueError(f"the input {name} lies in the output directory; give another directory")
+    for name in given:
+        if Path(name).is_dir() and output.is_relative_to(Path(name).resolve()):
+            raise ValueError(f"the output {directory} lies in the input directory {name}; give another directory")
 
 
 # --- fingerprint ----------------------------------------------------------------------------------------------------
@@ -186,11 +214,16 @@ def fingerprint_of_files(paths: list[str]) -> list[list[Any]]:
     return found
 
 
-def fingerprint_of_model(directory: Path) -> str:
-    """A digest of all that decides what a checkpoint computes, and of nothing else in its directory."""
+def fingerprint_of_model(directory: Path, output: Path | None = None) -> str:
+    """A digest of all that decides what a checkpoint computes, and of nothing else in its directory: not of what jobs
+    wrote there, this one's `output` above all."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)
+        if output is not None and path.resolve().is_relative_to(output.resolve()):
+            continue
+        if len(relative.parts) > 1 and (path.parent / MANIFEST).is_file():
+            continue
         if path.suffix in (".json", ".safetensors", ".txt", ".bin") and len(relative.parts) <= 2 and path.is_file():
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
@@ -229,6 +262,10 @@ class Lock:
     def __init__(self, directory: Path):
         self.path = directory / LOCK
         self._file = open(self.path, "a+")  # noqa: SIM115  (closed by release)
+        self._file.seek(0)
+        if not re.fullmatch(r"\d*", self._file.read(64)):
+            self._file.close()
+            raise FileExistsError(f"{self.path} is somebody else's file; give another directory")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -237,9 +274,12 @@ class Lock:
             self._file.close()
             who = f" (process {holder})" if holder else ""
             raise BlockingIOError(f"another job{who} is writing to {directory}; wait for it, or stop it") from error
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(str(os.getpid()))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} cannot be written: {error.strerror}") from error
 
     def release(self) -> None:
         self._file.truncate(0)

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ def find_shards(directories: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def merge(directories: Iterable[str | Path], output: Path, *, overwrite: bool = False) -> Manifest:
-    """Raises ValueError where a shard is missing, unfinished, there twice, or of another job, OSError for files."""
+def merge(
+    directories: Iterable[str | Path], output: Path, *, overwrite: bool = False, locked: bool = False
+) -> Manifest:
+    """locked: the caller holds the output's lock. Raises ValueError where a shard is missing, unfinished, there twice,
+    or of another job, OSError for files."""
     shards: dict[int, tuple[Path, Manifest]] = {}
     for directory in find_shards(directories):
         if not (directory / MANIFEST).is_file():
@@ -66,7 +70,7 @@ def merge(directories: Iterable[str | Path], output: Path, *, overwrite: bool = 
         for part in manifest.parts:
             if not is_whole(directory, part):
                 raise ValueError(f"{directory / part.name} is missing or damaged; go on with its job by --resume")
-    with Lock(output):
+    with nullcontext() if locked else Lock(output):
         present = sorted(p.name for p in output.iterdir() if p.name != ".lock" and not _is_shard(p))
         if present and not overwrite:
             raise FileExistsError(f"{output} is not empty ({present[0]}); give another directory, or --overwrite")

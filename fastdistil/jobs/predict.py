@@ -80,7 +80,8 @@ class Prediction:
             if named is None:
                 raise
             if len(positions) == 1:
-                part.errors[positions[0]] = str(error).replace(named[0], "", 1).strip()
+                reason = str(error).replace(named[0], "", 1).strip()
+                part.errors[positions[0]] = reason.replace("pass truncation=True", "leave --no-truncate out")
                 return [None]
             half = len(positions) // 2
             return self._answers(part, positions[:half]) + self._answers(part, positions[half:])

@@ -2,18 +2,20 @@
 
 import contextlib
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastdistil.jobs.manifest import MANIFEST, Lock, Manifest, read_manifest
+from fastdistil.jobs.manifest import LOCK, MANIFEST, OURS, Lock, read_manifest, remove
 from fastdistil.jobs.merge import merge, shard_directory
 
+REJECTED = 3  # a process's status when it is done, but for some rows
+SHARD = re.compile(r"shard-\d{5,}-of-\d{5,}")
 LIFELINE = "FASTDISTIL_LIFELINE"
 
 
@@ -25,48 +27,114 @@ def split_devices(device: str | None) -> list[str]:
         if name.isdecimal() and found:
             name = f"{found[0].partition(':')[0]}:{name}"
         found.append(name)
+    if len(found) > 1 and "" in found:
+        raise ValueError(f"device {device!r} leaves one between commas out")
     twice = {name for name in found if found.count(name) > 1 and name != "cpu"}
     if twice:
         raise ValueError(f"device {sorted(twice)[0]} is named twice")
     return found
 
 
+class Failed(ChildProcessError):
+    """A device's process ended with `status`."""
+
+    def __init__(self, device: str, status: int):
+        hint = "" if status == 2 else "; what is finished stays, go on with --resume"
+        super().__init__(f"the process on {device} ended with status {status}{hint}")
+        self.status = status
+
+
 def run_on(
     devices: list[str], command: list[str], output: Path, *, shard: int, shards: int, resume: bool, overwrite: bool
-) -> Manifest | None:
-    """The command once a device, with its device, shard and output at the end; the merged manifest, or None where other
-    shards are elsewhere.
+) -> bool:
+    """The command once a device, with its device, shard and output at the end, and what they wrote merged unless other
+    shards are elsewhere; whether rows were rejected.
 
-    Raises ChildProcessError where one fails; the others are stopped, and what all have finished stays.
+    Raises Failed where one fails; the others are stopped, and what all have finished stays.
     """
     output.mkdir(parents=True, exist_ok=True)
     total = shards * len(devices)
     directories = [shard_directory(output, shard * len(devices) + i, total) for i in range(len(devices))]
-    known = {path.name for path in directories} | {".lock"}
-    present = [path.name for path in output.iterdir() if path.name not in known and not path.name.startswith("shard-")]
-    if present and not overwrite and not (resume and (output / MANIFEST).is_file()):
-        raise FileExistsError(f"{output} is not empty ({sorted(present)[0]}); give another directory, or --overwrite")
+    _refuse(output, directories, total, resume=resume, overwrite=overwrite)
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(devices)))}
     start = [sys.executable, "-m", "fastdistil.cli", *command]
     if resume and shards == 1 and (output / MANIFEST).is_file() and read_manifest(output).finished:
         # merged already: one process sees whether it is this job's, and whole
         alone = [*start, "--device", devices[0], "--output", str(output), "--num-shards", "1", "--shard-index", "0"]
         ended = subprocess.run(alone, env=environment, stdin=subprocess.DEVNULL)
-        if ended.returncode not in (0, 3):
-            raise ChildProcessError(f"the process on {devices[0]} ended with status {ended.returncode}")
-        return read_manifest(output)
-    with Lock(output), _lifeline() as line:
+        if ended.returncode not in (0, REJECTED):
+            raise Failed(devices[0], ended.returncode)
+        for directory in directories:
+            _remove_shard(directory)
+        return ended.returncode == REJECTED
+    with Lock(output):
+        commands = [
+            [
+                *(*start, "--device", device, "--output", str(directory)),
+                *("--num-shards", str(total), "--shard-index", str(shard * len(devices) + i)),
+            ]
+            for i, (device, directory) in enumerate(zip(devices, directories, strict=True))
+        ]
+        rejected = REJECTED in _together(devices, commands, environment, output, directories, overwrite)
+        if shards > 1:
+            return rejected
+        merge(directories, output, overwrite=True, locked=True)
+        for directory in directories:
+            _remove_shard(directory)
+        return rejected
+
+
+def _refuse(output: Path, directories: list[Path], total: int, *, resume: bool, overwrite: bool) -> None:
+    """Raise FileExistsError where the job would lose what lies in its output."""
+    present = sorted(path.name for path in output.iterdir() if path.name != LOCK)
+    divided = {shard_directory(output, i, total).name for i in range(total)}
+    others = [name for name in present if name not in divided]
+    if overwrite:
+        for name in others:
+            if SHARD.fullmatch(name):  # of another division
+                _remove_shard(output / name)
+        return
+    hint = ", or --overwrite to start over"
+    if not resume:
+        if found := others or [path.name for path in directories if path.is_dir() and any(path.iterdir())]:
+            raise FileExistsError(f"{output} is not empty ({found[0]}); give another directory{hint}")
+        return
+    if stale := [name for name in others if SHARD.fullmatch(name)]:
+        raise FileExistsError(
+            f"{output} holds {stale[0]}, of a job on another number of devices; go on with as many{hint}"
+        )
+    if (output / MANIFEST).is_file():
+        # an unfinished one is a merge that was interrupted, or the work of a job on one device
+        if not (read_manifest(output).finished or all(map(_is_finished, directories))):
+            raise FileExistsError(f"{output} holds an unfinished job on one device; go on with one{hint}")
+    elif theirs := [name for name in others if OURS.fullmatch(name)]:
+        raise FileExistsError(f"{output} is not empty ({theirs[0]}); give another directory{hint}")
+
+
+def _is_finished(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file() and read_manifest(directory).finished
+
+
+def _together(
+    devices: list[str],
+    commands: list[list[str]],
+    environment: dict[str, str],
+    output: Path,
+    directories: list[Path],
+    overwrite: bool,
+) -> list[int]:
+    """The status of each command. An earlier job goes from the output when there is something to put in its place."""
+    began, cleared = time.time() - 0.1, not overwrite
+    with _lifeline() as (line, stop):
         children = [
             subprocess.Popen(
-                [
-                    *(*start, "--device", device, "--output", str(directory)),
-                    *("--num-shards", str(total), "--shard-index", str(shard * len(devices) + i)),
-                ],
+                command,
                 env=environment | {LIFELINE: str(line)},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[line],
+                process_group=0,  # Ctrl-C is for this process, which tells them
             )
-            for i, (device, directory) in enumerate(zip(devices, directories, strict=True))
+            for command in commands
         ]
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -75,46 +143,59 @@ def run_on(
             while True:
                 states = [child.poll() for child in children]
                 for device, state in zip(devices, states, strict=True):
-                    if state not in (None, 0, 3):
-                        raise ChildProcessError(
-                            f"the process on {device} ended with status {state}; what is finished stays, go on with "
-                            "--resume"
-                        )
+                    if state not in (None, 0, REJECTED):
+                        raise Failed(device, state)
+                if not cleared and any(_since(directory / MANIFEST, began) for directory in directories):
+                    remove(output)
+                    cleared = True
                 if None not in states:
-                    break
+                    return [child.returncode for child in children]
                 time.sleep(0.2)
         finally:
-            for child in children:
-                if child.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        child.send_signal(signal.SIGINT)
+            stop()
             for child in children:
                 child.wait()
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGTERM, before)
-    if shards > 1:
-        return None
-    merged = merge(directories, output, overwrite=True)
-    for directory in directories:
-        shutil.rmtree(directory)
-    return merged
+
+
+def _since(path: Path, moment: float) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime >= moment
+    return False
+
+
+def _remove_shard(directory: Path) -> None:
+    """What a job wrote there; what is somebody else's stays."""
+    remove(directory)
+    (directory / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or not empty
+        directory.rmdir()
 
 
 @contextlib.contextmanager
-def _lifeline() -> Iterator[int]:
-    """What children read from to see that this process is gone, however it ended: nothing is ever written there."""
+def _lifeline() -> Iterator[tuple[int, Callable[[], None]]]:
+    """What children read from to see that they have to stop, for nothing is ever written there: it ends when this
+    process does, however that ends, or by the function."""
     there, here = os.pipe()
+    ends = [here]
+
+    def stop() -> None:
+        while ends:
+            os.close(ends.pop())
+
     try:
-        yield there
+        yield there, stop
     finally:
+        stop()
         os.close(there)
-        os.close(here)
 
 
 def end_with_parent() -> None:
-    """In a child of `run_on`: stop as on Ctrl-C when the parent is gone."""
+    """In a child of `run_on`: stop as on Ctrl-C when the parent is gone or says so."""
     if (line := os.environ.pop(LIFELINE, None)) is None:
         return
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a script ignores
 
     def wait() -> None:
         os.read(int(line), 1)

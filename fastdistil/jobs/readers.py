@@ -61,8 +61,10 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
             found.append(name)
         elif Path(name).is_dir():
             found += _files_in(name)
-        elif Path(name).exists():
+        elif Path(name).is_file():
             found.append(name)
+        elif Path(name).exists():
+            raise ValueError(f"{name} is no regular file; send a pipe to standard input, and give -")
         else:
             matches = sorted(glob.glob(name, recursive=True))
             if not matches:

@@ -7,12 +7,14 @@ exist when a job is stopped, resuming it writes the same bytes that it would hav
 import errno
 import itertools
 import json
+import logging
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,12 +41,13 @@ from fastdistil.jobs.manifest import (
     is_whole,
     part_name,
     read_manifest,
+    refuse_overlap,
     start_over,
     write_manifest,
     write_text,
 )
 from fastdistil.jobs.readers import Columns, Progress, Row, count_rows, find_inputs, read_files
-from fastdistil.jobs.writers import write_embeddings
+from fastdistil.jobs.writers import check_format, write_embeddings
 
 PART_ROWS = 50_000  # two row groups of a parquet file
 PART_CHARACTERS = 2**27  # of all its texts: what bounds the memory of long ones
@@ -105,13 +108,9 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
     """Raises ValueError naming the first unusable row with on_error "fail", OSError for files and directories; parts
     that are finished stay, and a job with `resume` goes on behind them."""
     inputs = find_inputs(job.inputs)
+    check_format(job.format)
     directory = _directory(job.output)
-    for name in inputs:
-        if name != "-" and Path(name).resolve().parent == directory.resolve():
-            raise ValueError(f"the input {name} lies in the output directory; give another directory")
-    for given in job.inputs:
-        if Path(given).is_dir() and directory.resolve().is_relative_to(Path(given).resolve()):
-            raise ValueError(f"the output {directory} lies in the input directory {given}; give another directory")
+    refuse_overlap(job.inputs, inputs, directory)
     if not (directory / LOCK).exists():
         _empty(job, directory)  # a refusal leaves no lock behind
     with Lock(directory):
@@ -423,6 +422,20 @@ class Log:
         else:
             print(f"fastdistil: {text}", file=sys.stderr)
 
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Within, what the library warns of is said here, with `as_json`."""
+        logger, handler = logging.getLogger("fastdistil"), _Handler(self)
+        if self.as_json:
+            logger.addHandler(handler)
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            if self.as_json:
+                logger.removeHandler(handler)
+                logger.propagate = True
+
     def _json(self, event: str, **values: Any) -> None:
         print(json.dumps({"event": event, "time": round(time.time(), 3)} | values), file=sys.stderr, flush=True)
 
@@ -494,3 +507,12 @@ class Log:
             self._thread.join()
         if self._bar is not None:
             self._bar.close()
+
+
+class _Handler(logging.Handler):
+    def __init__(self, log: Log):
+        super().__init__()
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log._json(record.levelname.lower(), text=record.getMessage())

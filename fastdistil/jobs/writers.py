@@ -1,6 +1,7 @@
 """The rows of a part, written to files: embeddings as .npy or .safetensors with their ids beside them, and any columns
 as .parquet or .jsonl."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ from fastdistil.jobs.manifest import replace
 EMBEDDINGS = ("npy", "safetensors", "parquet", "jsonl")  # formats of embeddings
 ANSWERS = ("parquet", "jsonl")  # formats of anything else
 ROW_GROUP = 25_000  # rows; a viewer reads one at a time
+
+
+def check_format(form: str) -> None:
+    """Raise ValueError where the library that a format needs is missing."""
+    if form == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("parquet needs pyarrow; install fastdistil[arrow], or choose another --format")
+
 
 Ids = list[str | int | None]
 
