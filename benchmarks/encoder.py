@@ -205,7 +205,7 @@ def truth_of(batch: Batch) -> tuple[Tensor, Tensor, int]:
 
 
 @torch.no_grad()
-def measure(batch: Batch, deadline: float) -> Iterator[dict[str, Any]]:
+def measure(batch: Batch, deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
     truth, eager, texts = truth_of(batch)
     known = int(batch.keep[:texts].sum())
     tokens = sum(batch.lengths)
@@ -223,7 +223,7 @@ def measure(batch: Batch, deadline: float) -> Iterator[dict[str, Any]]:
                 del result
                 if batch.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(batch.device)
-                found = timing.wall(run, batch.device)
+                found = timing.wall(run, batch.device, 2 * seconds)
                 figures = found.figures()
                 figures["samples_us"] = [round(s, 3) for s in figures["samples_us"][:KEPT]]
                 row |= figures | {"tokens_per_s": tokens / found.median}
@@ -250,7 +250,7 @@ def run(
     for dtype in matrix.dtypes:
         model = model_of(matrix.shape, device, dtype)
         for batch in batches(model, matrix):
-            rows += measure(batch, deadline)
+            rows += measure(batch, deadline, matrix.seconds)
             keep(rows)
     _cached.clear()
     return rows
@@ -317,7 +317,7 @@ def of_checkpoint(
         model = DistilBertModel.from_pretrained(path, dtype=dtype, device=device)
         own = _batches_of_texts(model, path, texts) if texts else batches(model, matrix)
         for batch in own:
-            rows += measure(batch, deadline)
+            rows += measure(batch, deadline, matrix.seconds)
     return rows
 
 

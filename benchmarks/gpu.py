@@ -77,7 +77,7 @@ def correctness(stage: Stage, keep: Keep) -> Result:
     end = time.monotonic() + 60 * stage.minutes
     files: dict[str, dict[str, Any]] = {}
     for name in WITH_GPU[:1] if stage.dry else WITH_GPU:
-        chosen = ["-k", "pool and fullgraph"] if stage.dry else ["-m", "gpu"]
+        chosen = ["-k", "what_is_no_tensor"] if stage.dry else ["-m", "gpu"]
         command = [sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=short", "-p", "no:randomly", *chosen]
         if importlib.util.find_spec("xdist"):
             command += ["-n", "0" if stage.dry else "8"]

@@ -289,7 +289,7 @@ def cases(op: str, matrix: Matrix, dtype: torch.dtype, device: torch.device) -> 
 
 
 @torch.inference_mode()
-def measure(case: Case, ceilings: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
+def measure(case: Case, ceilings: dict[str, Any], deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
     """A row a provider: what is missing or wrong, or its times."""
     definition = getattr(reference, case.op)
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args]
@@ -306,16 +306,16 @@ def measure(case: Case, ceilings: dict[str, Any], deadline: float) -> Iterator[d
                 run = make(case, stack)
                 result = run()
                 error_law(run.packed() if isinstance(run, _Unpacked) else result, plain, truth)
-                yield row | _timed(run, case, ceilings)
+                yield row | _timed(run, case, ceilings, seconds)
             except Missing as why:
                 yield row | {"missing": str(why)}
             except Exception as error:  # of one provider; the others go on, and the run fails in the end
                 yield row | {"wrong": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def _timed(run: timing.Run, case: Case, ceilings: dict[str, Any]) -> dict[str, Any]:
-    cold = timing.cold(run, case.device)
-    graph = timing.in_graph(run, case.device)
+def _timed(run: timing.Run, case: Case, ceilings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    cold = timing.cold(run, case.device, seconds)
+    graph = timing.in_graph(run, case.device, seconds / 2)
     found: dict[str, Any] = {"flops": case.cost.flops, "bytes": case.cost.bytes}
     for name, took in (("cold", cold), ("graph", graph)):
         figures = took.figures()
@@ -348,7 +348,7 @@ def run(
     rows: list[dict[str, Any]] = []
     for dtype, op in product(matrix.dtypes, names):
         for case in cases(op, matrix, dtype, device):
-            rows += measure(case, ceilings, deadline)
+            rows += measure(case, ceilings, deadline, matrix.seconds)
             keep(rows)
             if device.type == "cuda":
                 torch.cuda.empty_cache()

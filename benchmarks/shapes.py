@@ -23,6 +23,7 @@ class Matrix:
     batches: tuple[int, ...]
     fills: tuple[float, ...]
     dtypes: tuple[torch.dtype, ...]
+    seconds: float = 0.1  # that a timing takes
 
 
 FULL = Matrix(
@@ -42,6 +43,7 @@ TOY = Matrix(
     batches=(2, 1),
     fills=(1.0, 0.5),
     dtypes=(torch.float32,),
+    seconds=0.005,
 )
 
 # what a CPU does in minutes; the op's shapes of a batch, not of a GPU's waves

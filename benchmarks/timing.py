@@ -86,6 +86,7 @@ def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
     """
     n, size = (1_024, 2**24) if toy or device.type == "cpu" else (8_192, 2**30)
     found: dict[str, Any] = {}
+    seconds = 0.02 if toy else 0.5
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     kinds: dict[str, torch.dtype] = {"float32": torch.float32}
@@ -95,13 +96,13 @@ def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
         for name, dtype in kinds.items():
             matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            timing = cold(lambda a=a, b=b: a @ b, device, 0.5)  # type: ignore[misc]
+            timing = cold(lambda a=a, b=b: a @ b, device, seconds)  # type: ignore[misc]
             found[name] = {"flops_per_s": 2 * n**3 / min(timing.samples)} | timing.figures()
     finally:
         matmul.fp32_precision = before
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    timing = cold(lambda: target.copy_(source), device, 0.5)
+    timing = cold(lambda: target.copy_(source), device, seconds)
     found["copy"] = {"bytes_per_s": 2 * size / min(timing.samples)} | timing.figures()
     return found
 

@@ -898,8 +898,9 @@ def holders(tmp_path):
     return [int(lock.read_text()) for lock in locks]
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("end", "background"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGTERM, True)]
+)
 def test_processes_end_with_the_one_that_started_them(end, background, checkpoint, tmp_path):
     # what a script starts with & ignores Ctrl-C, and so do its children
     ignore = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if background else None
