@@ -414,13 +414,13 @@ class Log:
         if self.as_json:
             self._json("message", text=text)
         elif not self.quiet:
-            print(text, file=sys.stderr)
+            _line(text)
 
     def fail(self, text: str) -> None:
         if self.as_json:
             self._json("error", text=text)
         else:
-            print(f"fastdistil: {text}", file=sys.stderr)
+            _line(f"fastdistil: {text}")
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
@@ -437,7 +437,7 @@ class Log:
                 logger.propagate = True
 
     def _json(self, event: str, **values: Any) -> None:
-        print(json.dumps({"event": event, "time": round(time.time(), 3)} | values), file=sys.stderr, flush=True)
+        _line(json.dumps({"event": event, "time": round(time.time(), 3)} | values))
 
     def start(self, progress: Progress, work: Work, rows: int) -> None:
         self._progress, self._work, self._before = progress, work, rows
@@ -507,6 +507,13 @@ class Log:
             self._thread.join()
         if self._bar is not None:
             self._bar.close()
+
+
+def _line(text: str) -> None:
+    """In one piece, for other processes may write there, too."""
+    if sys.stderr is not None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 class _Handler(logging.Handler):
