@@ -1,6 +1,7 @@
 """The benchmarks themselves: counts, records, equality before speed, and every stage of a GPU's run at toy size."""
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -412,3 +413,12 @@ def test_fastdistil_bench(capfd):
 def test_a_shape_has_its_own_figures():
     small = Shape(32, 64, 2, 2)
     assert roofline.flops_per_token(8, small) == 2 * (2 * 32 * (96 + 32 + 2 * 64) + 4 * 8 * 32)
+
+
+def test_the_example_for_ones_own_card(monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "main", lambda argv: given.extend(argv) or 0)
+    example = runpy.run_path(str(record.ROOT / "examples" / "benchmark_my_gpu.py"))
+    assert example["main"](["--dry"]) == 0
+    assert given[-1] == "--dry" and set(given[given.index("--stages") + 1].split(",")) < set(gpu.STAGES)
+    assert float(given[given.index("--minutes") + 1]) <= 5
