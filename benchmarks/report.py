@@ -54,6 +54,49 @@ def jobs_table() -> str:
     return "\n".join([*lines, "", *facts, "", _machine(result)])
 
 
+def encoder_table() -> str:
+    """Our quickest call and transformers' at each batch: of a GPU where one was measured, else of the CPU."""
+    results = goals.Results()
+    place = results.gpu or "cpu"
+    result = results.read(place, "encoder.json")
+    if result is None:
+        return "Not measured yet."
+    peers = [n for n in dict.fromkeys(r["provider"] for r in result["rows"]) if not n.startswith("fastdistil")]
+    timed: dict[tuple[str, str], dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    for row in result["rows"]:
+        if "tokens_per_s" in row:
+            timed.setdefault((row["batch"], row["dtype"]), {})[row["provider"]] = row
+        elif "missing" in row and row["provider"] in peers:
+            missing[row["provider"]] = row["missing"]
+    peers = [name for name in peers if any(name in case for case in timed.values())]
+    head = [name.removeprefix("transformers ") for name in peers]
+    lines = [f"| batch | precision | fastdistil, tokens/s | {' | '.join(f'{n}, ratio' for n in head)} |"]
+    lines.append("|---|---|--:|" + "--:|" * len(peers))
+    for (batch, dtype), case in timed.items():
+        ours = [row for name, row in case.items() if name.startswith("fastdistil")]
+        if not ours:
+            continue
+        best = min(row["median_us"] for row in ours)
+        ratios = [f"{case[p]['median_us'] / best:.2f}x" if p in case else "" for p in peers]
+        tokens = max(row["tokens_per_s"] for row in ours)
+        lines.append(f"| {batch} | {dtype} | {tokens:,.0f} | {' | '.join(ratios)} |")
+    absent = [f"{name}: {why}" for name, why in missing.items() if name not in peers]
+    told = [f"Missing: {'; '.join(absent)}."] if absent else []
+    return "\n".join([*lines, "", *told, "", _where(result)])
+
+
+def _where(result: dict[str, Any]) -> str:
+    gpu = result["gpu"]
+    device = f"{gpu['name']}, driver {gpu.get('driver_version', 'unknown')}" if gpu else result["cpu"]
+    threads = "" if gpu else f", {result['threads']} threads"
+    changed = " with changes" if result["commit"]["dirty"] else ""
+    return (
+        f"{device}{threads}, torch {result['torch']}, triton {result['triton']}, {result['date'][:10]}, "
+        f"commit {str(result['commit']['id'])[:9]}{changed}."
+    )
+
+
 def _read(name: str) -> Any:
     return record.read(RESULTS / "cpu" / name)
 
@@ -72,7 +115,7 @@ def _machine(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"cpu": cpu_table, "jobs": jobs_table}
+TABLES = {"cpu": cpu_table, "encoder": encoder_table, "jobs": jobs_table}
 
 
 def tables(text: str) -> str:

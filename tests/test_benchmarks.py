@@ -177,12 +177,12 @@ def test_a_wrong_encoder_has_no_speed(quick, monkeypatch):
 
 def test_a_checkpoint_and_texts_of_ones_own(minilm, quick, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in range(1, 40)))
+    texts.write_text("".join(json.dumps({"text": "word " * (n % 5 + 1)}) + "\n" for n in range(39)))
     arguments = ["--toy", "--model", str(minilm), "--lengths-from", str(texts), "--out", str(tmp_path / "r.json")]
     assert encoder.main(arguments) == 0
     rows = record.read(tmp_path / "r.json")["rows"]
     assert {row["batch"] for row in rows} == {"texts 0-31", "texts 32-38"}
-    assert rows[0]["tokens"] == sum(n + 2 for n in range(1, 33))
+    assert rows[0]["tokens"] == sum(n % 5 + 3 for n in range(32))
     with pytest.raises(SystemExit):
         encoder.main(["--lengths-from", str(texts)])
     assert "goes with --model" in capsys.readouterr().err
@@ -317,6 +317,24 @@ def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
     capsys.readouterr()
     assert report.main(["--compare", str(tmp_path / "a"), "no-such-revision"]) == 1
     assert "no-such-revision is no file, directory or revision" in capsys.readouterr().err
+
+
+def test_the_table_of_the_encoder(tmp_path, monkeypatch):
+    real = goals.Results
+    monkeypatch.setattr(goals, "Results", lambda: real(tmp_path))
+    assert report.encoder_table() == "Not measured yet."
+    row = {"batch": "1 x 8, fill 1.00", "dtype": "float32"}
+    rows = [
+        row | {"provider": "fastdistil, packed call", "median_us": 10.0, "tokens_per_s": 800_000.0},
+        row | {"provider": "fastdistil, padded call", "median_us": 20.0, "tokens_per_s": 400_000.0},
+        row | {"provider": "transformers sdpa", "median_us": 15.0, "tokens_per_s": 533_333.0},
+        row | {"provider": "transformers flash_attention_2", "missing": "no flash"},
+    ]
+    around = record.environment() | {"gpu": {"name": "a card", "driver_version": "1.2"}}
+    record.write(tmp_path / "h100" / "encoder.json", around | {"rows": rows})
+    table = report.encoder_table().splitlines()
+    assert table[2] == "| 1 x 8, fill 1.00 | float32 | 800,000 | 1.50x |"
+    assert "Missing: transformers flash_attention_2: no flash." in table and table[-1].startswith("a card, driver 1.2,")
 
 
 def test_the_committed_results_are_as_they_were_measured():

@@ -884,9 +884,9 @@ def test_progress_without_a_terminal(checkpoint, embedder, tmp_path, monkeypatch
     assert "rows/s" in capsys.readouterr().err.splitlines()[0]
 
 
-def start(checkpoint, tmp_path, *more, texts=200_000, **options):
+def start(checkpoint, tmp_path, *more, texts=200_000, words=40, **options):
     """A job in a process of its own, that takes long enough to be stopped."""
-    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i} {'word ' * 40}"} for i in range(texts)])
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i} {'word ' * words}"} for i in range(texts)])
     command = [sys.executable, "-m", "fastdistil.cli", "embed", "--model", checkpoint, "--input", path, "--quiet"]
     return subprocess.Popen([*map(str, command), "--output", str(tmp_path / "o"), *more], **options)
 
@@ -983,15 +983,16 @@ def test_an_overwriting_job_on_several_devices_that_was_killed_goes_on(checkpoin
     first = jsonl(tmp_path / "first.jsonl", [{"text": t} for t in TEXTS])
     arguments = ["embed", "--model", str(checkpoint), "--quiet", "--output", str(tmp_path / "o"), "--device", "cpu,cpu"]
     assert main([*arguments, "--input", str(first)]) == 0
-    parent = start(checkpoint, tmp_path, "--device", "cpu,cpu", "--overwrite", texts=120_000)
-    wait_for(lambda: not (tmp_path / "o" / "manifest.json").exists())  # it has something to put in its place
-    children = holders(tmp_path)
+    parent = start(checkpoint, tmp_path, "--device", "cpu,cpu", "--overwrite", texts=160_000, words=6)
+    children, shards = holders(tmp_path), [shard_directory(tmp_path / "o", i, 2) for i in range(2)]
+    wait_for(lambda: any(map(manifests.finished_parts, shards)))
+    wait_for(lambda: not (tmp_path / "o" / "manifest.json").exists())  # there is something to put in its place
     parent.kill()
     parent.wait()
     wait_for(lambda: not any(map(alive, children)), seconds=20)
-    assert any(manifests.finished_parts(shard_directory(tmp_path / "o", i, 2)) for i in range(2))
+    assert any(map(manifests.finished_parts, shards))
     assert main([*arguments, "--input", str(tmp_path / "in.jsonl"), "--resume"]) == 0
-    assert Index(tmp_path / "o").manifest.rows == 120_000
+    assert Index(tmp_path / "o").manifest.rows == 160_000
 
 
 def test_the_status_of_several_devices(checkpoint, heads, tmp_path, capfd):
