@@ -326,7 +326,8 @@ def _timed(run: timing.Run, case: Case, ceilings: dict[str, Any], seconds: float
     found["of_copy"] = case.cost.bytes / cold.median / ceilings["copy"]["bytes_per_s"]
     found["of_matmul"] = case.cost.flops / cold.median / matmul
     l2 = torch.cuda.get_device_properties(case.device).L2_cache_size if case.device.type == "cuda" else None
-    over = ["of_matmul"] if found["of_matmul"] > 1 else []
+    # a shared CPU was seen a third quicker from one minute to the next
+    over = ["of_matmul"] if found["of_matmul"] > (1 if l2 is not None else 1.5) else []
     if l2 is not None and case.cost.bytes > 4 * l2 and found["of_copy"] > 1:  # what is less may stay in the cache
         over.append("of_copy")
     if over:

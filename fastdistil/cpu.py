@@ -123,15 +123,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for i, vi in enumerate(v.unbind(axis)):
         torch.bmm(scores[i], vi, out=out[i])
     return out if axis == 0 else out.transpose(0, 1)
-
-
-def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = False) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    lengths = cu_seqlens.diff()
-    if lengths.numel() == 0 or len(x) == 0:
-        return x.new_zeros(lengths.numel(), x.shape[1])
-    if mode == "mean":
-        out = torch.segment_reduce(x[: int(cu_seqlens[-1])], "mean", lengths=lengths.long(), initial=0, axis=0)
-    else:
-        out = x[cu_seqlens[:-1].long().clamp(max=max(len(x) - 1, 0))].masked_fill((lengths == 0)[:, None], 0)
-    return F.normalize(out, dim=-1) if normalize else out
