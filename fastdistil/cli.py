@@ -1,4 +1,4 @@
-"""The command line: fastdistil embed, predict, merge, search, fill-mask, verify, doctor."""
+"""The command line: fastdistil embed, predict, merge, search, fill-mask, verify, bench, doctor."""
 
 import argparse
 import importlib.metadata

@@ -957,6 +957,9 @@ def test_several_devices_lose_nothing(checkpoint, tmp_path, capfd):
     given = [*base, "--input", str(path), "--output", str(tmp_path / "p")]
     assert main(given) == 1 and main([*given, "--resume"]) == 1
     assert "holds shard-00000-of-00003, of a job on another number of devices" in capfd.readouterr().err
+    (other / "part-00000.npy").write_bytes(b"in the making")
+    with Lock(other):
+        assert main([*given, "--overwrite"]) == 1 and (other / "part-00000.npy").exists()
     assert main([*given, "--overwrite"]) == 0 and not other.exists()
     # another's unfinished job on one device
     with pytest.MonkeyPatch.context() as patch:

@@ -68,6 +68,12 @@ def run_on(
             _remove_shard(directory)
         return ended.returncode == REJECTED
     with Lock(output):
+        if overwrite:
+            divided = {shard_directory(output, i, total).name for i in range(total)}
+            for path in output.iterdir():
+                if SHARD.fullmatch(path.name) and path.name not in divided:  # of another division
+                    with Lock(path):
+                        _remove_shard(path)
         commands = [
             [
                 *(*start, "--device", device, "--output", str(directory)),
@@ -90,9 +96,6 @@ def _refuse(output: Path, directories: list[Path], total: int, *, resume: bool, 
     divided = {shard_directory(output, i, total).name for i in range(total)}
     others = [name for name in present if name not in divided]
     if overwrite:
-        for name in others:
-            if SHARD.fullmatch(name):  # of another division
-                _remove_shard(output / name)
         return
     hint = ", or --overwrite to start over"
     if not resume:
