@@ -26,7 +26,7 @@ from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import Manifest, fingerprint_of_model, refuse_overlap
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.predict import Prediction
-from fastdistil.jobs.processes import Failed, end_with_parent, run_on, split_devices
+from fastdistil.jobs.processes import REJECTED, Failed, end_with_parent, run_on, split_devices
 from fastdistil.jobs.readers import Columns, Row, checked, find_inputs, read_rows
 from fastdistil.jobs.run import ON_ERROR, Embedding, Job, Log, run_job
 from fastdistil.jobs.writers import ANSWERS, EMBEDDINGS
@@ -41,7 +41,7 @@ from fastdistil.pipelines import (
 from fastdistil.verify import verify
 
 SHARED = 64  # tokens that two windows of a long text share
-DONE, FAILED, WRONG_USE, REJECTED = 0, 1, 2, 3  # argparse itself exits with 2, too
+DONE, FAILED, WRONG_USE = 0, 1, 2  # argparse itself exits with 2, too
 
 
 class WrongUse(ValueError):

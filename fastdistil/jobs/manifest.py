@@ -169,7 +169,7 @@ def start_over(directory: Path, manifest: Manifest, keep: list[Part]) -> None:
 
 
 def remove(directory: Path) -> None:
-    """All that a job wrote there, and the directory unless it holds anything else."""
+    """Remove all that a job wrote there but its lock, and nothing else."""
     if not directory.is_dir():
         return
     for path in directory.glob("part-*.done.json"):  # first, so that no part is taken for finished without its manifest
