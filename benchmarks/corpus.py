@@ -7,10 +7,18 @@ import ast
 import json
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastdistil import DistilBertTokenizer
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "_pyrepl"}
+VOCABULARY = 30_522
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -45,6 +53,28 @@ def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast
             yield child
         elif isinstance(child, ast.stmt | ast.ExceptHandler):
             yield from _definitions(child)
+
+
+def tokenizer_for(texts: list[str], size: int = VOCABULARY) -> "DistilBertTokenizer":
+    """WordPiece trained on the texts, lower case."""
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    from fastdistil import DistilBertTokenizer
+
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(iter(texts), vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
+    with tempfile.TemporaryDirectory() as directory:
+        trained.save_model(directory)
+        return DistilBertTokenizer.from_pretrained(directory)
+
+
+@cache
+def docstring_lengths(texts: int, longest: int, vocabulary: int = VOCABULARY) -> tuple[int, ...]:
+    """Tokens of so many docstrings from all over the corpus, cut at `longest`."""
+    corpus = [text for _, text in stdlib_docstrings()]
+    chosen = [corpus[i * len(corpus) // texts] for i in range(texts)]
+    ids = tokenizer_for(corpus, vocabulary)(chosen, truncation=True, max_length=longest)["input_ids"]
+    return tuple(map(len, ids))
 
 
 if __name__ == "__main__":

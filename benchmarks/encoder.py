@@ -9,7 +9,9 @@ A peer is one function under `@provider`: it gets a Batch and gives back a call 
 import argparse
 import json
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,12 +23,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import record, roofline, shapes, timing
-from benchmarks.kernels import KEPT, Missing, failed
+from benchmarks.corpus import docstring_lengths
+from benchmarks.kernels import KEPT, Missing, errors, failed
 from benchmarks.roofline import Shape
 from benchmarks.shapes import Matrix
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer
 from fastdistil.testing import cu_seqlens, error_law
 
+MAX_LENGTH = 256  # of docstrings
 COMPILED = 128  # the length at which torch.compile takes part
 TRUTH_TOKENS = 4_096  # of a batch, whose first texts are computed in float64: more would take longer than the rest
 
@@ -101,6 +105,51 @@ for _attention in ("eager", "sdpa", "flash_attention_2"):
     provider(f"transformers {_attention}")(transformers(_attention))
 
 
+@provider("ONNX Runtime")
+def onnx_runtime(batch: Batch, stack: ExitStack) -> timing.Run:
+    """transformers' model exported by torch.onnx, on all threads."""
+    if batch.device.type != "cpu" or batch.model.dtype is not torch.float32:
+        raise Missing("float32 on CPU only")
+    session = _exported(batch)
+    feeds = dict(
+        zip((i.name for i in session.get_inputs()), (batch.ids.numpy(), batch.keep.long().numpy()), strict=True)
+    )
+    return lambda: torch.from_numpy(session.run(None, feeds)[0])
+
+
+def _exported(batch: Batch) -> Any:
+    """An InferenceSession of [batch, length] ids and mask, exported once a model."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  what torch.onnx needs
+    except ImportError as error:
+        raise Missing(str(error)) from error
+    if id(batch.model) not in _sessions:
+        model = _Hidden(_theirs(batch, "sdpa")).eval()
+        either = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        example = torch.ones(2, 8, dtype=torch.int64), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+        with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(model, example, dynamo=True, dynamic_shapes=(either, either), verbose=False)
+            program.save(path := f"{directory}/model.onnx")  # type: ignore[union-attr]
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        _sessions[id(batch.model)] = session
+    return _sessions[id(batch.model)]
+
+
+class _Hidden(torch.nn.Module):
+    """transformers' model, giving the last hidden state alone."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=keep).last_hidden_state
+
+
 @provider("transformers sdpa, torch.compile")
 def compiled(batch: Batch, stack: ExitStack) -> timing.Run:
     return _compile(batch, stack, None)
@@ -128,6 +177,7 @@ def _compile(batch: Batch, stack: ExitStack, mode: str | None) -> timing.Run:
 
 
 _cached: dict[Any, Any] = {}
+_sessions: dict[int, Any] = {}
 
 
 def _theirs(batch: Batch, attention: str) -> Any:
@@ -177,7 +227,8 @@ def batch_of(model: DistilBertModel, name: str, lengths: list[int], longest: int
 
 
 def batches(model: DistilBertModel, matrix: Matrix) -> Iterator[Batch]:
-    """batch x length x fill; at a fill below one, lengths are spread evenly around it, the first being the longest."""
+    """batch x length x fill, and docstrings. At a fill below one, lengths are spread evenly around it, the first being
+    the longest."""
     for texts, longest, fill in product(matrix.batches, matrix.lengths, matrix.fills):
         if fill == 1:
             lengths = [longest] * texts
@@ -187,6 +238,9 @@ def batches(model: DistilBertModel, matrix: Matrix) -> Iterator[Batch]:
             spread = [max(1, round(longest * fill * (0.5 + i / max(1, texts - 2)))) for i in range(texts - 1)]
             lengths = [longest, *(min(longest, n) for n in spread)]
         yield batch_of(model, f"{texts} x {longest}, fill {sum(lengths) / (texts * longest):.2f}", lengths, longest)
+    if matrix.docstrings:
+        lengths = list(docstring_lengths(matrix.docstrings, MAX_LENGTH))
+        yield batch_of(model, f"{len(lengths)} docstrings", lengths, max(lengths))
 
 
 def truth_of(batch: Batch) -> tuple[Tensor, Tensor, int]:
@@ -209,9 +263,12 @@ def measure(batch: Batch, deadline: float, seconds: float = 0.1) -> Iterator[dic
     truth, eager, texts = truth_of(batch)
     known = int(batch.keep[:texts].sum())
     tokens = sum(batch.lengths)
+    # libraries on CPU add up in orders of their own
+    largest = 4 if batch.device.type == "cpu" else 2
     for name, make in PROVIDERS:
         row: dict[str, Any] = {"batch": batch.name, "provider": name, "tokens": tokens}
         row |= {"dtype": str(batch.model.dtype).removeprefix("torch."), "fill": tokens / batch.ids.numel()}
+        row |= {"texts": batch.ids.shape[0], "length": batch.ids.shape[1]}
         if time.monotonic() > deadline:
             yield row | {"missing": "no time was left"}
             continue
@@ -219,15 +276,18 @@ def measure(batch: Batch, deadline: float, seconds: float = 0.1) -> Iterator[dic
             try:
                 run = make(batch, stack)
                 result = run()
-                error_law((result[batch.keep] if result.dim() == 3 else result)[:known], eager, truth)
+                found = (result[batch.keep] if result.dim() == 3 else result)[:known]
+                error_law(found, eager, truth, largest=largest)
+                row["error"] = errors(found, truth)
+                del found
                 del result
                 if batch.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(batch.device)
-                found = timing.wall(run, batch.device, 2 * seconds)
-                figures = found.figures()
+                took = timing.wall(run, batch.device, 2 * seconds)
+                figures = took.figures()
                 figures["samples_us"] = [round(s, 3) for s in figures["samples_us"][:KEPT]]
-                row |= figures | {"tokens_per_s": tokens / found.median}
-                row["p99_us"] = sorted(found.samples)[int(0.99 * (len(found.samples) - 1))] * 1e6
+                row |= figures | {"tokens_per_s": tokens / took.median}
+                row["p99_us"] = sorted(took.samples)[int(0.99 * (len(took.samples) - 1))] * 1e6
                 if batch.device.type == "cuda":
                     row["peak_bytes"] = torch.cuda.max_memory_allocated(batch.device)
                 yield row
@@ -253,6 +313,7 @@ def run(
             rows += measure(batch, deadline, matrix.seconds)
             keep(rows)
     _cached.clear()
+    _sessions.clear()
     return rows
 
 

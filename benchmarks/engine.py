@@ -8,7 +8,6 @@ DistilBERT-base size, and the vocabulary is trained by the run on the docstrings
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,29 +19,16 @@ import numpy as np
 import torch
 
 from benchmarks import record, shapes, timing
-from benchmarks.corpus import stdlib_docstrings
+from benchmarks.corpus import VOCABULARY, stdlib_docstrings, tokenizer_for
 from benchmarks.encoder import Batch, batch_of, model_of, truth_of
 from benchmarks.kernels import failed
 from benchmarks.shapes import Matrix
-from fastdistil import DistilBertTokenizer, Embedder, reference
+from fastdistil import Embedder, reference
 from fastdistil.engine.scheduler import Window, cuts
 from fastdistil.testing import cu_seqlens, error_law
 
-VOCABULARY = 30_522
 BATCHES = 200  # full ones, that a measurement on CUDA takes
 MAX_LENGTH = 256
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def tokenizer_for(texts: list[str], size: int = VOCABULARY) -> DistilBertTokenizer:
-    """WordPiece trained on the texts, lower case."""
-    from tokenizers.implementations import BertWordPieceTokenizer
-
-    trained = BertWordPieceTokenizer()
-    trained.train_from_iterator(iter(texts), vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
-    with tempfile.TemporaryDirectory() as directory:
-        trained.save_model(directory)
-        return DistilBertTokenizer.from_pretrained(directory)
 
 
 def drive(embedder: Embedder, windows: Iterator[Window], texts: int) -> tuple[np.ndarray, dict[str, Any]]:

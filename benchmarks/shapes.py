@@ -23,6 +23,7 @@ class Matrix:
     batches: tuple[int, ...]
     fills: tuple[float, ...]
     dtypes: tuple[torch.dtype, ...]
+    docstrings: int = 0  # texts in a batch of real lengths
     seconds: float = 0.1  # that a timing takes
 
 
@@ -34,6 +35,7 @@ FULL = Matrix(
     batches=(256, 1, 32, 8),
     fills=(1.0, 0.5, 0.25),
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    docstrings=256,
 )
 TOY = Matrix(
     Shape(32, 64, 2, 2),
@@ -50,11 +52,12 @@ TOY = Matrix(
 ON_CPU = Matrix(
     BASE,
     rows=(2_048, 256, 16),
-    lengths=(128, 32),
+    lengths=(128, 32, 256, 16),
     attended=2_048,
-    batches=(16, 1),
-    fills=(1.0, 0.5),
+    batches=(16, 1, 4),
+    fills=(1.0, 0.75, 0.5, 0.25),
     dtypes=(torch.float32,),
+    docstrings=32,
 )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import fastdistil
+from fastdistil import cpu
 from fastdistil._register import FORMS
 from fastdistil.checkpoint import find
 from fastdistil.engine import Embedder
@@ -500,6 +501,7 @@ def doctor(arguments: argparse.Namespace) -> None:
         ("torch", torch.__version__),
         ("triton", _target.triton_version() or "not installed"),
         ("cpu threads", str(torch.get_num_threads())),
+        ("cpu products", f"by torch ({kept})" if (kept := cpu.why_not_onednn()) else "float32 by oneDNN"),
         ("cuda", str(torch.version.cuda or "this torch is built without it")),
         ("C compiler", _target.missing_compiler() or "found, with Python's headers"),
         ("kernel cache", str(_target.cache_directory())),

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
-from fastdistil import cpu, ops, reference
+from fastdistil import DistilBertConfig, DistilBertModel, cpu, ops, reference
 from fastdistil._register import FORMS
 from fastdistil.kernels._target import interpreted
 from fastdistil.testing import cu_seqlens, error_law
@@ -173,6 +173,88 @@ def test_autocast(device):
         assert (qkv.dtype, context.dtype, normed.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
         assert ops.linear(x.double(), w.double(), b.double()).dtype is torch.float64
     assert ops.linear(x, w, b).dtype is torch.float32
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Products by oneDNN, wherever this runs, and the row counts it was called with."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(cpu, "why_not_onednn", lambda: "")
+    counts, product = [], torch.ops.mkldnn._linear_pointwise
+
+    class Counting:
+        def __call__(self, x, *args):
+            counts.append(x.shape[0])
+            return product(x, *args)
+
+        def binary(self, x, *args):
+            counts.append(x.shape[0])
+            return product.binary(x, *args)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Counting())
+    return counts
+
+
+@on_cpu_forms
+@pytest.mark.parametrize("terms", [1, 33, 384, 768, 769, 1000, 3072])
+@pytest.mark.parametrize("rows", [8, 67, 128, 300])
+def test_products_by_onednn(onednn, rows, terms):
+    g = torch.Generator().manual_seed(rows + terms)
+    behind = torch.full((64, terms), float("nan"))  # what lies behind the rows in their storage must not matter
+    weight, bias = torch.randn(70, terms, generator=g), torch.randn(140, generator=g)[::2]
+    cut = terms > cpu.CHAIN
+    for x in (torch.randn(rows, terms, generator=g), torch.randn(terms, rows, generator=g).T):
+        for given, activations in (
+            (x, (None, *ops.ACTIVATIONS)),
+            (torch.cat([x, behind])[:rows], (None,)),
+            (torch.cat([behind[:6], x])[6:], ("gelu",)),
+        ):
+            for activation in activations:
+                args = (weight, bias) if activation is None else (weight, bias, activation)
+                op = "linear" if activation is None else "bias_gelu"
+                onednn.clear()
+                result, definition = getattr(ops, op)(given, *args), getattr(reference, op)
+                wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+                error_law(result, definition(x, *args), definition(x.double(), *wide), largest=4)
+                parts = -(-terms // cpu.CHAIN)
+                assert onednn == ([] if cut and rows < cpu.MANY_ROWS else [cpu.grid(rows)] * parts)
+
+
+@on_cpu_forms
+def test_when_onednn_is_not_asked(onednn, monkeypatch):
+    x, weight, bias = torch.randn(40, 48), torch.randn(64, 48), torch.randn(64)
+    cu = cu_seqlens([30])
+    assert (
+        torch.equal(ops.linear(x, weight, bias, cu)[:30], ops.linear(x[:30].clone(), weight, bias)) and len(onednn) == 2
+    )
+    onednn.clear()
+    ops.linear(x[:7], weight, bias)
+    ops.linear(x, torch.randn(48, 64).T, bias)  # a strided weight would take a thousand times as long
+    ops.linear(x.double(), weight.double(), bias.double())
+    ops.linear(x[:0], weight, bias)
+    ops.linear(x, weight[:0], bias[:0])
+    ops.linear(x[:, :0].contiguous(), weight[:, :0].contiguous(), bias)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    ops.linear(x, weight, bias)
+    assert onednn == []
+
+
+@on_cpu_forms
+def test_onednn_meets_few_row_counts(onednn, monkeypatch):
+    """It keeps code for each; and between our ops no rows are copied to make room."""
+    model = DistilBertModel(DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2, vocab_size=50)).eval()
+    monkeypatch.setattr(F, "pad", None)
+    for rows in range(8, 700, 3):
+        onednn.clear()
+        with torch.inference_mode():
+            model.forward_packed(torch.arange(rows) % 50, cu_seqlens([rows // 2, rows - rows // 2]), 350)
+        assert len(onednn) == 8 and set(onednn) == {cpu.grid(rows)}
+    counts = [cpu.grid(rows) for rows in range(1, 20_000)]
+    assert counts == sorted(counts) and all(
+        rows <= n <= max(rows + 7, rows * 17 / 16) for rows, n in enumerate(counts, 1)
+    )
+    assert len(set(counts)) <= 135
 
 
 @pytest.mark.parametrize("elements", [2 * HEADS * 40 * 40, HEADS * 40 * 17, 1])

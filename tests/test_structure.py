@@ -22,7 +22,7 @@ ALLOWED = {
     "packing": set(),
     "graphs": set(),
     "testing": {"ops", "reference"},
-    "cpu": set(),
+    "cpu": {"reference"},
     "ops": {"_register", "kernels", "cpu", "reference"},
     "checkpoint": {"config"},
     "adapters": {"checkpoint", "ops"},
@@ -34,7 +34,7 @@ ALLOWED = {
     "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},
     "engine": {"engine", "model", "tokenizer", "checkpoint", "graphs", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
-    "cli": {"jobs", "engine", "checkpoint", "kernels", "pipelines", "verify", "_register", "ops", ""},
+    "cli": {"jobs", "engine", "cpu", "checkpoint", "kernels", "pipelines", "verify", "_register", "ops", ""},
     "__init__": {"config", "engine", "heads", "integrations", "model", "ops", "pipelines", "tokenizer"},
 }
 
