@@ -55,7 +55,8 @@ class Batch:
         return self.ids[self.keep].int(), cu_seqlens(list(self.lengths), str(self.device)), max(self.lengths)
 
 
-PROVIDERS: list[tuple[str, Callable[[Batch, ExitStack], timing.Run]]] = []
+Make = Callable[[Batch, ExitStack], timing.Run]
+PROVIDERS: list[tuple[str, Make]] = []
 
 
 def provider(name: str) -> Callable[[Any], Any]:
@@ -92,7 +93,7 @@ def captured(batch: Batch, stack: ExitStack) -> timing.Run:
     return padded(batch, stack)
 
 
-def transformers(attention: str) -> Callable[[Batch, ExitStack], timing.Run]:
+def transformers(attention: str) -> Make:
     def run(batch: Batch, stack: ExitStack) -> timing.Run:
         model = _theirs(batch, attention)
         mask = batch.keep.long()
@@ -258,13 +259,24 @@ def truth_of(batch: Batch) -> tuple[Tensor, Tensor, int]:
     return dense(wide), eager, texts
 
 
+def checked(
+    batch: Batch, make: Make, stack: ExitStack, truth: Tensor, eager: Tensor
+) -> tuple[timing.Run, dict[str, float]]:
+    """A provider's call and its errors; raises AssertionError where it breaks the error law, Missing where it cannot
+    run."""
+    run = make(batch, stack)
+    result = run()
+    result = (result[batch.keep] if result.dim() == 3 else result)[: len(truth)]
+    error_law(
+        result, eager, truth, largest=4 if batch.device.type == "cpu" else 2
+    )  # CPU libraries have their own order
+    return run, errors(result, truth)
+
+
 @torch.no_grad()
 def measure(batch: Batch, deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
-    truth, eager, texts = truth_of(batch)
-    known = int(batch.keep[:texts].sum())
+    truth, eager, _ = truth_of(batch)
     tokens = sum(batch.lengths)
-    # libraries on CPU add up in orders of their own
-    largest = 4 if batch.device.type == "cpu" else 2
     for name, make in PROVIDERS:
         row: dict[str, Any] = {"batch": batch.name, "provider": name, "tokens": tokens}
         row |= {"dtype": str(batch.model.dtype).removeprefix("torch."), "fill": tokens / batch.ids.numel()}
@@ -274,13 +286,7 @@ def measure(batch: Batch, deadline: float, seconds: float = 0.1) -> Iterator[dic
             continue
         with ExitStack() as stack:
             try:
-                run = make(batch, stack)
-                result = run()
-                found = (result[batch.keep] if result.dim() == 3 else result)[:known]
-                error_law(found, eager, truth, largest=largest)
-                row["error"] = errors(found, truth)
-                del found
-                del result
+                run, row["error"] = checked(batch, make, stack, truth, eager)
                 if batch.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(batch.device)
                 took = timing.wall(run, batch.device, 2 * seconds)
@@ -395,8 +401,7 @@ def predicted(rows: list[dict[str, Any]], chip: roofline.Chip, shape: Shape) -> 
     """(batch, predicted, measured) tokens/s of our captured graph, where it was measured."""
     for row in rows:
         if row["provider"] == "fastdistil, captured graph" and "tokens_per_s" in row and row["fill"] == 1:
-            texts, longest = map(int, row["batch"].partition(",")[0].split(" x "))
-            lengths = [longest] * texts
+            lengths = [row["length"]] * row["texts"]
             yield row["batch"], roofline.predict(chip, lengths, shape, row["dtype"]), row["tokens_per_s"]
 
 

@@ -24,8 +24,8 @@ ELEMENTWISE = {"add_layer_norm": 3.0, "embed_layer_norm": 3.0, "pool": 1.0}
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def _best(rows: list[dict[str, Any]]) -> str:
-    """The precision that people run: bfloat16 where it was measured."""
+def precision(rows: list[dict[str, Any]]) -> str:
+    """What people run: bfloat16 where it was measured."""
     found = {row["dtype"] for row in rows}
     return next((name for name in ("bfloat16", "float16", "float32") if name in found), "float32")
 
@@ -53,7 +53,7 @@ class Styles:
 
 def roofline(ax: Any, result: dict[str, Any]) -> bool:
     """Every op at its largest shape below what this machine reaches in copies and in matrix products."""
-    dtype = _best(result["rows"])
+    dtype = precision(result["rows"])
     largest: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
         if row["provider"] == "fastdistil" and row["dtype"] == dtype and "cold" in row:
@@ -78,7 +78,7 @@ def roofline(ax: Any, result: dict[str, Any]) -> bool:
 
 
 def _encoder(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    dtype = _best(result["rows"])
+    dtype = precision(result["rows"])
     yield from (row for row in result["rows"] if row["dtype"] == dtype and "tokens_per_s" in row and "texts" in row)
 
 
@@ -90,13 +90,13 @@ def throughput(ax: Any, result: dict[str, Any]) -> bool:
     _draw(ax, lines, Styles(result["rows"]))
     _powers(ax, lines, "tokens a text")
     ax.set(ylabel="tokens/s", ylim=(0, None))
-    ax.set_title(f"Throughput, {most} texts of one length, {_best(result['rows'])}")
+    ax.set_title(f"Throughput, {most} texts of one length, {precision(result['rows'])}")
     return bool(lines)
 
 
 def fill(ax: Any, result: dict[str, Any]) -> bool:
     """How many times as long each peer takes as our quickest call, by the part of a batch that is no padding."""
-    rows = list(_encoder(result))
+    rows = [row for row in _encoder(result) if not row["batch"].endswith("docstrings")]
     most = max((row["texts"] for row in rows), default=0)
     length = 128 if any(row["length"] == 128 for row in rows) else max((row["length"] for row in rows), default=0)
     rows = [row for row in rows if row["texts"] == most and row["length"] == length]
@@ -109,7 +109,7 @@ def fill(ax: Any, result: dict[str, Any]) -> bool:
     _draw(ax, lines, Styles(result["rows"]))
     ax.axhline(1, color=OURS, linewidth=1)
     ax.set(xlabel="fill: real tokens of all", ylabel="times as long as fastdistil", ylim=(0, None))
-    ax.set_title(f"Speedup by fill, {most} texts of at most {length} tokens, {_best(result['rows'])}")
+    ax.set_title(f"Speedup by fill, {most} texts of at most {length} tokens, {precision(result['rows'])}")
     return bool(lines)
 
 
@@ -126,13 +126,13 @@ def latency(ax: Any, result: dict[str, Any]) -> bool:
         ax.fill_between(xs, ys, late[name][1], color=styles[name]["color"], alpha=0.12, linewidth=0)
     _powers(ax, lines, "texts")
     ax.set(yscale="log", ylabel="milliseconds a call, to the 99th percentile")
-    ax.set_title(f"Latency, texts of {length} tokens, {_best(result['rows'])}")
+    ax.set_title(f"Latency, texts of {length} tokens, {precision(result['rows'])}")
     return bool(lines)
 
 
 def error(ax: Any, result: dict[str, Any]) -> bool:
     """The largest error of each op by each provider, over all its shapes, by the largest value."""
-    dtype = _best(result["rows"])
+    dtype = precision(result["rows"])
     largest: dict[str, dict[str, float]] = {}
     for row in result["rows"]:
         if row["dtype"] == dtype and "error" in row:
@@ -206,6 +206,27 @@ def draw(results: Path = RESULTS, figures: Path = FIGURES) -> None:
             stale.discard(path)
     for path in stale:
         path.unlink()
+    (figures / "README.md").write_text(page([(place, name) for place, name, _ in wanted(results)]), encoding="utf-8")
+
+
+def tag(place: str, name: str, directory: str = "") -> str:
+    """Markdown that shows a picture, as light or dark as the page."""
+    light, dark = (f"{directory}{place}-{name}-{theme}.svg" for theme in THEMES)
+    about = (PICTURES[name][1].__doc__ or "").splitlines()[0]
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{about}" src="{light}"></picture>'
+    )
+
+
+def page(found: list[tuple[str, str]]) -> str:
+    """docs/figures/README.md: every picture, by machine."""
+    lines = ["# Measured", "", "Drawn by `make report` from benchmarks/results/."]
+    for place in dict.fromkeys(place for place, _ in found):
+        lines += ["", f"## {place}"]
+        for name in (name for where, name in found if where == place):
+            lines += ["", (PICTURES[name][1].__doc__ or "").splitlines()[0], "", tag(place, name)]
+    return "\n".join(lines) + "\n"
 
 
 def _svg(picture: Callable[[Any, dict[str, Any]], bool], theme: str, result: dict[str, Any]) -> str:

@@ -65,7 +65,8 @@ class Missing(Exception):
     """Why a provider cannot run here: it is listed with the reason."""
 
 
-PROVIDERS: dict[str, list[tuple[str, Callable[[Case, ExitStack], timing.Run]]]] = {}
+Make = Callable[[Case, ExitStack], timing.Run]
+PROVIDERS: dict[str, list[tuple[str, Make]]] = {}
 
 
 def provider(name: str, *names: str) -> Callable[[Any], Any]:
@@ -151,7 +152,7 @@ def _compile(case: Case, stack: ExitStack, mode: str | None) -> timing.Run:
     return lambda: function(*case.args)
 
 
-def sdpa(backend: SDPBackend) -> Callable[[Case, ExitStack], timing.Run]:
+def sdpa(backend: SDPBackend) -> Make:
     """On a padded batch that is there already; with a mask unless all sequences are of one length."""
 
     def run(case: Case, stack: ExitStack) -> timing.Run:
@@ -291,10 +292,7 @@ def cases(op: str, matrix: Matrix, dtype: torch.dtype, device: torch.device) -> 
 @torch.inference_mode()
 def measure(case: Case, ceilings: dict[str, Any], deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
     """A row a provider: what is missing or wrong, or its times."""
-    definition = getattr(reference, case.op)
-    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args]
-    truth, plain = definition(*wide), definition(*case.args)
-    del wide
+    truth, plain = expected(case)
     for name, make in PROVIDERS[case.op]:
         row: dict[str, Any] = {"op": case.op, "shape": case.name, "provider": name}
         row["dtype"] = str(case.dtype).removeprefix("torch.")
@@ -303,17 +301,31 @@ def measure(case: Case, ceilings: dict[str, Any], deadline: float, seconds: floa
             continue
         with ExitStack() as stack:
             try:
-                run = make(case, stack)
-                result = run()
-                result = run.packed() if isinstance(run, _Unpacked) else result
-                error_law(result, plain, truth, largest=4 if _by_onednn(case) else 2)
-                row["error"] = errors(result, truth)
-                del result
+                run, row["error"] = checked(case, make, stack, truth, plain)
                 yield row | _timed(run, case, ceilings, seconds)
             except Missing as why:
                 yield row | {"missing": str(why)}
             except Exception as error:  # of one provider; the others go on, and the run fails in the end
                 yield row | {"wrong": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def expected(case: Case) -> tuple[Tensor, Tensor]:
+    """What the definition gives in float64, and in the case's own precision."""
+    definition = getattr(reference, case.op)
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args]
+    return definition(*wide), definition(*case.args)
+
+
+def checked(
+    case: Case, make: Make, stack: ExitStack, truth: Tensor, plain: Tensor
+) -> tuple[timing.Run, dict[str, float]]:
+    """A provider's call and its errors; raises AssertionError where it breaks the error law, Missing where it cannot
+    run."""
+    run = make(case, stack)
+    result = run()
+    result = run.packed() if isinstance(run, _Unpacked) else result
+    error_law(result, plain, truth, largest=4 if _by_onednn(case) else 2)
+    return run, errors(result, truth)
 
 
 def errors(result: Tensor, truth: Tensor) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What benchmarks/results/ says.
 
-python -m benchmarks.report                  # README's tables
-python -m benchmarks.report --check          # exit status 1 where README is not in step with them
+python -m benchmarks.report                  # README's tables, and the pictures in docs/figures/
+python -m benchmarks.report --check          # exit status 1 where either is not in step with them
 python -m benchmarks.report --goals          # id goal measured met|missed|unmeasured; 1 where a measured one is missed
 python -m benchmarks.report --compare A B    # files, directories or git revisions; 1 where B is slower beyond noise
 """
@@ -11,7 +11,7 @@ import re
 import sys
 from typing import Any
 
-from benchmarks import compare, goals, record
+from benchmarks import compare, figures, goals, record
 
 RESULTS = record.ROOT / "benchmarks" / "results"
 
@@ -64,8 +64,9 @@ def encoder_table() -> str:
     peers = [n for n in dict.fromkeys(r["provider"] for r in result["rows"]) if not n.startswith("fastdistil")]
     timed: dict[tuple[str, str], dict[str, Any]] = {}
     missing: dict[str, str] = {}
+    most = max((row["texts"] for row in result["rows"] if row["fill"] == 1), default=0)
     for row in result["rows"]:
-        if "tokens_per_s" in row:
+        if "tokens_per_s" in row and _telling(row, most):
             timed.setdefault((row["batch"], row["dtype"]), {})[row["provider"]] = row
         elif "missing" in row and row["provider"] in peers:
             missing[row["provider"]] = row["missing"]
@@ -84,6 +85,62 @@ def encoder_table() -> str:
     absent = [f"{name}: {why}" for name, why in missing.items() if name not in peers]
     told = [f"Missing: {'; '.join(absent)}."] if absent else []
     return "\n".join([*lines, "", *told, "", _where(result)])
+
+
+def _telling(row: dict[str, Any], most: int) -> bool:
+    """Of all batches the most texts and a single one, of 32 and 128 tokens, full and half full, and docstrings."""
+    few = row["texts"] in (1, most) and row["length"] in (32, 128) and (row["fill"] == 1 or 0.45 < row["fill"] < 0.6)
+    return few or row["batch"].endswith("docstrings")
+
+
+def kernels_table() -> str:
+    """Every op beside its best peer at the largest shape of each kind: of a GPU where one was measured, else of the
+    CPU, in the precision that people run."""
+    results = goals.Results()
+    result = results.read(results.gpu or "cpu", "kernels.json")
+    if result is None:
+        return "Not measured yet."
+    dtype = figures.precision(result["rows"])
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["dtype"] == dtype and "cold" in row:
+            cases.setdefault(f"{row['op']}, {row['shape']}", {})[row["provider"]] = row
+    kinds: dict[str, str] = {}  # what differs in more than the number of rows
+    for name, case in cases.items():
+        op, shape = next(iter(case.values()))["op"], name.partition(", ")[2]
+        kind = name if "=" in shape else f"{op} {shape.partition(' x ')[2]}"
+        largest = cases.get(kinds.get(kind, ""), case)
+        if "fastdistil" in case and case["fastdistil"]["bytes"] >= largest["fastdistil"]["bytes"]:
+            kinds[kind] = name
+    lines = [
+        f"| op, {dtype} | fastdistil, us (IQR) | of a copy | of a product | best peer | ratio | largest error by its |",
+        "|---|--:|--:|--:|---|--:|--:|",
+    ]
+    for name in kinds.values():
+        case = dict(cases[name])
+        mine = case.pop("fastdistil")
+        peers = {n: row for n, row in case.items() if not n.startswith("fastdistil")}
+        best = min(peers, key=lambda n: peers[n]["cold"]["median_us"], default=None)
+        took, product = mine["cold"], f"{mine['of_matmul']:.0%}" if mine["flops"] else ""
+        line = f"| {name} | {took['median_us']:,.0f} ({took['iqr_us']:,.0f}) | {mine['of_copy']:.0%} | {product} |"
+        if best:
+            ratio, off = peers[best]["cold"]["median_us"] / took["median_us"], peers[best]["error"]["max"]
+            error = f"{mine['error']['max'] / off:.2f}" if off else ""
+            line += f" {best} | {ratio:.2f}x | {error} |"
+        else:
+            line += " none | | |"
+        lines.append(line)
+    missing = {row["provider"]: row["missing"] for row in result["rows"] if "missing" in row}
+    timed = {row["provider"] for row in result["rows"] if "cold" in row}
+    absent = [f"{name} ({why})" for name, why in missing.items() if name not in timed]
+    return "\n".join([*lines, "", *([f"Missing: {'; '.join(absent)}."] if absent else []), "", _where(result)])
+
+
+def pictures() -> str:
+    """Throughput by length and speedup by fill: of a GPU where one was measured, else of the CPU."""
+    place = goals.Results().gpu or "cpu"
+    there = {name: result for where, name, result in figures.wanted(RESULTS) if where == place}
+    return "\n\n".join(figures.tag(place, name, "docs/figures/") for name in ("throughput", "fill") if name in there)
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -115,7 +172,13 @@ def _machine(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"cpu": cpu_table, "encoder": encoder_table, "jobs": jobs_table}
+TABLES = {
+    "cpu": cpu_table,
+    "encoder": encoder_table,
+    "kernels": kernels_table,
+    "jobs": jobs_table,
+    "figures": pictures,
+}
 
 
 def tables(text: str) -> str:
@@ -142,13 +205,16 @@ def main(argv: list[str] | None = None) -> int:
         path = record.ROOT / "README.md"
         text = path.read_text(encoding="utf-8")
         new = tables(text)
-    except ValueError as error:
+        if args.check:
+            wrong = figures.out_of_step()
+            wrong += ["README.md is not in step with benchmarks/results/"] if new != text else []
+            for line in wrong:
+                print(f"{line}; run `make report`", file=sys.stderr)
+            return int(bool(wrong))
+        figures.draw()
+    except (ValueError, ImportError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1
-    if args.check:
-        if new != text:
-            print("README.md is not in step with benchmarks/results/; run `make report`", file=sys.stderr)
-        return int(new != text)
     path.write_text(new, encoding="utf-8")
     return 0
 

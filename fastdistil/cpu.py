@@ -15,9 +15,9 @@ from fastdistil import reference
 # threads is poor there (measured: 1.7x faster at 8 rows, 1.05 to 1.1x at 256, slower from 1,024; widths 384, 768).
 FEW_ROWS, BLOCKS = 256, 8
 # oneDNN's float32 product adds each element in one chain, MKL's in blocks of 192. Cut at so many terms a chain its mean
-# error is MKL's (times 0.9 to 1.1) and its largest at most 3.5 times as much; a cut copies part of the weights, so it
-# pays from MANY_ROWS rows on. Fewer than SOME_ROWS rows are as quick by MKL.
-CHAIN, SOME_ROWS, MANY_ROWS = 768, 8, 128
+# error is at most MKL's and a half, its largest was up to 3 times MKL's in results of 1,000 elements and more. A cut
+# copies part of the weights, so it pays from MANY_ROWS rows on; up to SOME_ROWS rows MKL is as quick.
+CHAIN, SOME_ROWS, MANY_ROWS = 1_024, 8, 128
 ONEDNN_ACTIVATIONS = {
     "gelu": ("gelu", "none"),
     "gelu_new": ("gelu", "tanh"),

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks import encoder, goals, gpu, kernels, record, report, roofline, shapes, timing, tune
+from benchmarks import encoder, figures, goals, gpu, kernels, record, report, roofline, shapes, timing, tune
 from benchmarks.roofline import BASE, CHIPS, Shape
 from benchmarks.timing import Timing
 from fastdistil.cli import main as cli
@@ -323,7 +326,7 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
     real = goals.Results
     monkeypatch.setattr(goals, "Results", lambda: real(tmp_path))
     assert report.encoder_table() == "Not measured yet."
-    row = {"batch": "1 x 8, fill 1.00", "dtype": "float32"}
+    row = {"batch": "1 x 32, fill 1.00", "dtype": "float32", "texts": 1, "length": 32, "fill": 1.0}
     rows = [
         row | {"provider": "fastdistil, packed call", "median_us": 10.0, "tokens_per_s": 800_000.0},
         row | {"provider": "fastdistil, padded call", "median_us": 20.0, "tokens_per_s": 400_000.0},
@@ -333,8 +336,77 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
     around = record.environment() | {"gpu": {"name": "a card", "driver_version": "1.2"}}
     record.write(tmp_path / "h100" / "encoder.json", around | {"rows": rows})
     table = report.encoder_table().splitlines()
-    assert table[2] == "| 1 x 8, fill 1.00 | float32 | 800,000 | 1.50x |"
+    assert table[2] == "| 1 x 32, fill 1.00 | float32 | 800,000 | 1.50x |"
     assert "Missing: transformers flash_attention_2: no flash." in table and table[-1].startswith("a card, driver 1.2,")
+
+
+@pytest.fixture
+def results(quick, tmp_path):
+    """Toy results of kernels and encoder on CPU, and of the same as if on a GPU."""
+    pytest.importorskip("transformers")
+    around = record.environment() | {"gpu": None}
+    found = {
+        "kernels": {"ceilings": CEILINGS, "rows": kernels.run(shapes.TOY, CPU, CEILINGS)},
+        "encoder": {"rows": encoder.run(replace(shapes.TOY, docstrings=3), CPU)},
+    }
+    for stage, result in found.items():
+        record.write(tmp_path / "results" / "cpu" / f"{stage}.json", around | result)
+        record.write(tmp_path / "results" / "h200" / f"{stage}.json", around | result | {"gpu": {"name": "A GPU"}})
+    (tmp_path / "results" / "compile").mkdir()
+    return tmp_path / "results"
+
+
+def test_pictures(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    directory = tmp_path / "figures"
+    directory.mkdir()
+    (directory / "cpu-foreign-dark.svg").write_text("<svg/>")
+    assert len(figures.out_of_step(results, directory)) == 2 * 2 * len(figures.PICTURES) + 1
+    figures.draw(results, directory)
+    names = {p.name for p in directory.iterdir()}
+    themes = product(("cpu", "h200"), figures.PICTURES, figures.THEMES)
+    assert names == {"README.md"} | {f"{place}-{name}-{theme}.svg" for place, name, theme in themes}
+    assert figures.out_of_step(results, directory) == []
+    drawn = {p: p.read_text() for p in directory.iterdir()}
+    for path, text in drawn.items():
+        if path.suffix == ".svg":
+            root = ElementTree.fromstring(text)
+            assert root.tag.endswith("svg") and ("on CPU, not on a GPU" in text) == path.name.startswith("cpu")
+            assert figures.THEMES["dark" if "dark" in path.name else "light"][0] in text
+    fill = drawn[directory / "cpu-fill-light.svg"]
+    assert "transformers sdpa" in fill and "fastdistil" in fill and "Speedup by fill, 2 texts of at most 16" in fill
+    assert "linear, 32 x 64 (40 x 32 x 64)" in drawn[directory / "cpu-roofline-dark.svg"]
+    assert "cpu-error-dark.svg" in drawn[directory / "README.md"]
+    figures.draw(results, directory)
+    assert drawn == {p: p.read_text() for p in directory.iterdir()}  # the same bytes again
+    for path in (directory / "h200-error-light.svg", directory / "cpu-fill-dark.svg"):
+        path.unlink() if "h200" in path.name else path.write_text("<svg/>")
+    told = figures.out_of_step(results, directory)
+    assert told == ["cpu-fill-dark.svg was drawn from other results", "h200-error-light.svg is missing"]
+
+
+def test_the_table_of_kernels(results, monkeypatch):
+    real = goals.Results
+    monkeypatch.setattr(goals, "Results", lambda: real(results))
+    table = report.kernels_table().splitlines()
+    rows = [line for line in table if line.startswith("| ") and "IQR" not in line]
+    assert table[0].startswith("| op, float32 |") and len(rows) == 4 + 2 + 2 * 2 * 3  # GEMMs, row ops, L by form
+    assert any(line.startswith("| linear, 40 x 32 x 64 | 2,000 (1,000) |") for line in rows) and "A GPU" in table[-1]
+    assert "flash-attn (flash-attn is not installed)" in table[-3]
+    assert not any("16 x" in line for line in rows)  # the larger of two row counts only
+
+
+def test_lengths_of_docstrings(results):
+    rows = [r for r in record.read(results / "cpu" / "encoder.json")["rows"] if r["batch"] == "3 docstrings"]
+    assert rows[0]["texts"] == 3 and 3 < rows[0]["length"] <= 256 and rows[0]["tokens"] < 3 * rows[0]["length"]
+    assert rows[0]["error"]["max"] < 1e-5
+
+
+def test_onnx_runtime_is_a_peer(quick):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    rows = [row for row in encoder.run(shapes.TOY, CPU) if row["provider"] == "ONNX Runtime"]
+    assert rows and all("tokens_per_s" in row for row in rows)
 
 
 def test_the_committed_results_are_as_they_were_measured():
