@@ -56,7 +56,7 @@ bench: $(VENV)/develop
 	$(MEASURE) $(RESULTS)/ops_overhead.json benchmarks/bench_ops_overhead.py
 	$(MEASURE) $(RESULTS)/tokenizer.json benchmarks/bench_tokenizer.py
 	$(MEASURE) $(RESULTS)/jobs.json benchmarks/bench_jobs.py
-	$(BIN)/python -m benchmarks encoder --out $(RESULTS)/encoder.json
+	$(BIN)/python -m benchmarks encoder --minutes 25 --out $(RESULTS)/encoder.json
 	$(BIN)/python -m benchmarks kernels --out $(RESULTS)/kernels.json
 
 # what a GPU can show, uninstalled and with whatever torch, triton and pytest this machine has

@@ -1,7 +1,8 @@
 """Two sets of results side by side, with the band of noise: python -m benchmarks.report --compare A B
 
 A and B are result files, directories of them, or git revisions of benchmarks/results. What is slower by more than its
-band is a regression. The band of a pair is the wider of BAND and both sides' interquartile ranges together.
+band is a regression. The band of a pair is the widest of BAND (on CPU, BAND_ON_CPU), both sides' interquartile ranges
+together, and what either side drifted while it was measured.
 """
 
 import json
@@ -15,19 +16,29 @@ from benchmarks import record
 from benchmarks.timing import Timing
 
 BAND = 0.03
+# two runs of the kernels' suite within minutes on a shared machine of two cores: 95 % of all medians were within 22 %
+BAND_ON_CPU = 0.25
 RESULTS = "benchmarks/results"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, and how far the middle half of the rounds spreads, as a part of them."""
+    """Seconds, and as parts of them, how far the middle half of the rounds spreads and the least band that counts."""
 
     median: float
     spread: float
+    least: float = BAND
 
 
-def load(where: str) -> dict[str, Measured]:
-    """All times of a file, a directory or a revision, by what was measured. Raises ValueError where there are none."""
+def load_both(before: str, after: str) -> list[dict[str, Measured]]:
+    """All times of two files, whatever their names, or of two directories or revisions."""
+    named = not (Path(before).is_file() and Path(after).is_file())
+    return [load(where, named) for where in (before, after)]
+
+
+def load(where: str, named: bool = True) -> dict[str, Measured]:
+    """All times of a file, a directory or a revision, by what was measured and, if `named`, its file's name. Raises
+    ValueError where there are none."""
     path = Path(where)
     found: dict[str, Measured] = {}
     if path.is_file():
@@ -37,7 +48,10 @@ def load(where: str) -> dict[str, Measured]:
     else:
         files = dict(_of_revision(where))
     for name, result in files.items():
-        found |= {f"{name}: {what}": Measured(t.median, _spread(t)) for what, t in _times(result)}
+        prefix = f"{name}: " if named else ""
+        on_gpu = (result.get("machine_info") or result).get("gpu") is not None
+        least = BAND if on_gpu else BAND_ON_CPU
+        found |= {prefix + w: Measured(t.median, _spread(t), max(least, drift)) for w, t, drift in _times(result)}
     if not found:
         raise ValueError(f"{where} is no file, directory or revision with results")
     return found
@@ -55,19 +69,21 @@ def _of_revision(revision: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name.removeprefix(RESULTS + "/"), json.loads(git("show", f"{revision}:{name}"))
 
 
-def _times(result: dict[str, Any]) -> Iterator[tuple[str, Timing]]:
+def _times(result: dict[str, Any]) -> Iterator[tuple[str, Timing, float]]:
+    """What was measured, its rounds, and its drift."""
     for entry in result.get("benchmarks", []):  # pytest-benchmark's
-        yield entry["name"], Timing(entry["stats"]["data"])
+        yield entry["name"], Timing(entry["stats"]["data"]), 0.0
     for row in result.get("rows", []):
         keys = ("op", "shape", "batch", "input", "dtype", "provider")
         name = ", ".join(str(row[key]) for key in keys if key in row)
         for way in ("cold", "graph"):
             if way in row:
-                yield f"{name}, {way}", Timing([s / 1e6 for s in row[way]["samples_us"]])
+                samples = [s / 1e6 for s in row[way]["samples_us"]]
+                yield f"{name}, {way}", Timing(samples), row[way].get("drift", 0.0)
         if "samples_us" in row:
-            yield name, Timing([s / 1e6 for s in row["samples_us"]])
+            yield name, Timing([s / 1e6 for s in row["samples_us"]]), 0.0
         if "samples_s" in row:
-            yield name, Timing(row["samples_s"])
+            yield name, Timing(row["samples_s"]), 0.0
 
 
 def _spread(timing: Timing) -> float:
@@ -76,13 +92,16 @@ def _spread(timing: Timing) -> float:
 
 
 def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[list[str], bool]:
-    """A line for each thing that both measured, the changed ones first, and whether none is a regression."""
+    """A line for each thing that both measured, the changed ones first, and whether none is a regression. Raises
+    ValueError where nothing is in both."""
+    if not before.keys() & after.keys():
+        raise ValueError("the two have nothing in common that was measured")
     changed: list[str] = []
     same: list[str] = []
     right = True
     for name in sorted(before.keys() & after.keys()):
         a, b = before[name], after[name]
-        ratio, band = b.median / a.median, max(BAND, a.spread + b.spread)
+        ratio, band = b.median / a.median, max(a.least, b.least, a.spread + b.spread)
         line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
         if ratio > 1 + band:
             changed.insert(0, f"SLOWER {line}")

@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.goals or args.compare:
-            sides = [compare.load(where) for where in args.compare or ()]
+            sides = compare.load_both(*args.compare) if args.compare else []
             lines, right = compare.compare(*sides) if sides else goals.table(goals.Results())
             print(*lines, sep="\n")
             return int(not right)

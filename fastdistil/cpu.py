@@ -3,7 +3,7 @@
 import functools
 import platform
 from collections.abc import Callable
-from itertools import groupby, product
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ FEW_ROWS, BLOCKS = 256, 8
 # oneDNN's float32 product adds each element in one chain, MKL's in blocks of 192. Cut at so many terms a chain its mean
 # error is at most MKL's and a half, its largest was up to 3 times MKL's in results of 1,000 elements and more. A cut
 # copies part of the weights, so it pays from MANY_ROWS rows on; up to SOME_ROWS rows MKL is as quick.
-CHAIN, SOME_ROWS, MANY_ROWS = 1_024, 8, 128
+CHAIN, SOME_ROWS, MANY_ROWS = 1_024, 8, 24
 ONEDNN_ACTIVATIONS = {
     "gelu": ("gelu", "none"),
     "gelu_new": ("gelu", "tanh"),
@@ -40,8 +40,10 @@ def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., 
         rows, live = args[0].shape[0], int(args[cu_seqlens_at][-1])
         if not 0 <= live <= rows:
             raise ValueError(f"cu_seqlens ends at {live}, but there are {rows} rows")
+        if live == rows:
+            return form(*args[:cu_seqlens_at])
         out = form(*(a[:live] for a in args[:row_arguments]), *args[row_arguments:cu_seqlens_at])
-        return out if live == rows else F.pad(out, (0, 0, 0, rows - live))
+        return F.pad(out, (0, 0, 0, rows - live))
 
     return on_live_rows
 
@@ -180,28 +182,35 @@ def bias_gelu(
 def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, head_scale: Tensor | None = None
 ) -> Tensor:
-    """Neighbours of equal length are one batch, so sorted texts need few calls and no padding."""
+    """Sequences of one length are a batch, so that nothing is padded; rows are copied unless they are neighbours, as
+    those of sorted texts are."""
     dim = qkv.shape[1] // 3
-    head_size = dim // num_heads
     out = qkv.new_empty(grid(qkv.shape[0]), dim)[: qkv.shape[0]]
     form = _attend if qkv.dtype is torch.float32 else F.scaled_dot_product_attention
-    start = 0
-    for length, run in groupby(cu_seqlens.diff().tolist()):
-        count = len(list(run))
-        rows = slice(start, start := start + count * length)
-        if length == 0:
-            continue
-        # [n, L, 3, heads, head_size] -> q, k, v, each [n, heads, L, head_size]
-        q, k, v = qkv[rows].view(count, length, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
-        where = out[rows].view(count, length, num_heads, head_size).transpose(1, 2)
+    starts = cu_seqlens.tolist()
+    of_length: dict[int, list[int]] = {}
+    for start, end in pairwise(starts):
+        of_length.setdefault(end - start, []).append(start)
+    of_length.pop(0, None)
+    for length, at in of_length.items():
         n = max(1, SCORE_ELEMENTS // (num_heads * length * length))  # sequences at a time,
         m = length if n > 1 else max(16, SCORE_ELEMENTS // (num_heads * length))  # or queries of one
-        for i, j in product(range(0, count, n), range(0, length, m)):
-            o = form(q[i : i + n, :, j : j + m], k[i : i + n], v[i : i + n])  # [n, heads, m, head_size]
-            if head_scale is not None:
-                o = o * head_scale.to(o.dtype)[:, None, None]
-            where[i : i + n, :, j : j + m] = o
-    out[start:] = 0
+        for i in range(0, len(at), n):
+            first, count = at[i], len(at[i : i + n])
+            rows = None
+            if at[i + count - 1] != first + (count - 1) * length:  # others lie between them
+                rows = (torch.tensor(at[i : i + n])[:, None] + torch.arange(length)).flatten()
+            here = qkv[first : first + count * length] if rows is None else qkv.index_select(0, rows)
+            # [n, L, 3, heads, head_size] -> q, k, v, each [n, heads, L, head_size]
+            q, k, v = here.view(count, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+            part = out[first : first + count * length] if rows is None else out.new_empty(count * length, dim)
+            where = part.view(count, length, num_heads, -1).transpose(1, 2)
+            for j in range(0, length, m):
+                o = form(q[:, :, j : j + m], k, v)  # [n, heads, m, head_size]
+                where[:, :, j : j + m] = o if head_scale is None else o * head_scale.to(o.dtype)[:, None, None]
+            if rows is not None:
+                out.index_copy_(0, rows, part)
+    out[starts[-1] :] = 0
     return out
 
 

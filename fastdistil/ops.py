@@ -244,17 +244,20 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | 
 
 
 def _check_dtypes(x: Tensor, *others: Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"the rows must be floating point, got {x.dtype}")
-    if any(t.device != x.device for t in others):
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"the rows must be floating point, got {dtype}")
+    for t in others:  # of what is checked at every launch, a generator would be the slowest part
+        if t.dtype is not dtype or t.device != device:
+            break
+    else:
+        return
+    if any(t.device != device for t in others):
         where = ", ".join(sorted({str(t.device) for t in others}))
-        raise ValueError(f"one argument is on {x.device}, others are on {where}; move them to one device")
-    dtypes = {x.dtype, *(t.dtype for t in others)}
+        raise ValueError(f"one argument is on {device}, others are on {where}; move them to one device")
     # autocast casts all but float64
-    if len(dtypes) > 1 and (torch.float64 in dtypes or not torch.is_autocast_enabled(x.device.type)):
-        raise ValueError(
-            f"the rows are {x.dtype}, the weights {', '.join(str(t.dtype) for t in others)}; cast one side"
-        )
+    if torch.float64 in {dtype, *(t.dtype for t in others)} or not torch.is_autocast_enabled(device.type):
+        raise ValueError(f"the rows are {dtype}, the weights {', '.join(str(t.dtype) for t in others)}; cast one side")
 
 
 def _check_live(cu_seqlens: Tensor | None, x: Tensor) -> None:

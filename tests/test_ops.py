@@ -1,5 +1,7 @@
 """Every op against its float64 definition, with dead rows poisoned, and through torch's tracing machinery."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -263,6 +265,18 @@ def test_attention_in_parts_is_the_same(monkeypatch, elements):
     whole = ops.attention(*args)
     monkeypatch.setattr(cpu, "SCORE_ELEMENTS", elements)
     torch.testing.assert_close(ops.attention(*args), whole, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("elements", [2**20, 2 * HEADS * 40 * 40, 1])
+def test_sequences_of_one_length_that_are_no_neighbours(monkeypatch, elements):
+    monkeypatch.setattr(cpu, "SCORE_ELEMENTS", elements)
+    lengths = [40, 33, 40, 0, 40, 8, 33, 40, 8, 8]
+    qkv, cu, longest, heads = case("attention", lengths)
+    scale = torch.tensor([1.0, 0.0, 0.5])
+    together = ops.attention(torch.cat([qkv, torch.full((3, qkv.shape[1]), float("nan"))]), cu, longest, heads, scale)
+    for a, b in pairwise(cu.tolist()):
+        alone = ops.attention(qkv[a:b].clone(), cu_seqlens([b - a]), longest, heads, scale)
+        torch.testing.assert_close(together[a:b], alone, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
