@@ -1,8 +1,8 @@
 """Two sets of results side by side, with the band of noise: python -m benchmarks.report --compare A B
 
 A and B are result files, directories of them, or git revisions of benchmarks/results. What is slower by more than its
-band is a regression. The band of a pair is the widest of BAND (on CPU, BAND_ON_CPU), both sides' interquartile ranges
-together, and what either side drifted while it was measured.
+band is a regression. The band of a pair is the widest of: a least one (below), both sides' interquartile ranges added
+up, and what either side drifted while it was measured.
 """
 
 import json
@@ -16,8 +16,9 @@ from benchmarks import record
 from benchmarks.timing import Timing
 
 BAND = 0.03
-# two runs of the kernels' suite within minutes on a shared machine of two cores: 95 % of all medians were within 22 %
-BAND_ON_CPU = 0.25
+# Of two runs of the kernels' suite within minutes on a shared machine of two cores, 95 % of the medians differed by
+# less than 30 %, the others by up to 60 %: how a process's memory happens to lie stays so until it ends.
+BAND_ON_CPU, BAND_OF_OPS_ON_CPU = 0.25, 0.5
 RESULTS = "benchmarks/results"
 
 
@@ -50,7 +51,7 @@ def load(where: str, named: bool = True) -> dict[str, Measured]:
     for name, result in files.items():
         prefix = f"{name}: " if named else ""
         on_gpu = (result.get("machine_info") or result).get("gpu") is not None
-        least = BAND if on_gpu else BAND_ON_CPU
+        least = BAND if on_gpu else BAND_OF_OPS_ON_CPU if result.get("stage") == "kernels" else BAND_ON_CPU
         found |= {prefix + w: Measured(t.median, _spread(t), max(least, drift)) for w, t, drift in _times(result)}
     if not found:
         raise ValueError(f"{where} is no file, directory or revision with results")
