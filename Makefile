@@ -48,7 +48,7 @@ lint: $(VENV)/develop
 	$(BIN)/python -m benchmarks.report --check
 
 RESULTS := benchmarks/results/cpu
-MEASURE = $(BIN)/python -m pytest --benchmark-only -s --benchmark-json
+MEASURE = $(BIN)/python -m pytest --benchmark-only --benchmark-disable-gc -s --benchmark-json
 
 bench: $(VENV)/develop
 	$(MEASURE) $(RESULTS)/encode.json benchmarks/bench_encode_cpu.py

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         import pytest
 
         suite = str(ROOT / "benchmarks" / f"bench_{SUITES[name]}.py")
-        return int(pytest.main(["--benchmark-only", "-s", f"--rootdir={ROOT}", suite, *rest]))
+        return int(pytest.main(["--benchmark-only", "--benchmark-disable-gc", "-s", f"--rootdir={ROOT}", suite, *rest]))
     return int(importlib.import_module(f"benchmarks.{name}").main(rest) or 0)
 
 

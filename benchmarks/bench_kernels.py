@@ -8,7 +8,7 @@ Equality with float64 comes first, and a round ends when the device is done. BEN
 import os
 from contextlib import ExitStack
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 import torch
@@ -17,29 +17,28 @@ from benchmarks import encoder, kernels, shapes, timing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MATRIX = shapes.TOY if os.environ.get("BENCH_TOY") else shapes.FULL if DEVICE.type == "cuda" else shapes.ON_CPU
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MATRIX.dtypes}
 ROUNDS, WARMUP = 20, 3
 
 
 def op_cases():
-    for dtype in MATRIX.dtypes:
+    for name_of_dtype, dtype in DTYPES.items():
         for op in kernels.OPS:
             # on the meta device the shapes have names and no memory
             for at, case in enumerate(kernels.cases(op, MATRIX, dtype, torch.device("meta"))):
-                for name, make in kernels.PROVIDERS[op]:
-                    yield pytest.param(op, dtype, at, make, id=f"{op}, {case.name}, {dtype}, {name}")
+                for name, _ in kernels.PROVIDERS[op]:
+                    yield pytest.param(op, name_of_dtype, at, name, id=f"{op}, {case.name}, {name_of_dtype}, {name}")
+
+
+def batches():
+    for dtype, texts, longest in product(DTYPES, MATRIX.batches, MATRIX.lengths):
+        for name, _ in encoder.PROVIDERS:
+            yield pytest.param(dtype, texts, longest, name, id=f"encoder, {texts} x {longest}, {dtype}, {name}")
 
 
 @cache
 def model(dtype):
-    return encoder.model_of(MATRIX.shape, DEVICE, dtype)
-
-
-def batches():
-    for dtype in MATRIX.dtypes:
-        for texts in MATRIX.batches:
-            for longest in MATRIX.lengths:
-                for name, make in encoder.PROVIDERS:
-                    yield pytest.param(dtype, texts, longest, make, id=f"encoder, {texts} x {longest}, {dtype}, {name}")
+    return encoder.model_of(MATRIX.shape, DEVICE, DTYPES[dtype])
 
 
 _last: dict = {}
@@ -68,23 +67,25 @@ def timed(benchmark, check):
         benchmark.pedantic(synchronized, rounds=ROUNDS, warmup_rounds=WARMUP)
 
 
-@pytest.mark.parametrize(("op", "dtype", "at", "make"), op_cases())
-def bench_op(benchmark, op, dtype, at, make):
+@pytest.mark.parametrize(("op", "dtype", "at", "provider"), op_cases())
+def bench_op(benchmark, op, dtype, at, provider):
     def compute():
-        case = next(islice(kernels.cases(op, MATRIX, dtype, DEVICE), at, None))
+        case = next(islice(kernels.cases(op, MATRIX, DTYPES[dtype], DEVICE), at, None))
         return case, *kernels.expected(case)
 
     case, truth, plain = remembered((op, dtype, at), compute)
     benchmark.extra_info |= {"flops": case.cost.flops, "bytes": case.cost.bytes}
+    make = dict(kernels.PROVIDERS[op])[provider]
     timed(benchmark, lambda stack: kernels.checked(case, make, stack, truth, plain))
 
 
-@pytest.mark.parametrize(("dtype", "texts", "longest", "make"), batches())
-def bench_encoder(benchmark, dtype, texts, longest, make):
+@pytest.mark.parametrize(("dtype", "texts", "longest", "provider"), batches())
+def bench_encoder(benchmark, dtype, texts, longest, provider):
     def compute():
         batch = encoder.batch_of(model(dtype), f"{texts} x {longest}", [longest] * texts, longest)
         return batch, *encoder.truth_of(batch)[:2]
 
     batch, truth, eager = remembered((dtype, texts, longest), compute)
     benchmark.extra_info["tokens"] = texts * longest
+    make = dict(encoder.PROVIDERS)[provider]
     timed(benchmark, lambda stack: encoder.checked(batch, make, stack, truth, eager))

@@ -62,4 +62,5 @@ def bench_one_thread(benchmark):
         of_bare=bare / ours,
         over_call=call / ours,
     )
-    print(*(f"\n{name}: {value:,.2f}" for name, value in benchmark.extra_info.items()))
+    benchmark.extra_info["seconds"] = found["times"]
+    print(*(f"\n{name}: {value:,.2f}" for name, value in benchmark.extra_info.items() if name != "seconds"))

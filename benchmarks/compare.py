@@ -5,7 +5,6 @@ band is a regression. The band of a pair is the widest of: a least one (below), 
 up, and what either side drifted while it was measured.
 """
 
-import json
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +23,14 @@ RESULTS = "benchmarks/results"
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, and as parts of them, how far the middle half of the rounds spreads and the least band that counts."""
+    """Seconds, and as parts of them, how far the middle half of the rounds spreads and the least band that counts.
+    wrong: that nothing was timed, for what was computed is wrong. where: the machine."""
 
     median: float
     spread: float
     least: float = BAND
+    wrong: bool = False
+    where: str = ""
 
 
 def load_both(before: str, after: str) -> list[dict[str, Measured]]:
@@ -43,16 +45,21 @@ def load(where: str, named: bool = True) -> dict[str, Measured]:
     path = Path(where)
     found: dict[str, Measured] = {}
     if path.is_file():
-        files = {path.name: record.read(path)}
+        files = {path.name: record.measured(path)}
     elif path.is_dir():
-        files = {str(p.relative_to(path)): record.read(p) for p in sorted(path.rglob("*.json"))}
+        files = {str(p.relative_to(path)): record.measured(p) for p in sorted(path.rglob("*.json"))}
     else:
         files = dict(_of_revision(where))
     for name, result in files.items():
-        prefix = f"{name}: " if named else ""
+        prefix, place = f"{name}: " if named else "", machine(result)
         on_gpu = (result.get("machine_info") or result).get("gpu") is not None
         least = BAND if on_gpu else BAND_OF_OPS_ON_CPU if result.get("stage") == "kernels" else BAND_ON_CPU
-        found |= {prefix + w: Measured(t.median, _spread(t), max(least, drift)) for w, t, drift in _times(result)}
+        for what, t, drift in _times(result):
+            found[prefix + what] = Measured(t.median, _spread(t), max(least, drift), where=place)
+        for row in result.get("rows", []):
+            if "wrong" in row:
+                ways = (", cold", ", graph") if "op" in row else ("",)
+                found |= {f"{prefix}{_name(row)}{way}": Measured(0.0, 0.0, wrong=True, where=place) for way in ways}
     if not found:
         raise ValueError(f"{where} is no file, directory or revision with results")
     return found
@@ -67,7 +74,8 @@ def _of_revision(revision: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     for name in git("ls-tree", "-r", "--name-only", revision, RESULTS).split():
         if name.endswith(".json"):
-            yield name.removeprefix(RESULTS + "/"), json.loads(git("show", f"{revision}:{name}"))
+            text = git("show", f"{revision}:{name}")
+            yield name.removeprefix(RESULTS + "/"), record.checked(text, f"{revision}:{name}")
 
 
 def _times(result: dict[str, Any]) -> Iterator[tuple[str, Timing, float]]:
@@ -75,8 +83,7 @@ def _times(result: dict[str, Any]) -> Iterator[tuple[str, Timing, float]]:
     for entry in result.get("benchmarks", []):  # pytest-benchmark's
         yield entry["name"], Timing(entry["stats"]["data"]), 0.0
     for row in result.get("rows", []):
-        keys = ("op", "shape", "batch", "input", "dtype", "provider")
-        name = ", ".join(str(row[key]) for key in keys if key in row)
+        name = _name(row)
         for way in ("cold", "graph"):
             if way in row:
                 samples = [s / 1e6 for s in row[way]["samples_us"]]
@@ -85,6 +92,17 @@ def _times(result: dict[str, Any]) -> Iterator[tuple[str, Timing, float]]:
             yield name, Timing([s / 1e6 for s in row["samples_us"]]), 0.0
         if "samples_s" in row:
             yield name, Timing(row["samples_s"]), 0.0
+
+
+def _name(row: dict[str, Any]) -> str:
+    keys = ("op", "shape", "batch", "input", "dtype", "provider")
+    return ", ".join(str(row[key]) for key in keys if key in row)
+
+
+def machine(result: dict[str, Any]) -> str:
+    around = result.get("machine_info") or result
+    gpu = around.get("gpu")
+    return gpu["name"] if gpu else f"{around.get('cpu')}, {around.get('threads')} threads"
 
 
 def _spread(timing: Timing) -> float:
@@ -100,8 +118,16 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
     changed: list[str] = []
     same: list[str] = []
     right = True
+    machines = [{side[name].where for name in side} for side in (before, after)]
+    if machines[0] != machines[1]:
+        changed.append(f"not the same machine: {'; '.join(sorted(machines[0]))} and {'; '.join(sorted(machines[1]))}")
     for name in sorted(before.keys() & after.keys()):
         a, b = before[name], after[name]
+        if a.wrong or b.wrong:
+            if b.wrong and not a.wrong:
+                changed.insert(0, f"WRONG  where it was right before  {name}")
+                right = False
+            continue
         ratio, band = b.median / a.median, max(a.least, b.least, a.spread + b.spread)
         line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
         if ratio > 1 + band:

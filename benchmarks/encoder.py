@@ -8,6 +8,7 @@ A peer is one function under `@provider`: it gets a Batch and gives back a call 
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ from benchmarks.kernels import KEPT, Missing, errors, failed
 from benchmarks.roofline import Shape
 from benchmarks.shapes import Matrix
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer
+from fastdistil.graphs import MOST_TOKENS
 from fastdistil.testing import cu_seqlens, error_law
 
 MAX_LENGTH = 256  # of docstrings
@@ -74,7 +76,7 @@ def provider(name: str) -> Callable[[Any], Any]:
 
 @provider("fastdistil, padded call")
 def padded(batch: Batch, stack: ExitStack) -> timing.Run:
-    mask = None if bool(batch.keep.all()) else batch.keep
+    mask = _mask(batch)
     return lambda: batch.model(batch.ids, mask).last_hidden_state
 
 
@@ -88,6 +90,8 @@ def packed(batch: Batch, stack: ExitStack) -> timing.Run:
 def captured(batch: Batch, stack: ExitStack) -> timing.Run:
     if batch.device.type != "cuda":
         raise Missing("CUDA graphs are for CUDA")
+    if batch.ids.numel() > MOST_TOKENS:
+        raise Missing(f"batches of more than {MOST_TOKENS} tokens are not captured: their launches cost nothing")
     batch.model.cuda_graphs(True)
     stack.callback(batch.model.cuda_graphs, False)
     return padded(batch, stack)
@@ -95,8 +99,9 @@ def captured(batch: Batch, stack: ExitStack) -> timing.Run:
 
 def transformers(attention: str) -> Make:
     def run(batch: Batch, stack: ExitStack) -> timing.Run:
-        model = _theirs(batch, attention)
-        mask = batch.keep.long()
+        if attention == "flash_attention_2" and (batch.device.type != "cuda" or batch.model.dtype is torch.float32):
+            raise Missing("float16 and bfloat16 on CUDA only")
+        model, mask = _theirs(batch, attention), _mask(batch)
         return lambda: model(input_ids=batch.ids, attention_mask=mask).last_hidden_state
 
     return run
@@ -131,7 +136,10 @@ def _exported(batch: Batch) -> Any:
         example = torch.ones(2, 8, dtype=torch.int64), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
         with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(model, example, dynamo=True, dynamic_shapes=(either, either), verbose=False)
+            try:
+                program = torch.onnx.export(model, example, dynamo=True, dynamic_shapes=(either, either), verbose=False)
+            except Exception as error:  # of many kinds; it is torch's exporter that cannot
+                raise Missing(f"torch.onnx cannot export it: {str(error).splitlines()[0]}"[:200]) from error
             program.save(path := f"{directory}/model.onnx")  # type: ignore[union-attr]
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
@@ -166,7 +174,7 @@ def _compile(batch: Batch, stack: ExitStack, mode: str | None) -> timing.Run:
         raise Missing("compiled for CUDA only")
     if batch.model.dtype is not torch.bfloat16 or batch.ids.shape[1] != COMPILED:
         raise Missing(f"compiled in bfloat16 at a length of {COMPILED} only: it takes up to minutes a shape")
-    model, mask = _theirs(batch, "sdpa"), batch.keep.long()
+    model, mask = _theirs(batch, "sdpa"), _mask(batch)
     stack.callback(torch._dynamo.reset)
     forward = torch.compile(model, mode=mode, dynamic=False)
 
@@ -175,6 +183,11 @@ def _compile(batch: Batch, stack: ExitStack, mode: str | None) -> timing.Run:
         return forward(input_ids=batch.ids, attention_mask=mask).last_hidden_state
 
     return call
+
+
+def _mask(batch: Batch) -> Tensor | None:
+    """What a caller gives who knows whether there is padding: the same for every provider."""
+    return None if bool(batch.keep.all()) else batch.keep.long()
 
 
 _cached: dict[Any, Any] = {}
@@ -196,6 +209,9 @@ def _theirs(batch: Batch, attention: str) -> Any:
         except (ImportError, ValueError) as error:
             raise Missing(str(error).splitlines()[0][:200]) from error
         model.load_state_dict(batch.model.state_dict(), strict=False)
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = batch.model.config.layer_norm_eps
         _cached[key] = model.eval().to(batch.device, batch.model.dtype)
     return _cached[key]
 
@@ -266,7 +282,10 @@ def checked(
     run."""
     run = make(batch, stack)
     result = run()
-    result = (result[batch.keep] if result.dim() == 3 else result)[: len(truth)]
+    result = result[batch.keep] if result.dim() == 3 else result
+    if result.shape != (sum(batch.lengths), batch.model.config.dim) or not bool(result.isfinite().all()):
+        raise AssertionError(f"the result is not [{sum(batch.lengths)}, dim] or not finite")
+    result = result[: len(truth)]
     error_law(
         result, eager, truth, largest=4 if batch.device.type == "cpu" else 2
     )  # CPU libraries have their own order
@@ -275,27 +294,30 @@ def checked(
 
 @torch.no_grad()
 def measure(batch: Batch, deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
-    truth, eager, _ = truth_of(batch)
     tokens = sum(batch.lengths)
+    late = time.monotonic() > deadline
+    if not late:
+        truth, eager, _ = truth_of(batch)
     for name, make in PROVIDERS:
         row: dict[str, Any] = {"batch": batch.name, "provider": name, "tokens": tokens}
         row |= {"dtype": str(batch.model.dtype).removeprefix("torch."), "fill": tokens / batch.ids.numel()}
         row |= {"texts": batch.ids.shape[0], "length": batch.ids.shape[1]}
-        if time.monotonic() > deadline:
+        if late or time.monotonic() > deadline:
             yield row | {"missing": "no time was left"}
             continue
         with ExitStack() as stack:
             try:
                 run, row["error"] = checked(batch, make, stack, truth, eager)
                 if batch.device.type == "cuda":
+                    there = torch.cuda.memory_allocated(batch.device)  # this and other providers' weights
                     torch.cuda.reset_peak_memory_stats(batch.device)
                 took = timing.wall(run, batch.device, 2 * seconds)
                 figures = took.figures()
                 figures["samples_us"] = [round(s, 3) for s in figures["samples_us"][:KEPT]]
                 row |= figures | {"tokens_per_s": tokens / took.median}
-                row["p99_us"] = sorted(took.samples)[int(0.99 * (len(took.samples) - 1))] * 1e6
+                row["p99_us"] = sorted(took.samples)[math.ceil(0.99 * len(took.samples)) - 1] * 1e6
                 if batch.device.type == "cuda":
-                    row["peak_bytes"] = torch.cuda.max_memory_allocated(batch.device)
+                    row["peak_bytes"] = torch.cuda.max_memory_allocated(batch.device) - there
                 yield row
             except Missing as why:
                 yield row | {"missing": str(why)}
@@ -346,24 +368,29 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{line} ({best}): {', '.join(peers)}"
 
 
+@record.command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks encoder", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for CPU")
     parser.add_argument("--model", help="a checkpoint instead of DistilBERT-base with random weights")
-    parser.add_argument("--lengths-from", type=Path, help="jsonl of {text}: batches of 32 as they come (with --model)")
+    parser.add_argument(
+        "--lengths-from", type=Path, help="jsonl of {text}: the first 256 in batches of 32 as they come (with --model)"
+    )
     parser.add_argument("--dtypes", help="comma-separated, such as bfloat16,float32")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--out", type=Path, help="a result file")
     args = parser.parse_args(argv)
     if args.lengths_from and not args.model:
         parser.error("--lengths-from goes with --model, whose tokenizer tells the lengths")
+    record.check_out(args.out)
+    texts = read_texts(args.lengths_from) if args.lengths_from else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix = shapes.TOY if args.toy else shapes.FULL if device.type == "cuda" else shapes.ON_CPU
     if args.dtypes:
         matrix = shapes.with_dtypes(matrix, args.dtypes.split(","))
     with timing.Watch() as watch:
         if args.model:
-            rows = of_checkpoint(args.model, args.lengths_from, matrix, device, args.minutes)
+            rows = of_checkpoint(args.model, texts, matrix, device, args.minutes)
         else:
             rows = run(matrix, device, minutes=args.minutes)
     print(*lines(rows), sep="\n")
@@ -375,23 +402,47 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def of_checkpoint(
-    path: str, texts: Path | None, matrix: Matrix, device: torch.device, minutes: float
+    path: str, texts: list[str] | None, matrix: Matrix, device: torch.device, minutes: float
 ) -> list[dict[str, Any]]:
     """Somebody's own model, at the matrix's shapes or in batches of 32 of somebody's own texts."""
     deadline = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
     for dtype in matrix.dtypes:
-        model = DistilBertModel.from_pretrained(path, dtype=dtype, device=device)
+        try:
+            model = DistilBertModel.from_pretrained(path, dtype=dtype, device=device)
+        except (OSError, ValueError) as error:
+            raise record.WrongUse(f"--model {path}: {error}") from error
         own = _batches_of_texts(model, path, texts) if texts else batches(model, matrix)
         for batch in own:
             rows += measure(batch, deadline, matrix.seconds)
     return rows
 
 
-def _batches_of_texts(model: DistilBertModel, path: str, texts: Path) -> Iterator[Batch]:
+def read_texts(path: Path) -> list[str]:
+    """Of jsonl with {"text": ...} a line; raises WrongUse naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise record.WrongUse(f"--lengths-from {path}: {error}") from error
+    texts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise record.WrongUse(f"{path}, line {number} is no JSON: {error}") from error
+        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+            raise record.WrongUse(f'{path}, line {number} is not {{"text": ...}}: {line[:80]}')
+        texts.append(found["text"])
+    if not texts:
+        raise record.WrongUse(f"{path} holds no texts")
+    return texts
+
+
+def _batches_of_texts(model: DistilBertModel, path: str, texts: list[str]) -> Iterator[Batch]:
     tokenizer, longest = DistilBertTokenizer.from_pretrained(path), model.config.max_position_embeddings
-    found = [json.loads(line)["text"] for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    lengths = [len(ids) for ids in tokenizer(found, truncation=True, max_length=longest)["input_ids"]]
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=longest)["input_ids"]]
     for first in range(0, min(len(lengths), 8 * 32), 32):
         part = lengths[first : first + 32]
         yield batch_of(model, f"texts {first}-{first + len(part) - 1}", part, max(part))

@@ -24,7 +24,7 @@ from benchmarks.encoder import Batch, batch_of, model_of, truth_of
 from benchmarks.kernels import failed
 from benchmarks.shapes import Matrix
 from fastdistil import Embedder, reference
-from fastdistil.engine.scheduler import Window, cuts
+from fastdistil.engine.scheduler import TOKENIZE, Window, cuts
 from fastdistil.testing import cu_seqlens, error_law
 
 BATCHES = 200  # full ones, that a measurement on CUDA takes
@@ -60,6 +60,14 @@ def check(embedder: Embedder, found: np.ndarray, batch: Batch) -> None:
     error_law(result, plain, exact, eps=torch.finfo(batch.model.dtype).eps)
 
 
+def check_texts(embedder: Embedder, found: np.ndarray, texts: list[str], most: int = 64) -> None:
+    """Hold the embeddings of the first texts, tokenised by the plain call, to the error law."""
+    ids = embedder.tokenizer(texts[:most], truncation=True, max_length=embedder.max_length)["input_ids"]
+    batch = batch_of(embedder.model, "", [len(i) for i in ids], max(map(len, ids)))
+    batch.ids[batch.keep] = torch.tensor([i for one in ids for i in one], device=batch.device)
+    check(embedder, found, batch)
+
+
 def of_tokens(embedder: Embedder, longest: int, form: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Token ids of random texts of a length, through the engine; and one full batch of them by the encoder alone."""
     lengths = np.array(shapes.lengths(form, longest, tokens))
@@ -93,10 +101,12 @@ def of_texts(embedder: Embedder, texts: list[str], rounds: int, processes: int) 
         return (source.window(texts[a:b], a) for a, b in cuts(len(texts)))
 
     try:
+        source.window(texts[: 4 * TOKENIZE], 0)  # starts the processes
         start = time.perf_counter()
         lengths = [window.lengths.sum() for window in windows()]
         alone = sum(lengths) / (time.perf_counter() - start)
-        drive(embedder, windows(), len(texts))
+        found, _ = drive(embedder, windows(), len(texts))
+        check_texts(embedder, found, texts)
         rows = [drive(embedder, windows(), len(texts))[1] for _ in range(rounds)]
     finally:
         source.close()
@@ -161,12 +171,14 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             )
 
 
+@record.command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks engine", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for CPU")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--out", type=Path, help="a result file")
     args = parser.parse_args(argv)
+    record.check_out(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix = shapes.TOY if args.toy else shapes.FULL if device.type == "cuda" else shapes.ON_CPU
     with timing.Watch() as watch:

@@ -4,6 +4,7 @@ Each is of one machine and says which in its title. It carries the digest of the
 that `python -m benchmarks.report --check` needs no matplotlib to see whether it is in step.
 """
 
+import hashlib
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -40,7 +41,8 @@ class Styles:
     def __init__(self, rows: list[dict[str, Any]]):
         names = list(dict.fromkeys(row["provider"] for row in rows))
         peers, ours = [n for n in names if not _ours(n)], [n for n in names if _ours(n)]
-        self._of = {n: {"color": PEERS[i % 8], "marker": MARKS[i % 8]} for i, n in enumerate(peers)}
+        # after eight peers the colours come again with other markers
+        self._of = {n: {"color": PEERS[i % 8], "marker": MARKS[(i + i // 8) % 8]} for i, n in enumerate(peers)}
         lines = ("-", "--", ":", "-.")
         self._of |= {n: {"color": OURS, "marker": MARKS[i % 8], "linestyle": lines[i % 4]} for i, n in enumerate(ours)}
 
@@ -187,7 +189,7 @@ def wanted(results: Path = RESULTS) -> Iterator[tuple[str, str, dict[str, Any]]]
     for place in sorted(p for p in results.iterdir() if p.is_dir()):
         for name, (file, picture) in PICTURES.items():
             if (place / file).is_file():
-                result = record.read(place / file)
+                result = record.measured(place / file)
                 if picture(MagicMock(), result):  # on axes that draw nothing
                     yield place.name, name, result
 
@@ -206,7 +208,8 @@ def draw(results: Path = RESULTS, figures: Path = FIGURES) -> None:
             stale.discard(path)
     for path in stale:
         path.unlink()
-    (figures / "README.md").write_text(page([(place, name) for place, name, _ in wanted(results)]), encoding="utf-8")
+    drawn = [(place, name) for place, name, _ in wanted(results)]
+    (figures / "README.md").write_text(page(drawn, figures), encoding="utf-8")
 
 
 def tag(place: str, name: str, directory: str = "") -> str:
@@ -219,13 +222,15 @@ def tag(place: str, name: str, directory: str = "") -> str:
     )
 
 
-def page(found: list[tuple[str, str]]) -> str:
-    """docs/figures/README.md: every picture, by machine."""
+def page(found: list[tuple[str, str]], figures: Path) -> str:
+    """docs/figures/README.md: every picture, by machine, and what the files there hold, so that an edit is seen."""
     lines = ["# Measured", "", "Drawn by `make report` from benchmarks/results/."]
     for place in dict.fromkeys(place for place, _ in found):
         lines += ["", f"## {place}"]
         for name in (name for where, name in found if where == place):
             lines += ["", (PICTURES[name][1].__doc__ or "").splitlines()[0], "", tag(place, name)]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(figures.glob("*.svg"))}
+    lines += ["", "<!-- sha256", *(f"{digest} {name}" for name, digest in digests.items()), "-->"]
     return "\n".join(lines) + "\n"
 
 
@@ -262,8 +267,9 @@ def machine(result: dict[str, Any]) -> str:
 
 def out_of_step(results: Path = RESULTS, figures: Path = FIGURES) -> list[str]:
     """What differs between the pictures there and the results, without drawing: a missing, old or foreign file."""
-    found, expected = [], {}
+    found, expected, drawn = [], {}, []
     for place, name, result in wanted(results):
+        drawn.append((place, name))
         for theme in THEMES:
             expected[f"{place}-{name}-{theme}.svg"] = result["digest"]
     there = {path.name: path for path in figures.glob("*.svg")} if figures.is_dir() else {}
@@ -272,4 +278,8 @@ def out_of_step(results: Path = RESULTS, figures: Path = FIGURES) -> list[str]:
             found.append(f"{name} is missing")
         elif f"drawn from {digest}" not in there[name].read_text(encoding="utf-8"):
             found.append(f"{name} was drawn from other results")
-    return found + [f"{name} shows nothing that is in the results" for name in sorted(there.keys() - expected.keys())]
+    found += [f"{name} shows nothing that is in the results" for name in sorted(there.keys() - expected.keys())]
+    readme = figures / "README.md"
+    if not found and (not readme.is_file() or readme.read_text(encoding="utf-8") != page(drawn, figures)):
+        found.append("a picture or docs/figures/README.md is not as it was drawn")
+    return found

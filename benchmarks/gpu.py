@@ -11,12 +11,13 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ OUTCOME = re.compile(
     r"|(?:(?P<test>\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b)"
 )
 SUMMARY = 12_000  # characters at most, for logs that keep no more
+WRONG = 3  # a stage's exit status when something measured was wrong; Python's own for a crash is 1
 EVERY = 10.0  # seconds between two writes of what a stage has so far
 
 
@@ -47,6 +49,7 @@ class Stage:
     out: Path
     minutes: float
     dry: bool
+    more: dict[str, Any] = field(default_factory=dict)  # what a result says beside its rows, from the start
 
     def __post_init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not self.dry else "cpu")
@@ -55,7 +58,11 @@ class Stage:
     def ceilings(self) -> dict[str, Any]:
         """As the stage of that name measured them, or measured now."""
         path = self.out / "ceilings.json"
-        return record.read(path)["ceilings"] if path.is_file() else timing.ceilings(self.device, self.dry)
+        if path.is_file():
+            found, here = record.read(path), record.environment()
+            if (found["gpu"] or {}).get("uuid") == (here["gpu"] or {}).get("uuid") and found["dry"] == self.dry:
+                return found["ceilings"]
+        return timing.ceilings(self.device, self.dry)
 
 
 Result = tuple[dict[str, Any], list[str], bool]  # what is written, lines of the summary, whether it is right
@@ -135,27 +142,29 @@ def ceilings(stage: Stage, keep: Keep) -> Result:
 
 def of_kernels(stage: Stage, keep: Keep) -> Result:
     limits = stage.ceilings()
+    stage.more = {"ceilings": limits, "shape": asdict(stage.matrix.shape)}
     rows = kernels.run(stage.matrix, stage.device, limits, minutes=stage.minutes, keep=keep)
-    result = {"ceilings": limits, "shape": asdict(stage.matrix.shape), "rows": rows}
-    return result, list(kernels.lines(rows)), not kernels.failed(rows)
+    return {"rows": rows}, list(kernels.lines(rows)), not kernels.failed(rows)
 
 
 def of_encoder(stage: Stage, keep: Keep) -> Result:
+    stage.more = {"shape": asdict(stage.matrix.shape)}
     rows = encoder.run(stage.matrix, stage.device, minutes=stage.minutes, keep=keep)
     lines = list(encoder.lines(rows))
     name = torch.cuda.get_device_name() if stage.device.type == "cuda" else ""
-    for chip in (chip for key, chip in roofline.CHIPS.items() if key in name):
+    for chip in (chip for key, chip in roofline.CHIPS.items() if re.search(rf"\b{key}\b", name)):
         found = encoder.predicted(rows, chip, stage.matrix.shape)
         lines += [
             f"predicted {batch}: {guess:,.0f} tokens/s, measured {real / guess:.2f} of it"
             for batch, guess, real in found
         ]
-    return {"shape": asdict(stage.matrix.shape), "rows": rows}, lines, not kernels.failed(rows)
+    return {"rows": rows}, lines, not kernels.failed(rows)
 
 
 def of_engine(stage: Stage, keep: Keep) -> Result:
+    stage.more = {"shape": asdict(stage.matrix.shape)}
     rows = engine.run(stage.matrix, stage.device, minutes=stage.minutes, keep=keep)
-    return {"shape": asdict(stage.matrix.shape), "rows": rows}, list(engine.lines(rows)), not kernels.failed(rows)
+    return {"rows": rows}, list(engine.lines(rows)), not kernels.failed(rows)
 
 
 def of_tune(stage: Stage, keep: Keep) -> Result:
@@ -186,14 +195,14 @@ def run_stage(name: str, stage: Stage) -> int:
     def keep(rows: list[dict[str, Any]]) -> None:
         nonlocal written
         if time.monotonic() > written + EVERY:
-            record.write(path, around | {"rows": rows, "whole": False, "clocks": watch.samples})
+            record.write(path, around | stage.more | {"rows": rows, "whole": False, "clocks": watch.samples})
             written = time.monotonic()
 
     with timing.Watch() as watch:
         found, lines, right = RUN[name](stage, keep)
-    result = around | found | {"whole": True, "right": right, "lines": lines, "clocks": watch.samples}
+    result = around | stage.more | found | {"whole": True, "right": right, "lines": lines, "clocks": watch.samples}
     record.write(path, result)
-    return int(not right)
+    return 0 if right else WRONG
 
 
 def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
@@ -203,6 +212,8 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
     for i, name in enumerate(names):
         left = (end - time.monotonic()) / 60
         share = left * STAGES[name] / sum(STAGES[n] for n in names[i:])
+        if name != "tune":  # which goes on with what an earlier run found
+            (out / f"{name}.json").unlink(missing_ok=True)
         if left < 0.05:
             states[name] = "not run: no time was left"
             continue
@@ -219,21 +230,24 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
         ]
         start = time.monotonic()
         print(f"--- {name}, {share:.1f} minutes", flush=True)
-        if name != "tune":  # which goes on with what an earlier run found
-            (out / f"{name}.json").unlink(missing_ok=True)
+        # a group of its own, so that what it has started ends with it
+        process = subprocess.Popen(
+            [*command, *(["--dry"] if dry else [])],
+            cwd=record.ROOT,
+            env=os.environ | {"PYTHONPATH": str(record.ROOT)},
+            process_group=0,
+        )
         try:
             # a provider that is being measured when its time is up may need a while to end
-            code = subprocess.run(
-                [*command, *(["--dry"] if dry else [])],
-                cwd=record.ROOT,
-                env=os.environ | {"PYTHONPATH": str(record.ROOT)},
-                timeout=60 * share + min(120, 60 * left),
-                check=False,
-            ).returncode
+            code = process.wait(60 * share + min(120, 60 * left))
+            words = {0: "right", WRONG: "WRONG"}.get(code, f"BROKE with status {code}")
         except subprocess.TimeoutExpired:
-            code = -1
-        words = {0: "right", 1: "WRONG", -1: "STOPPED"}
-        states[name] = f"{words.get(code, f'BROKE with status {code}')}, {time.monotonic() - start:.0f} s"
+            words = "STOPPED"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        states[name] = f"{words}, {time.monotonic() - start:.0f} s"
     print(*summary(out, states), sep="\n")
     return int(any("right" not in state for state in states.values()))
 
@@ -245,7 +259,12 @@ def summary(out: Path, states: dict[str, str]) -> Iterator[str]:
     for i, (name, state) in enumerate(states.items()):
         yield f"{name}: {state}"
         path = out / f"{name}.json"
-        lines = record.read(path).get("lines", ["(what it had so far is in the file)"]) if path.is_file() else []
+        lines = []
+        if path.is_file():
+            try:
+                lines = record.read(path).get("lines", ["(what it had so far is in the file)"])
+            except ValueError as error:
+                lines = [f"WRONG {error}"]
         lines = sorted((line[:300] for line in lines), key=lambda line: not line.startswith("WRONG"))
         share = room // (len(states) - i)
         for n, line in enumerate(lines):
@@ -273,7 +292,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(STAGES)}")
     if not (torch.cuda.is_available() or args.dry):
         parser.error("torch finds no CUDA device; --dry rehearses on CPU")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
     return run_all([name for name in STAGES if name in names], args.out, args.minutes, args.dry)
 
 

@@ -1,11 +1,13 @@
 """Result files: JSON with where, when and of what commit it was measured, and a digest that an edit breaks."""
 
+import functools
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,10 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found["cuda"] = torch.version.cuda
-        found["gpu"] = (nvidia_smi(*GPU) or [{}])[0] | {
+        uuid = str(getattr(properties, "uuid", ""))
+        # nvidia-smi lists every card, whatever CUDA_VISIBLE_DEVICES leaves to this process
+        cards = [card for card in nvidia_smi(*GPU) if uuid and card["uuid"].endswith(uuid)]
+        found["gpu"] = (cards or [{"uuid": f"GPU-{uuid}" if uuid else ""}])[0] | {
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "processors": properties.multi_processor_count,
@@ -76,6 +81,38 @@ def _cpu() -> str:
     )
 
 
+class WrongUse(ValueError):
+    """Of a command: said in a line, exit status 2."""
+
+
+def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
+    """A `main` that says wrong use in a line."""
+
+    @functools.wraps(main)
+    def saying(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except WrongUse as error:
+            print(f"{main.__module__}: {error}", file=sys.stderr)
+            return 2
+
+    return saying
+
+
+def check_out(path: Path | None) -> None:
+    """Raise WrongUse, before anything is measured, where a result could not be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise WrongUse(f"--out {path} is a directory; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongUse(f"--out {path}: {error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise WrongUse(f"--out {path}: {path.parent} cannot be written to")
+
+
 def digest(result: dict[str, Any]) -> str:
     """Of all but the digest itself."""
     rest = {key: value for key, value in result.items() if key != "digest"}
@@ -94,10 +131,46 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """Raises ValueError for a file that was edited after it was measured, or never had a digest."""
+    return _digested(path.read_text(encoding="utf-8"), path)
+
+
+def _digested(text: str, name: Any) -> dict[str, Any]:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{name} is no JSON: {error}") from error
     if not isinstance(result, dict) or result.get("digest") != digest(result):
-        raise ValueError(f"{path} is not as it was measured: its digest does not fit; measure again")
+        raise ValueError(f"{name} is not as it was measured: its digest does not fit; measure again")
+    return result
+
+
+SAID = ("date", "command", "torch", "cpu")
+SAID_OF_GPU = ("name", "uuid", "driver_version")
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """`read`, and ValueError for what does not say where it comes from, has no raw samples, or is a rehearsal."""
+    return checked(path.read_text(encoding="utf-8"), path)
+
+
+def checked(text: str, path: Any) -> dict[str, Any]:
+    """`measured`, of a file's text."""
+    result = _digested(text, path)
+    if result.get("dry"):
+        raise ValueError(f"{path} is a rehearsal's, not a measurement")
+    around = result.get("machine_info") or result
+    missing = [name for name in SAID if not around.get(name)]
+    if not (around.get("commit") or {}).get("id"):
+        missing.append("commit")
+    if (gpu := around.get("gpu")) is not None:
+        missing += [f"gpu's {name}" for name in SAID_OF_GPU if not gpu.get(name)]
+    rows = result.get("rows", [])
+    timed = [row[way] for row in rows for way in ("cold", "graph") if way in row]
+    timed += [row for row in rows if "median_us" in row]
+    if not all(took.get("samples_us") for took in timed):
+        missing.append("samples_us of a row")
+    if not all((entry.get("stats") or {}).get("data") for entry in result.get("benchmarks", [])):
+        missing.append("data of a benchmark")
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; measure again")
     return result

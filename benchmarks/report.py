@@ -155,7 +155,7 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def _read(name: str) -> Any:
-    return record.read(RESULTS / "cpu" / name)
+    return record.measured(RESULTS / "cpu" / name)
 
 
 def _rates(info: dict[str, Any]) -> list[str]:

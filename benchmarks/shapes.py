@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.record import WrongUse
 from benchmarks.roofline import BASE, Shape
 
 LENGTHS = (128, 512, 64, 32, 256, 16)
@@ -89,8 +90,8 @@ def _draws(form: str, longest: int, g: torch.Generator) -> Iterator[int]:
 
 
 def with_dtypes(matrix: Matrix, names: list[str]) -> Matrix:
-    """The matrix in the precisions named; raises ValueError for what is none."""
+    """The matrix in the precisions named; raises WrongUse for what is none."""
     known = {str(dtype).removeprefix("torch."): dtype for dtype in FULL.dtypes}
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        raise WrongUse(f"--dtypes: {unknown[0]!r} is none of {', '.join(known)}")
     return replace(matrix, dtypes=tuple(known[name] for name in names))

@@ -149,16 +149,14 @@ def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Itera
     case = found.cases[0]
     args = [a.to("meta") if isinstance(a, Tensor) else a for a in case.args]
     launch = _launcher(found.op)
-    wanted: dict[compile_gate.Entry, Config] = {}
+    wanted: dict[compile_gate.Entry, list[Config]] = {}  # some differ in more than their binary
     for config in configs:
         with compile_gate.recorded(arch) as launches, forced(arch, found, config):
             launch(*args)
-        wanted[launches[-1]] = config
+        wanted.setdefault(launches[-1], []).append(config)
     for entry, row in compile_gate.compile_all(list(wanted), jobs):
-        if isinstance(row, str):
-            yield wanted[entry], row
-        else:
-            yield wanted[entry], "; ".join(compile_gate.complaints(row)) or None
+        why = row if isinstance(row, str) else "; ".join(compile_gate.unusable(row)) or None
+        yield from ((config, why) for config in wanted[entry])
 
 
 def _launcher(op: str) -> Any:
@@ -199,37 +197,49 @@ def score(times: list[float], before: list[float]) -> float:
 
 
 @torch.inference_mode()
-def tune(found: Class, arch: int, deadline: float, jobs: int) -> dict[str, Any]:
-    """What became of every candidate, and the winner or None."""
+def tune(found: Class, arch: int, deadline: float, jobs: int, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What became of every candidate, and the winner or None. before: what an earlier run found until its time ran
+    out."""
     row: dict[str, Any] = {"arch": arch, "op": found.op, "class": found.name, "cases": [c.name for c in found.cases]}
-    every = list(candidates(found.op, found.name, arch))
-    verdicts: list[tuple[Config, str | None]] = []
-    for first in range(0, len(every), 4 * jobs):  # in portions, for the time may run out
-        if time.monotonic() < deadline:
-            verdicts += compiled(found, every[first : first + 4 * jobs], arch, jobs)
-    fit = [config for config, why in verdicts if why is None]
-    row |= {"compiled": len(verdicts), "fit": len(fit), "winner": None}
+    every = {_written(config): config for config in candidates(found.op, found.name, arch)}
+    unfit: dict[str, str] = dict((before or {}).get("unfit", {}))
+    tried: dict[str, float] = dict((before or {}).get("tried", {}))
+    wrong: dict[str, str] = dict((before or {}).get("wrong", {}))
+    fit = [name for name in every if name in tried or name in wrong]
+    left = [config for name, config in every.items() if name not in tried | unfit | wrong]
+    compiled_now = 0
+    for first in range(0, len(left), 4 * jobs):  # in portions, for the time may run out
+        if time.monotonic() > deadline:
+            break
+        for config, why in compiled(found, left[first : first + 4 * jobs], arch, jobs):
+            compiled_now += 1
+            if why is None:
+                fit.append(_written(config))
+            else:
+                unfit[_written(config)] = why
+    row |= {"compiled": len(fit) + len(unfit), "fit": len(fit), "unfit": unfit, "winner": None}
+    if compiled_now < len(left):
+        row["stopped"] = f"{row['compiled']} of {len(every)} compiled: no time was left"
     if found.cases[0].device.type != "cuda":
         return row | {"missing": "no CUDA device: compiled only"}
     trial = Trial(found)
-    before = trial.seconds(arch, None, 0.1)
-    times: list[tuple[float, Config]] = []
-    wrong: list[str] = []
-    for config in fit:
+    base = trial.seconds(arch, None, 0.1)
+    for name in fit:
+        if name in tried or name in wrong:
+            continue
         if time.monotonic() > deadline:
-            row["stopped"] = f"after {len(times) + len(wrong)} of {len(fit)}: no time was left"
+            row["stopped"] = f"after {len(tried) + len(wrong)} of {len(fit)}: no time was left"
             break
         try:
-            times.append((score(trial.seconds(arch, config, 0.02), before), config))
+            tried[name] = score(trial.seconds(arch, every[name], 0.02), base)
         except Exception as error:  # of one candidate, which is then none
-            wrong.append(f"{config}: {type(error).__name__}: {str(error)[:200]}")
-    times.sort(key=lambda pair: pair[0])
-    again = [(score(trial.seconds(arch, config, 0.2), before), config) for _, config in times[:FINALISTS]]
-    again.sort(key=lambda pair: pair[0])
-    row |= {"wrong": wrong, "before_us": [t * 1e6 for t in before]}
-    row["best"] = [{"score": s, "config": _written(c)} for s, c in again]
+            wrong[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    finalists = sorted((name for name in tried if name in every), key=lambda name: tried[name])[:FINALISTS]
+    again = sorted((score(trial.seconds(arch, every[name], 0.2), base), name) for name in finalists)
+    row |= {"wrong": wrong, "tried": tried, "before_us": [t * 1e6 for t in base]}
+    row["best"] = [{"score": s, "config": name} for s, name in again]
     if again and again[0][0] < 1 - MARGIN:
-        row["winner"] = _written(again[0][1])
+        row["winner"] = again[0][1]
     return row
 
 
@@ -258,9 +268,10 @@ def apply(rows: list[dict[str, Any]], source: str) -> str:
     known = {key: _written(config) for key, config in _configs.RECORDED.items()}
     for row in rows:
         key = row["arch"], row["op"], row["class"]
-        known.pop(key, None)
         if row["winner"]:
             known[key] = row["winner"]
+        elif "stopped" not in row:
+            known.pop(key, None)  # nothing is quicker than the heuristic
     lines = [f'    ({arch}, "{op}", "{name}"): {config},' for (arch, op, name), config in sorted(known.items())]
     head = source[start : source.index("{", source.index("=", start))]
     return source[:start] + head + ("{\n" + "\n".join(lines) + "\n}" if lines else "{}") + source[end:]
@@ -276,20 +287,23 @@ def run(
     jobs: int | None = None,
     most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Tune every class that `path` does not hold yet. most: candidates a class, for a rehearsal."""
+    """Tune every class that `path` does not hold yet, or holds for another architecture, or holds unfinished. most:
+    candidates a class, for a rehearsal."""
     deadline = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = record.read(path)["rows"] if path.is_file() else []
-    done = {(row["op"], row["class"]) for row in rows}
     arch = _configs.architecture(device) if device.type == "cuda" else 90
     processors = _configs.processors(device) if device.type == "cuda" else 132
     limited = patch.object(sys.modules[__name__], "candidates", _first(most)) if most else patch.dict({})
     with limited:
         for found in classes(matrix, device, processors, names):
-            if (found.op, found.name) in done:
+            key = arch, found.op, found.name
+            known = next((row for row in rows if (row["arch"], row["op"], row["class"]) == key), None)
+            if known is not None and "stopped" not in known:
                 continue
             if time.monotonic() > deadline:
                 break
-            rows.append(tune(found, arch, deadline, jobs or os.cpu_count() or 1))
+            row = tune(found, arch, deadline, jobs or os.cpu_count() or 1, known)
+            rows = [other for other in rows if other is not known] + [row]
             record.write(path, record.environment() | {"stage": "tune", "rows": rows})
     return rows
 
@@ -314,9 +328,11 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         else:
             yield f"{name}; {row.get('missing') or row.get('stopped') or 'none is right'}"
         if row.get("wrong"):
-            yield f"  {len(row['wrong'])} gave wrong results or broke, such as {row['wrong'][0]}"
+            name, why = next(iter(row["wrong"].items()))
+            yield f"  {len(row['wrong'])} gave wrong results or broke, such as {name}: {why}"
 
 
+@record.command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="what was found, class by class; read and gone on with")
@@ -327,12 +343,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if args.apply:
-        rows = record.read(args.out)["rows"]
+        try:
+            rows = record.read(args.out)["rows"]
+        except (OSError, ValueError) as error:
+            raise record.WrongUse(f"--out {args.out}: {error}") from error
         CONFIGS.write_text(apply(rows, CONFIGS.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         if not torch.cuda.is_available():
             parser.error("torch finds no CUDA device")
+        record.check_out(args.out)
         names = tuple(args.ops.split(","))
+        if unknown := set(names) - set(kernels.OPS):
+            parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(kernels.OPS)}")
         rows = run(shapes.FULL, torch.device("cuda"), args.out, names=names, minutes=args.minutes)
     print(*lines(rows), sep="\n")
     return 0

@@ -1,6 +1,7 @@
 """The benchmarks themselves: counts, records, equality before speed, and every stage of a GPU's run at toy size."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import encoder, figures, goals, gpu, kernels, record, report, roofline, shapes, timing, tune
+from benchmarks import encoder, engine, figures, goals, gpu, kernels, record, report, roofline, shapes, timing, tune
 from benchmarks.roofline import BASE, CHIPS, Shape
 from benchmarks.timing import Timing
 from fastdistil.cli import main as cli
@@ -22,6 +23,9 @@ from fastdistil.kernels import _configs
 from fastdistil.kernels._configs import Attention, Gemm, Rows
 
 CPU = torch.device("cpu")
+CARD = {"name": "A GPU", "uuid": "GPU-1", "driver_version": "1.2"}
+AROUND = {"date": "2026-01-01", "command": "x", "torch": "2", "triton": "3", "cpu": "a CPU", "threads": 2}
+AROUND |= {"commit": {"id": "0123456789", "dirty": False}, "gpu": None}
 
 
 # --- roofline -----------------------------------------------------------------------------------------------------
@@ -115,11 +119,15 @@ def test_an_edited_result_is_refused(tmp_path):
 CEILINGS = {"copy": {"bytes_per_s": 1e15}, "float32": {"flops_per_s": 1e15}}
 
 
-@pytest.fixture
-def quick(monkeypatch):
+def quicken(monkeypatch):
     """Timings of a round or two."""
     for name in ("cold", "in_graph", "wall"):
         monkeypatch.setattr(timing, name, lambda run, device, seconds=0.0: (run(), Timing([1e-3, 2e-3, 3e-3]))[1])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    quicken(monkeypatch)
 
 
 def test_every_op_by_every_provider(quick):
@@ -174,9 +182,8 @@ def test_no_time_left_is_said(quick):
     assert rows and all(row["missing"] == "no time was left" for row in rows) and not kernels.failed(rows)
 
 
-def test_the_encoder_by_every_provider(quick):
-    pytest.importorskip("transformers")
-    rows = encoder.run(shapes.TOY, CPU)
+def test_the_encoder_by_every_provider(results):
+    rows = record.read(results / "cpu" / "encoder.json")["rows"]
     assert not kernels.failed(rows), [row for row in rows if "wrong" in row]
     timed = {row["provider"] for row in rows if "tokens_per_s" in row}
     assert timed >= {"fastdistil, padded call", "fastdistil, packed call", "transformers sdpa", "transformers eager"}
@@ -195,7 +202,8 @@ def test_a_wrong_encoder_has_no_speed(quick, monkeypatch):
     assert all("max error" in row["wrong"] and "tokens_per_s" not in row for row in rows)
 
 
-def test_a_checkpoint_and_texts_of_ones_own(minilm, quick, tmp_path, capsys):
+def test_a_checkpoint_and_texts_of_ones_own(minilm, quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(encoder, "PROVIDERS", [p for p in encoder.PROVIDERS if p[0] != "ONNX Runtime"])  # it takes long
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": "word " * (n % 5 + 1)}) + "\n" for n in range(39)))
     arguments = ["--toy", "--model", str(minilm), "--lengths-from", str(texts), "--out", str(tmp_path / "r.json")]
@@ -272,6 +280,47 @@ def test_what_spills_is_not_timed():
     assert verdicts[fits] is None and "spills" in verdicts[spills]
 
 
+def test_a_class_cut_off_is_gone_on_with(monkeypatch, tmp_path):
+    """Candidate by candidate, on the same architecture only; what was recorded stays until the search is whole."""
+    clock, timed = [0.0], []
+
+    class Trial:
+        def __init__(self, found):
+            pass
+
+        def seconds(self, arch, config, each):
+            if each == 0.02:
+                timed.append(config)
+                clock[0] += 1
+                if config.stages == 2:
+                    raise AssertionError("max error")
+            return [1.0 if config is None or config.block_n < 128 else 0.5]
+
+    configs = [Gemm("pointer", 16, n, 32, 4, stages) for n in (32, 64, 128, 256) for stages in (2, 3)]
+    case = types.SimpleNamespace(name="a case", device=types.SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(tune, "Trial", Trial)
+    monkeypatch.setattr(tune, "candidates", lambda *args: configs)
+    monkeypatch.setattr(
+        tune, "compiled", lambda found, some, arch, jobs: [(c, "spills" if c.block_n == 64 else None) for c in some]
+    )
+    monkeypatch.setattr(tune, "classes", lambda *args: [tune.Class("linear", "half/many", (case,))])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(tune._configs, "architecture", lambda device: 90)
+    monkeypatch.setattr(tune._configs, "processors", lambda device: 132)
+    arguments = (shapes.TOY, torch.device("cuda"), tmp_path / "tune.json")
+    other = {"arch": 80, "op": "linear", "class": "half/many", "winner": None, "fit": 0, "compiled": 0}
+    record.write(tmp_path / "tune.json", {"rows": [other]})
+    (_, first) = tune.run(*arguments, minutes=1.5 / 60)
+    assert first["stopped"].startswith("after 2 of 6") and first["winner"] is None and len(timed) == 2
+    known = 'RECORDED: dict[K, V] = {\n    (90, "linear", "half/many"): x,\n}\n\n'
+    monkeypatch.setitem(_configs.RECORDED, (90, "linear", "half/many"), configs[0])
+    assert "half/many" in tune.apply([first], known)
+    (_, second) = tune.run(*arguments, minutes=1)
+    assert len(timed) == 6 and len(set(timed)) == 6 and "stopped" not in second and len(second["wrong"]) == 3
+    assert second["winner"] == tune._written(configs[5]) and tune.run(*arguments, minutes=1)[1] == second
+    assert len(timed) == 6 and any("max error" in line for line in tune.lines([second]))
+
+
 def test_scores():
     assert tune.score([1.0, 2.0], [2.0, 4.0]) == pytest.approx(0.5)
     assert tune.score([1.0, 4.0], [2.0, 2.0]) == pytest.approx(1.0)
@@ -299,12 +348,13 @@ def test_goals(tmp_path):
         kernel_row("5632 x 768 x 3072", "fastdistil", 10.0),
         kernel_row("5632 x 768 x 3072", "eager torch", 9.0),
     ]
-    record.write(tmp_path / "h200" / "kernels.json", {"rows": rows})
+    record.write(tmp_path / "h200" / "kernels.json", AROUND | {"gpu": CARD, "rows": rows})
+    one = {"median": 1.0, "data": [1.0]}
     entries = [
-        {"name": "bench_start_to_end", "extra_info": {}, "stats": {"median": 2.5}},
-        {"name": "x", "extra_info": {"peer": "CTranslate2 float32, sorted", "ratio": 0.9}, "stats": {"median": 1}},
+        {"name": "bench_start_to_end", "extra_info": {}, "stats": {"median": 2.5, "data": [2.5]}},
+        {"name": "x", "extra_info": {"peer": "CTranslate2 float32, sorted", "ratio": 0.9}, "stats": one},
     ]
-    record.write(tmp_path / "cpu" / "jobs.json", {"benchmarks": entries})
+    record.write(tmp_path / "cpu" / "jobs.json", {"machine_info": AROUND, "benchmarks": entries})
     lines, right = goals.table(goals.Results(tmp_path))
     found = {line.split()[0]: line.split()[3:5] for line in lines}
     assert (
@@ -326,9 +376,13 @@ def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
     noisy = {"median_us": 12, "samples_us": [8.0, 12.0, 16.0]}
     after.append(kernel_row("16 x 8 x 8", "noisy", 12) | {"cold": noisy, "graph": noisy})
     for name, rows in (("a", before), ("b", after)):
-        record.write(tmp_path / name / "kernels.json", {"rows": rows, "gpu": {"name": "a card"}})
-        record.write(tmp_path / f"{name}-on-cpu.json", {"rows": rows, "gpu": None})
-    record.write(tmp_path / "other.json", {"rows": [kernel_row("8 x 8 x 8", "same", 1.0)]})
+        record.write(tmp_path / name / "kernels.json", AROUND | {"rows": rows, "gpu": CARD})
+        record.write(tmp_path / f"{name}-on-cpu.json", AROUND | {"rows": rows})
+    record.write(tmp_path / "other.json", AROUND | {"rows": [kernel_row("8 x 8 x 8", "same", 1.0)]})
+    wrong = [row for row in after if row["provider"] != "faster"] + [kernel_row("16 x 8 x 8", "faster", 0)]
+    for way in ("cold", "graph"):
+        del wrong[-1][way]
+    record.write(tmp_path / "wrong-on-cpu.json", AROUND | {"rows": [*wrong[:-1], wrong[-1] | {"wrong": "no"}]})
     assert report.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["SLOWER", "SLOWER", "faster", "faster"]
@@ -340,6 +394,10 @@ def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
     assert report.main(["--compare", str(tmp_path / "a" / "kernels.json"), str(tmp_path / "b" / "kernels.json")]) == 1
     assert report.main(["--compare", str(tmp_path / "a-on-cpu.json"), str(tmp_path / "b-on-cpu.json")]) == 0
     assert "0 changed, 8 within the noise" in capsys.readouterr().out
+    assert report.main(["--compare", str(tmp_path / "a-on-cpu.json"), str(tmp_path / "wrong-on-cpu.json")]) == 1
+    assert capsys.readouterr().out.startswith("WRONG  where it was right before  linear, 16 x 8 x 8, bfloat16, faster")
+    assert report.main(["--compare", str(tmp_path / "b" / "kernels.json"), str(tmp_path / "a-on-cpu.json")]) == 0
+    assert "not the same machine: A GPU and a CPU, 2 threads" in capsys.readouterr().out
     assert report.main(["--compare", str(tmp_path / "a-on-cpu.json"), str(tmp_path / "other.json")]) == 1
     assert "nothing in common" in capsys.readouterr().err
     assert report.main(["--compare", str(tmp_path / "a"), "no-such-revision"]) == 1
@@ -352,30 +410,32 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
     assert report.encoder_table() == "Not measured yet."
     row = {"batch": "1 x 32, fill 1.00", "dtype": "float32", "texts": 1, "length": 32, "fill": 1.0}
     rows = [
-        row | {"provider": "fastdistil, packed call", "median_us": 10.0, "tokens_per_s": 800_000.0},
-        row | {"provider": "fastdistil, padded call", "median_us": 20.0, "tokens_per_s": 400_000.0},
-        row | {"provider": "transformers sdpa", "median_us": 15.0, "tokens_per_s": 533_333.0},
+        row | {"provider": "fastdistil, packed call", "median_us": 10.0, "tokens_per_s": 800_000.0, "samples_us": [10]},
+        row | {"provider": "fastdistil, padded call", "median_us": 20.0, "tokens_per_s": 400_000.0, "samples_us": [20]},
+        row | {"provider": "transformers sdpa", "median_us": 15.0, "tokens_per_s": 533_333.0, "samples_us": [15]},
         row | {"provider": "transformers flash_attention_2", "missing": "no flash"},
     ]
-    around = record.environment() | {"gpu": {"name": "a card", "driver_version": "1.2"}}
+    around = AROUND | {"gpu": CARD}
     record.write(tmp_path / "h100" / "encoder.json", around | {"rows": rows})
     table = report.encoder_table().splitlines()
     assert table[2] == "| 1 x 32, fill 1.00 | float32 | 800,000 | 1.50x |"
-    assert "Missing: transformers flash_attention_2: no flash." in table and table[-1].startswith("a card, driver 1.2,")
+    assert "Missing: transformers flash_attention_2: no flash." in table and table[-1].startswith("A GPU, driver 1.2,")
 
 
-@pytest.fixture
-def results(quick, tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
     """Toy results of kernels and encoder on CPU, and of the same as if on a GPU."""
     pytest.importorskip("transformers")
-    around = record.environment() | {"gpu": None}
-    found = {
-        "kernels": {"ceilings": CEILINGS, "rows": kernels.run(shapes.TOY, CPU, CEILINGS)},
-        "encoder": {"rows": encoder.run(replace(shapes.TOY, docstrings=3), CPU)},
-    }
+    tmp_path = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        found = {
+            "kernels": {"ceilings": CEILINGS, "rows": kernels.run(shapes.TOY, CPU, CEILINGS)},
+            "encoder": {"rows": encoder.run(replace(shapes.TOY, docstrings=3), CPU)},
+        }
     for stage, result in found.items():
-        record.write(tmp_path / "results" / "cpu" / f"{stage}.json", around | result)
-        record.write(tmp_path / "results" / "h200" / f"{stage}.json", around | result | {"gpu": {"name": "A GPU"}})
+        record.write(tmp_path / "results" / "cpu" / f"{stage}.json", AROUND | result)
+        record.write(tmp_path / "results" / "h200" / f"{stage}.json", AROUND | result | {"gpu": CARD})
     (tmp_path / "results" / "compile").mkdir()
     return tmp_path / "results"
 
@@ -403,6 +463,11 @@ def test_pictures(results, tmp_path):
     assert "cpu-error-dark.svg" in drawn[directory / "README.md"]
     figures.draw(results, directory)
     assert drawn == {p: p.read_text() for p in directory.iterdir()}  # the same bytes again
+    for name in ("README.md", "cpu-error-light.svg"):
+        whole = (directory / name).read_text()
+        (directory / name).write_text(whole.replace("e", "f", 1))
+        assert figures.out_of_step(results, directory) == ["a picture or docs/figures/README.md is not as it was drawn"]
+        (directory / name).write_text(whole)
     for path in (directory / "h200-error-light.svg", directory / "cpu-fill-dark.svg"):
         path.unlink() if "h200" in path.name else path.write_text("<svg/>")
     told = figures.out_of_step(results, directory)
@@ -426,10 +491,10 @@ def test_lengths_of_docstrings(results):
     assert rows[0]["error"]["max"] < 1e-5
 
 
-def test_onnx_runtime_is_a_peer(quick):
+def test_onnx_runtime_is_a_peer(results):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    rows = [row for row in encoder.run(shapes.TOY, CPU) if row["provider"] == "ONNX Runtime"]
+    rows = [r for r in record.read(results / "cpu" / "encoder.json")["rows"] if r["provider"] == "ONNX Runtime"]
     assert rows and all("tokens_per_s" in row for row in rows)
 
 
@@ -465,22 +530,40 @@ def test_rehearsal_of_a_gpus_run(tmp_path):
 def test_a_stage_that_breaks_loses_nothing_of_the_others(tmp_path, monkeypatch, capsys):
     ran = []
 
-    def run(command, **options):
-        name = command[command.index("--stage") + 1]
-        ran.append(name)
-        if name == "kernels":
-            record.write(tmp_path / "kernels.json", {"rows": [1], "whole": False})
-            raise subprocess.TimeoutExpired(command, 1)
-        lines = ["WRONG one thing", *(f"line {i}" + "x" * 200 for i in range(99))]
-        record.write(tmp_path / f"{name}.json", {"lines": lines[::-1]})
-        return subprocess.CompletedProcess(command, {"encoder": 1, "engine": -11}.get(name, 0))
+    class Process:
+        pid = 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+        def __init__(self, command, **options):
+            assert options["process_group"] == 0
+            self.name = command[command.index("--stage") + 1]
+
+        def poll(self):
+            return None if self.name == "kernels" else 0
+
+        def wait(self, timeout=None):
+            if timeout is None:
+                return ended.append(self.name)
+            ran.append(self.name)
+            if self.name == "kernels":
+                record.write(tmp_path / "kernels.json", {"rows": [1], "whole": False})
+                raise subprocess.TimeoutExpired("kernels", 1)
+            if self.name == "tune":
+                (tmp_path / "tune.json").write_text('{"lines": []}')
+                return 1
+            lines = ["WRONG one thing", *(f"line {i}" + "x" * 200 for i in range(99))]
+            record.write(tmp_path / f"{self.name}.json", {"lines": lines[::-1]})
+            return {"encoder": gpu.WRONG, "engine": -11}.get(self.name, 0)
+
+    ended = []
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(gpu.os, "killpg", lambda pid, signal: ended.append(pid))
     assert gpu.run_all(list(gpu.STAGES), tmp_path, 1, False) == 1
     out = capsys.readouterr().out
     summary = out[out.index("--- summary") :]
     assert ran == list(gpu.STAGES) and len(summary) <= gpu.SUMMARY
-    for line in ("environment: right", "kernels: STOPPED", "encoder: WRONG", "engine: BROKE with status -11"):
+    assert ended == [0, "kernels"]  # with all that it had started
+    states = ("environment: right", "kernels: STOPPED", "encoder: WRONG", "engine: BROKE with status -11")
+    for line in (*states, "tune: BROKE with status 1", "its digest does not fit"):
         assert line in summary
     assert "  WRONG one thing" in summary and "more lines" in summary and "has so far" not in summary
     assert record.read(tmp_path / "kernels.json")["rows"] == [1]
@@ -514,6 +597,66 @@ def test_wrong_use(tmp_path, capsys):
     with pytest.raises(SystemExit):
         kernels.main(["--ops", "softmax"])
     assert "'softmax' is none of" in capsys.readouterr().err
+    texts = tmp_path / "texts.jsonl"
+    of_texts = ["--model", "x", "--lengths-from", str(texts)]
+    for main, argv, content, message in [
+        (kernels.main, ["--dtypes", "float8"], "", "--dtypes: 'float8' is none of bfloat16"),
+        (kernels.main, ["--out", str(tmp_path)], "", f"--out {tmp_path} is a directory; name a file"),
+        (engine.main, ["--out", str(texts / "r.json")], "", "File exists"),
+        (encoder.main, ["--toy", "--model", str(tmp_path / "none")], "", f"--model {tmp_path / 'none'}: "),
+        (encoder.main, [*of_texts[:3], str(tmp_path / "no.jsonl")], "", "No such file"),
+        (encoder.main, of_texts, "\n", "holds no texts"),
+        (encoder.main, of_texts, '{"text": "a"}\n{"tekst": 1}\n', "line 2 is not"),
+        (encoder.main, of_texts, '{"text": "a"}\n\n3', "line 3 is not"),
+        (encoder.main, of_texts, "a text", "line 1 is no JSON"),
+        (tune.main, ["--apply", "--out", str(tmp_path / "no.json")], "", "No such file"),
+    ]:
+        texts.write_text(content)
+        assert main(argv) == 2
+        found = capsys.readouterr().err
+        assert message in found and found.count("\n") == 1, found
+
+
+def test_results_that_do_not_say_enough_are_refused(tmp_path):
+    path = tmp_path / "r.json"
+    for result, message in [
+        ({"rows": []}, "lacks date, command, torch, cpu, commit; measure again"),
+        (AROUND | {"rows": [], "commit": {"id": None}}, "lacks commit"),
+        (AROUND | {"gpu": {"name": "A GPU", "uuid": ""}}, "lacks gpu's uuid, gpu's driver_version"),
+        (AROUND | {"rows": [{"cold": {"median_us": 1.0}}]}, "lacks samples_us of a row"),
+        ({"machine_info": AROUND, "benchmarks": [{"stats": {"median": 1.0}}]}, "lacks data of a benchmark"),
+        (AROUND | {"rows": [], "dry": True}, "is a rehearsal's, not a measurement"),
+    ]:
+        record.write(path, result)
+        with pytest.raises(ValueError, match=message):
+            record.measured(path)
+    record.write(path, AROUND | {"gpu": CARD, "rows": [{"missing": "no"}]})
+    assert record.measured(path)["gpu"] == CARD
+
+
+def test_right_means_that_tests_ran_to_their_end(tmp_path):
+    def verdict(**found):
+        record.write(tmp_path / "h200" / "correctness.json", AROUND | {"gpu": CARD} | found)
+        (line,) = (line for line in goals.table(goals.Results(tmp_path))[0] if line.startswith("right "))
+        return line.split()[3:5]
+
+    ended, died = {"a.py": {"ended": ""}}, {"a.py": {"ended": ""}, "b.py": {"ended": "pytest ended with status 4"}}
+    assert verdict(rows=[], whole=False) == ["-", "unmeasured"]
+    assert verdict(counts={"passed": 0, "failed": 0, "skipped": 3}, files=ended) == ["-", "unmeasured"]
+    assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, files=ended) == ["0", "met"]
+    assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, files=died) == ["1", "missed"]
+    assert verdict(counts={"passed": 9, "failed": 2, "skipped": 3}, files=ended) == ["2", "missed"]
+
+
+def test_the_suite_for_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "--benchmark-only", "-q", "-k", "pool or encoder and packed"]
+    command += [f"--benchmark-json={tmp_path / 'r.json'}", "benchmarks/bench_kernels.py"]
+    subprocess.run(command, cwd=record.ROOT, env=os.environ | {"BENCH_TOY": "1"}, check=True, capture_output=True)
+    found = record.measured(tmp_path / "r.json")["benchmarks"]
+    names = {entry["params"]["provider"] for entry in found}
+    assert {"fastdistil", "eager torch", "fastdistil, packed call"} <= names
+    assert all(0 <= entry["extra_info"]["error"]["max"] < 1e-5 for entry in found)
 
 
 def test_fastdistil_bench(capfd):
