@@ -1,36 +1,36 @@
 """Two sets of results side by side, with the band of noise: python -m benchmarks.report --compare A B
 
-A and B are result files, directories of them, or git revisions of benchmarks/results. What is slower by more than its
-band is a regression. The band of a pair is the widest of: a least one (below), both sides' interquartile ranges added
-up, and what either side drifted while it was measured.
+A and B are result files, directories of them, or git revisions of benchmarks/results. What is ours and slower by more
+than its band is a regression; peers are shown. On a GPU times are compared. On CPU, where other people's programs come
+and go, our time by a peer's in the same turn is. The band is the wider of a least one (below) and both sides' spreads
+added up.
 """
 
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import record
 from benchmarks.timing import Timing
 
-BAND = 0.03
-# Of two runs of the kernels' suite within minutes on a shared machine of two cores, 95 % of the medians differed by
-# less than 30 %, the others by up to 60 %: how a process's memory happens to lie stays so until it ends.
-BAND_ON_CPU, BAND_OF_OPS_ON_CPU = 0.25, 0.5
+BAND, BAND_ON_CPU = 0.03, 0.15
 RESULTS = "benchmarks/results"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, and as parts of them, how far the middle half of the rounds spreads and the least band that counts.
-    wrong: that nothing was timed, for what was computed is wrong. where: the machine."""
+    """Seconds, or on CPU a part of a peer's, and how far they spread, as a part of them. least: the band at least.
+    ours: whether it is judged. wrong: that nothing was timed, for what was computed is wrong. where: the machine."""
 
     median: float
     spread: float
-    least: float = BAND
+    least: float
+    where: str
+    ours: bool = True
     wrong: bool = False
-    where: str = ""
 
 
 def load_both(before: str, after: str) -> list[dict[str, Measured]]:
@@ -51,15 +51,8 @@ def load(where: str, named: bool = True) -> dict[str, Measured]:
     else:
         files = dict(_of_revision(where))
     for name, result in files.items():
-        prefix, place = f"{name}: " if named else "", machine(result)
-        on_gpu = (result.get("machine_info") or result).get("gpu") is not None
-        least = BAND if on_gpu else BAND_OF_OPS_ON_CPU if result.get("stage") == "kernels" else BAND_ON_CPU
-        for what, t, drift in _times(result):
-            found[prefix + what] = Measured(t.median, _spread(t), max(least, drift), where=place)
-        for row in result.get("rows", []):
-            if "wrong" in row:
-                ways = (", cold", ", graph") if "op" in row else ("",)
-                found |= {f"{prefix}{_name(row)}{way}": Measured(0.0, 0.0, wrong=True, where=place) for way in ways}
+        prefix = f"{name}: " if named else ""
+        found |= {prefix + what: measured for what, measured in _measured(result)}
     if not found:
         raise ValueError(f"{where} is no file, directory or revision with results")
     return found
@@ -78,36 +71,50 @@ def _of_revision(revision: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name.removeprefix(RESULTS + "/"), record.checked(text, f"{revision}:{name}")
 
 
-def _times(result: dict[str, Any]) -> Iterator[tuple[str, Timing, float]]:
-    """What was measured, its rounds, and its drift."""
+def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
+    on_gpu = (result.get("machine_info") or result).get("gpu") is not None
+    about: dict[str, Any] = {"least": BAND if on_gpu else BAND_ON_CPU, "where": machine(result)}
     for entry in result.get("benchmarks", []):  # pytest-benchmark's
-        yield entry["name"], Timing(entry["stats"]["data"]), 0.0
+        if ratios := entry["extra_info"].get("ratios"):
+            yield f"{entry['name']}, by the peer's time", _of([1 / ratio for ratio in ratios], about)
+        else:
+            yield entry["name"], _of(entry["stats"]["data"], about)
+    anchors: dict[str, dict[str, Any]] = {}  # of each case the first peer
     for row in result.get("rows", []):
-        name = _name(row)
-        for way in ("cold", "graph"):
-            if way in row:
-                samples = [s / 1e6 for s in row[way]["samples_us"]]
-                yield f"{name}, {way}", Timing(samples), row[way].get("drift", 0.0)
-        if "samples_us" in row:
-            yield name, Timing([s / 1e6 for s in row["samples_us"]]), 0.0
-        if "samples_s" in row:
-            yield name, Timing(row["samples_s"]), 0.0
+        if not row.get("provider", "fastdistil").startswith("fastdistil") and ("cold" in row or "turns_us" in row):
+            anchors.setdefault(_name(row, "provider"), row)
+    for row in result.get("rows", []):
+        ours = row.get("provider", "fastdistil").startswith("fastdistil")
+        ways = [way for way in ("cold", "graph") if way in row] or [""]
+        for way in ways if on_gpu else ways[:1]:
+            name = ", ".join(part for part in (_name(row), way) if part)
+            took, anchor = (r.get(way, {}) if way else r for r in (row, anchors.get(_name(row, "provider"), {})))
+            if "wrong" in row:
+                for wrong in [f"{name}, {way}" for way in ("cold", "graph")] if "op" in row else [name]:
+                    yield wrong, Measured(0.0, 0.0, ours=ours, wrong=True, **about)
+            elif not on_gpu and len(took.get("turns_us", ())) == len(anchor.get("turns_us", ())) > 1:
+                parts = [a / b for a, b in zip(took["turns_us"], anchor["turns_us"], strict=True)]
+                yield name, Measured(median(parts), max(parts) / min(parts) - 1, ours=ours, **about)
+            elif "samples_us" in took:
+                yield name, _of([s / 1e6 for s in took["samples_us"]], about, ours)
+            elif "samples_s" in took:
+                yield name, _of(took["samples_s"], about, ours)
 
 
-def _name(row: dict[str, Any]) -> str:
+def _of(seconds: list[float], about: dict[str, Any], ours: bool = True) -> Measured:
+    low, middle, high = Timing(seconds).quartiles
+    return Measured(middle, (high - low) / middle if middle else 0.0, ours=ours, **about)
+
+
+def _name(row: dict[str, Any], *but: str) -> str:
     keys = ("op", "shape", "batch", "input", "dtype", "provider")
-    return ", ".join(str(row[key]) for key in keys if key in row)
+    return ", ".join(str(row[key]) for key in keys if key in row and key not in but)
 
 
 def machine(result: dict[str, Any]) -> str:
     around = result.get("machine_info") or result
     gpu = around.get("gpu")
     return gpu["name"] if gpu else f"{around.get('cpu')}, {around.get('threads')} threads"
-
-
-def _spread(timing: Timing) -> float:
-    low, middle, high = timing.quartiles
-    return (high - low) / middle if middle else 0.0
 
 
 def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[list[str], bool]:
@@ -124,15 +131,17 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
     for name in sorted(before.keys() & after.keys()):
         a, b = before[name], after[name]
         if a.wrong or b.wrong:
-            if b.wrong and not a.wrong:
+            if b.wrong and not a.wrong and a.ours:
                 changed.insert(0, f"WRONG  where it was right before  {name}")
                 right = False
             continue
         ratio, band = b.median / a.median, max(a.least, b.least, a.spread + b.spread)
         line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
-        if ratio > 1 + band:
+        if ratio > 1 + band and a.ours:
             changed.insert(0, f"SLOWER {line}")
             right = False
+        elif ratio > 1 + band:
+            changed.append(f"slower {line}")
         elif ratio < 1 / (1 + band):
             changed.append(f"faster {line}")
         else:

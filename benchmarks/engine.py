@@ -24,7 +24,7 @@ from benchmarks.encoder import Batch, batch_of, model_of, truth_of
 from benchmarks.kernels import failed
 from benchmarks.shapes import Matrix
 from fastdistil import Embedder, reference
-from fastdistil.engine.scheduler import TOKENIZE, Window, cuts
+from fastdistil.engine.scheduler import TOKENIZE, Window, batches, cuts
 from fastdistil.testing import cu_seqlens, error_law
 
 BATCHES = 200  # full ones, that a measurement on CUDA takes
@@ -85,7 +85,8 @@ def of_tokens(embedder: Embedder, longest: int, form: str, tokens: int, rounds: 
     row = sorted(rows, key=lambda row: row["seconds"])[rounds // 2]
     row["samples_s"] = [r["seconds"] for r in rows]
     budget = embedder.budget(None)
-    batch = batch_of(embedder.model, "", shapes.lengths(form, longest, budget), longest)
+    rows_of_batch = next(batches(lengths, budget))  # as the engine cuts it
+    batch = batch_of(embedder.model, "", lengths[rows_of_batch].tolist(), int(lengths[rows_of_batch].max()))
     packed, cu, most = batch.packed
     positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in batch.lengths]).to(batch.device)
     none = np.empty(0, np.int64)

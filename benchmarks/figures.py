@@ -6,13 +6,14 @@ that `python -m benchmarks.report --check` needs no matplotlib to see whether it
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-from benchmarks import record
+from benchmarks import record, timing
 
 RESULTS = record.ROOT / "benchmarks" / "results"
 FIGURES = record.ROOT / "docs" / "figures"
@@ -102,12 +103,12 @@ def fill(ax: Any, result: dict[str, Any]) -> bool:
     most = max((row["texts"] for row in rows), default=0)
     length = 128 if any(row["length"] == 128 for row in rows) else max((row["length"] for row in rows), default=0)
     rows = [row for row in rows if row["texts"] == most and row["length"] == length]
-    best: dict[float, float] = {}
+    best: dict[float, dict[str, Any]] = {}
     for row in rows:
-        if _ours(row["provider"]):
-            best[row["fill"]] = min(row["median_us"], best.get(row["fill"], row["median_us"]))
+        if _ours(row["provider"]) and row["median_us"] < best.get(row["fill"], {"median_us": math.inf})["median_us"]:
+            best[row["fill"]] = row
     peers = [row for row in rows if not _ours(row["provider"]) and row["fill"] in best]
-    lines = _lines(peers, "fill", lambda row: row["median_us"] / best[row["fill"]])
+    lines = _lines(peers, "fill", lambda row: timing.ratio(row, best[row["fill"]]))
     _draw(ax, lines, Styles(result["rows"]))
     ax.axhline(1, color=OURS, linewidth=1)
     ax.set(xlabel="fill: real tokens of all", ylabel="times as long as fastdistil", ylim=(0, None))

@@ -152,7 +152,9 @@ def of_encoder(stage: Stage, keep: Keep) -> Result:
     rows = encoder.run(stage.matrix, stage.device, minutes=stage.minutes, keep=keep)
     lines = list(encoder.lines(rows))
     name = torch.cuda.get_device_name() if stage.device.type == "cuda" else ""
-    for chip in (chip for key, chip in roofline.CHIPS.items() if re.search(rf"\b{key}\b", name)):
+    processors = torch.cuda.get_device_properties().multi_processor_count if name else 0
+    chips = (chip for key, chip in roofline.CHIPS.items() if re.search(rf"\b{key}\b", name))
+    for chip in (chip for chip in chips if chip.processors == processors):  # an H100 PCIe has fewer
         found = encoder.predicted(rows, chip, stage.matrix.shape)
         lines += [
             f"predicted {batch}: {guess:,.0f} tokens/s, measured {real / guess:.2f} of it"
@@ -183,6 +185,14 @@ RUN: dict[str, Callable[[Stage, Keep], Result]] = {
     "encoder": of_encoder,
     "engine": of_engine,
     "tune": of_tune,
+}
+
+
+LINES: dict[str, Callable[[list[dict[str, Any]]], Iterator[str]]] = {
+    "kernels": kernels.lines,
+    "encoder": encoder.lines,
+    "engine": engine.lines,
+    "tune": tune.lines,
 }
 
 
@@ -259,10 +269,14 @@ def summary(out: Path, states: dict[str, str]) -> Iterator[str]:
     for i, (name, state) in enumerate(states.items()):
         yield f"{name}: {state}"
         path = out / f"{name}.json"
-        lines = []
+        lines: list[str] = []
         if path.is_file():
             try:
-                lines = record.read(path).get("lines", ["(what it had so far is in the file)"])
+                found = record.read(path)
+                lines = found.get("lines") or [
+                    "what it had so far:",
+                    *(LINES[name](found["rows"]) if name in LINES else ()),
+                ]
             except ValueError as error:
                 lines = [f"WRONG {error}"]
         lines = sorted((line[:300] for line in lines), key=lambda line: not line.startswith("WRONG"))

@@ -303,24 +303,39 @@ def cases(op: str, matrix: Matrix, dtype: torch.dtype, device: torch.device) -> 
 
 @torch.inference_mode()
 def measure(case: Case, ceilings: dict[str, Any], deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
-    """A row a provider: what is missing or wrong, or its times."""
+    """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take."""
     late = time.monotonic() > deadline
     if not late:
         truth, plain = expected(case)
-    for name, make in PROVIDERS[case.op]:
-        row: dict[str, Any] = {"op": case.op, "shape": case.name, "provider": name}
-        row["dtype"] = str(case.dtype).removeprefix("torch.")
+    about = {"op": case.op, "shape": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
+    rows: dict[str, dict[str, Any]] = {name: about | {"provider": name} for name, _ in PROVIDERS[case.op]}
+    taken: dict[str, list[tuple[timing.Timing, timing.Timing]]] = {}
+    for turn, (name, make) in timing.in_turns(case.device, PROVIDERS[case.op]):
+        row = rows[name]
+        if "missing" in row or "wrong" in row:
+            continue
         if late or time.monotonic() > deadline:
-            yield row | {"missing": "no time was left"}
+            if name not in taken:
+                row["missing"] = "no time was left"
             continue
         with ExitStack() as stack:
             try:
-                run, row["error"] = checked(case, make, stack, truth, plain)
-                yield row | _timed(run, case, ceilings, seconds)
+                if turn == 0:
+                    run, row["error"] = checked(case, make, stack, truth, plain)
+                else:
+                    run = make(case, stack)
+                taken.setdefault(name, []).append(_time(run, case.device, seconds))
             except Missing as why:
-                yield row | {"missing": str(why)}
+                row["missing"] = str(why)
             except Exception as error:  # of one provider; the others go on, and the run fails in the end
-                yield row | {"wrong": f"{type(error).__name__}: {str(error)[:300]}"}
+                row["wrong"] = f"{type(error).__name__}: {str(error)[:300]}"
+    for name, row in rows.items():
+        if "missing" not in row and "wrong" not in row:
+            try:
+                row |= _figures(taken[name], case, ceilings)
+            except AssertionError as error:
+                row["wrong"] = str(error)
+        yield row
 
 
 def expected(case: Case) -> tuple[Tensor, Tensor]:
@@ -353,22 +368,26 @@ def _by_onednn(case: Case) -> bool:
     return case.op in GEMMS and case.device.type == "cpu" and cpu.by_onednn(case.rows, case.args[1])
 
 
-def _timed(run: timing.Run, case: Case, ceilings: dict[str, Any], seconds: float) -> dict[str, Any]:
-    cold = timing.cold(run, case.device, seconds)
-    graph = timing.in_graph(run, case.device, seconds / 2)
+def _time(run: timing.Run, device: torch.device, seconds: float) -> tuple[timing.Timing, timing.Timing]:
+    """With cold caches, and in a graph; on CPU there is neither, and both are the same."""
+    cold = timing.cold(run, device, seconds)
+    return cold, cold if device.type == "cpu" else timing.in_graph(run, device, seconds / 2)
+
+
+def _figures(turns: list[tuple[timing.Timing, timing.Timing]], case: Case, ceilings: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"flops": case.cost.flops, "bytes": case.cost.bytes}
-    for name, took in (("cold", cold), ("graph", graph)):
-        figures = took.figures()
-        figures["samples_us"] = [round(s, 3) for s in figures["samples_us"][:KEPT]]
-        found[name] = figures
+    for name, of_turns in zip(("cold", "graph"), zip(*turns, strict=True), strict=True):
+        found[name] = timing.joined(list(of_turns), KEPT)
+    seconds = found["cold"]["median_us"] / 1e6
     precision = "tf32" if case.dtype is torch.float32 and _configs.matmul_precision() == "tf32" else str(case.dtype)
     matmul = ceilings[precision.removeprefix("torch.")]["flops_per_s"]
-    found["of_copy"] = case.cost.bytes / cold.median / ceilings["copy"]["bytes_per_s"]
-    found["of_matmul"] = case.cost.flops / cold.median / matmul
+    found["of_copy"] = case.cost.bytes / seconds / ceilings["copy"]["bytes_per_s"]
+    found["of_matmul"] = case.cost.flops / seconds / matmul
     l2 = torch.cuda.get_device_properties(case.device).L2_cache_size if case.device.type == "cuda" else None
     # a shared CPU was seen a third quicker from one minute to the next
     over = ["of_matmul"] if found["of_matmul"] > (1 if l2 is not None else 1.5) else []
-    if l2 is not None and case.cost.bytes > 4 * l2 and found["of_copy"] > 1:  # what is less may stay in the cache
+    # what is written may stay in the cache, and a ceiling is a measurement, too
+    if l2 is not None and found["of_copy"] * max(0, 1 - l2 / case.cost.bytes) > 1.05:
         over.append("of_copy")
     if over:
         raise AssertionError(f"{found[over[0]]:.0%} of a ceiling: a clock, a count or the ceiling is wrong")
@@ -384,40 +403,16 @@ def run(
     minutes: float = 10,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Every case by every provider. keep: gets all rows so far after each case.
-
-    On CPU all of it is done twice, and the samples of both times count: what a shared machine does for minutes, and how
-    the memory of a process happens to lie, is part of the noise.
-    """
+    """Every case by every provider. keep: gets all rows so far after each case."""
     deadline = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
-    for again in range(1 if device.type == "cuda" else 2):
-        at = 0
-        for dtype, op in product(matrix.dtypes, names):
-            for case in cases(op, matrix, dtype, device):
-                for row in measure(case, ceilings, deadline, matrix.seconds):
-                    if again:
-                        rows[at] = _joined(rows[at], row)
-                    else:
-                        rows.append(row)
-                    at += 1
-                keep(rows)
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+    for dtype, op in product(matrix.dtypes, names):
+        for case in cases(op, matrix, dtype, device):
+            rows += measure(case, ceilings, deadline, matrix.seconds)
+            keep(rows)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return rows
-
-
-def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """One row of two for the same case; what is wrong in either stays wrong. drift: how far their medians differ."""
-    if "cold" not in first or "wrong" in second or "cold" not in second:
-        return second if "wrong" in second else first
-    joined = dict(first)
-    for way in ("cold", "graph"):
-        both = [(s / 1e6) for row in (first, second) for s in row[way]["samples_us"]]
-        a, b = (row[way]["median_us"] for row in (first, second))
-        joined[way] = timing.Timing(both).figures() | {"drift": abs(a - b) / min(a, b)}
-    scale = first["cold"]["median_us"] / joined["cold"]["median_us"]
-    return joined | {name: first[name] * scale for name in ("of_copy", "of_matmul")}
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -439,10 +434,13 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         if mine["flops"]:
             line += f", {mine['flops'] / cold['median_us'] / 1e6:.2f} TFLOP/s {mine['of_matmul']:.0%} of matmul"
         if peers:
-            best = min(peers, key=lambda name: peers[name]["cold"]["median_us"])
-            ratios = [peers[best][way]["median_us"] / mine[way]["median_us"] for way in ("cold", "graph")]
-            line += f"; {ratios[0]:.2f}x (graph {ratios[1]:.2f}x) {best}"
-            if any(row["cold"]["iqr_us"] > NOISY * row["cold"]["median_us"] for row in (mine, peers[best])):
+            for way in ("cold", "graph"):
+                best = min(peers, key=lambda name: peers[name][way]["median_us"])
+                line += (
+                    f"{'; ' if way == 'cold' else ', graph '}{timing.ratio(peers[best][way], mine[way]):.2f}x {best}"
+                )
+            noisy = max(row["cold"]["iqr_us"] / row["cold"]["median_us"] for row in (mine, peers[best]))
+            if noisy > NOISY:
                 line += ", but the rounds differ much"
         yield line
 

@@ -11,7 +11,7 @@ import re
 import sys
 from typing import Any
 
-from benchmarks import compare, figures, goals, record
+from benchmarks import compare, figures, goals, record, timing
 
 RESULTS = record.ROOT / "benchmarks" / "results"
 
@@ -72,19 +72,25 @@ def encoder_table() -> str:
             missing[row["provider"]] = row["missing"]
     peers = [name for name in peers if any(name in case for case in timed.values())]
     head = [name.removeprefix("transformers ") for name in peers]
-    lines = [f"| batch | precision | fastdistil, tokens/s | {' | '.join(f'{n}, ratio' for n in head)} |"]
-    lines.append("|---|---|--:|" + "--:|" * len(peers))
+    lines = [f"| batch | precision | fastdistil, tokens/s | ms (p99) | {' | '.join(f'{n}, ratio' for n in head)} |"]
+    lines.append("|---|---|--:|--:|" + "--:|" * len(peers))
     for (batch, dtype), case in timed.items():
         ours = [row for name, row in case.items() if name.startswith("fastdistil")]
         if not ours:
             continue
-        best = min(row["median_us"] for row in ours)
-        ratios = [f"{case[p]['median_us'] / best:.2f}x" if p in case else "" for p in peers]
-        tokens = max(row["tokens_per_s"] for row in ours)
-        lines.append(f"| {batch} | {dtype} | {tokens:,.0f} | {' | '.join(ratios)} |")
+        best = min(ours, key=lambda row: row["median_us"])
+        ratios = [f"{timing.ratio(case[p], best):.2f}x" if p in case else "" for p in peers]
+        took = f"{best['median_us'] / 1e3:,.1f} ({best['p99_us'] / 1e3:,.1f})"
+        lines.append(f"| {batch} | {dtype} | {best['tokens_per_s']:,.0f} | {took} | {' | '.join(ratios)} |")
     absent = [f"{name}: {why}" for name, why in missing.items() if name not in peers]
     told = [f"Missing: {'; '.join(absent)}."] if absent else []
-    return "\n".join([*lines, "", *told, "", _where(result)])
+    return "\n".join([*lines, "", *told, *_wrong(result), "", _where(result)])
+
+
+def _wrong(result: dict[str, Any]) -> list[str]:
+    """What has no speed, for what it computed was wrong or it broke."""
+    found = [f"{row['provider']} at {row.get('batch') or row['shape']}" for row in result["rows"] if "wrong" in row]
+    return [f"WRONG, so without a speed: {'; '.join(found)}."] if found else []
 
 
 def _telling(row: dict[str, Any], most: int) -> bool:
@@ -113,27 +119,33 @@ def kernels_table() -> str:
         if "fastdistil" in case and case["fastdistil"]["bytes"] >= largest["fastdistil"]["bytes"]:
             kinds[kind] = name
     lines = [
-        f"| op, {dtype} | fastdistil, us (IQR) | of a copy | of a product | best peer | ratio | largest error by its |",
-        "|---|--:|--:|--:|---|--:|--:|",
+        f"| op, {dtype} | fastdistil, us (IQR) | in a graph | GB/s, of a copy | TFLOP/s, of a product | best peer "
+        "| ratio | largest error by its |",
+        "|---|--:|--:|--:|--:|---|--:|--:|",
     ]
     for name in kinds.values():
         case = dict(cases[name])
         mine = case.pop("fastdistil")
         peers = {n: row for n, row in case.items() if not n.startswith("fastdistil")}
         best = min(peers, key=lambda n: peers[n]["cold"]["median_us"], default=None)
-        took, product = mine["cold"], f"{mine['of_matmul']:.0%}" if mine["flops"] else ""
-        line = f"| {name} | {took['median_us']:,.0f} ({took['iqr_us']:,.0f}) | {mine['of_copy']:.0%} | {product} |"
+        took = mine["cold"]
+        moved = f"{mine['bytes'] / took['median_us'] / 1e3:,.0f}, {mine['of_copy']:.0%}"
+        computed = f"{mine['flops'] / took['median_us'] / 1e6:.2f}, {mine['of_matmul']:.0%}" if mine["flops"] else ""
+        line = f"| {name} | {took['median_us']:,.0f} ({took['iqr_us']:,.0f}) | {mine['graph']['median_us']:,.0f} "
+        line += f"| {moved} | {computed} |"
         if best:
-            ratio, off = peers[best]["cold"]["median_us"] / took["median_us"], peers[best]["error"]["max"]
+            off = peers[best]["error"]["max"]
             error = f"{mine['error']['max'] / off:.2f}" if off else ""
-            line += f" {best} | {ratio:.2f}x | {error} |"
+            line += f" {best} | {timing.ratio(peers[best]['cold'], took):.2f}x | {error} |"
         else:
             line += " none | | |"
         lines.append(line)
     missing = {row["provider"]: row["missing"] for row in result["rows"] if "missing" in row}
     timed = {row["provider"] for row in result["rows"] if "cold" in row}
     absent = [f"{name} ({why})" for name, why in missing.items() if name not in timed]
-    return "\n".join([*lines, "", *([f"Missing: {'; '.join(absent)}."] if absent else []), "", _where(result)])
+    return "\n".join(
+        [*lines, "", *([f"Missing: {'; '.join(absent)}."] if absent else []), *_wrong(result), "", _where(result)]
+    )
 
 
 def pictures() -> str:
@@ -212,6 +224,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{line}; run `make report`", file=sys.stderr)
             return int(bool(wrong))
         figures.draw()
+    except KeyError as error:
+        print(f"benchmarks.report: a result lacks {error}; measure again", file=sys.stderr)
+        return 1
     except (ValueError, ImportError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1

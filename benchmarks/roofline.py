@@ -126,7 +126,8 @@ def flops_per_token(length: int, shape: Shape = BASE) -> float:
 
 
 def bound(chip: Chip, lengths: list[int], shape: Shape = BASE, dtype: str = "bfloat16") -> float:
-    """Tokens/s that nothing can pass: every op at the chip's peak or bandwidth, no gaps."""
+    """Tokens/s if every op ran at the chip's peak or bandwidth and nothing of an op stayed in the cache for the next;
+    a batch that fits into L2 can pass it."""
     ops = forward(lengths, shape, dtype)
     return sum(lengths) / sum(max(op.flops / chip.rate(dtype), op.bytes / chip.bandwidth) for op in ops)
 
@@ -159,6 +160,8 @@ def tile(chip: Chip, op: Op, dtype: str) -> Tile:
     kind = {"float32": "ieee", "tf32": "tf32"}.get(dtype, "half")
     table, size = configs.GEMM[chip.arch], configs.size_class(m, n, k, chip.processors)
     config = table.get((kind, size)) or table[kind, "many"]
+    recorded = configs.RECORDED.get((chip.arch, op.name, f"{kind}/{size}"))
+    config = recorded if isinstance(recorded, configs.Gemm) else config
     row = _binary(chip.arch, f"gemm_{config.family}", config.block_m, config.block_n, config.block_k, dtype)
     return Tile(config.block_m, config.block_n, config.warps, row["registers"], row["shared"])
 

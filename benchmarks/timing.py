@@ -5,16 +5,17 @@ import io
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import quantiles
-from typing import Any
+from statistics import median, quantiles
+from typing import Any, TypeVar
 
 import torch
 
 from fastdistil.cpu import CHAIN, linear
 
 Run = Callable[[], Any]
+Item = TypeVar("Item")
 CLOCKS = ("timestamp", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu")
 
 
@@ -38,6 +39,32 @@ class Timing:
     def figures(self) -> dict[str, Any]:
         low, middle, high = self.quartiles
         return {"median_us": middle * 1e6, "iqr_us": (high - low) * 1e6, "samples_us": [s * 1e6 for s in self.samples]}
+
+
+TURNS = 3  # that each provider gets on CPU; a GPU that is ours alone gives the same again
+
+
+def in_turns(device: torch.device, providers: Sequence[Item]) -> Iterator[tuple[int, Item]]:
+    """(turn, provider), there and back: what a shared machine does for seconds meets all of them."""
+    for turn in range(TURNS if device.type == "cpu" else 1):
+        yield from ((turn, item) for item in (providers if turn % 2 == 0 else providers[::-1]))
+
+
+def joined(turns: list["Timing"], keep: int) -> dict[str, Any]:
+    """Figures of all rounds. turns_us: each turn's median; drift: how far these differ; at most `keep` samples."""
+    found = Timing([s for turn in turns for s in turn.samples]).figures()
+    medians = [turn.median * 1e6 for turn in turns]
+    share = max(1, keep // len(turns))
+    found["samples_us"] = [round(s * 1e6, 3) for turn in turns for s in turn.samples[:share]]
+    return found | {"turns_us": medians, "drift": max(medians) / min(medians) - 1}
+
+
+def ratio(peer: dict[str, Any], ours: dict[str, Any]) -> float:
+    """How many times as long the peer takes: the median over the turns that both had."""
+    turns = peer.get("turns_us", []), ours.get("turns_us", [])
+    if len(turns[0]) != len(turns[1]) or not turns[0]:
+        return peer["median_us"] / ours["median_us"]
+    return median(p / o for p, o in zip(*turns, strict=True))
 
 
 def synchronize(device: torch.device) -> None:

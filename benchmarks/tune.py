@@ -223,7 +223,10 @@ def tune(found: Class, arch: int, deadline: float, jobs: int, before: dict[str, 
     if found.cases[0].device.type != "cuda":
         return row | {"missing": "no CUDA device: compiled only"}
     trial = Trial(found)
-    base = trial.seconds(arch, None, 0.1)
+    try:
+        base = trial.seconds(arch, None, 0.1)
+    except Exception as error:  # what runs today is wrong or breaks: nothing to be compared with
+        return row | {"wrong": {"what runs today": f"{type(error).__name__}: {str(error)[:200]}"}}
     for name in fit:
         if name in tried or name in wrong:
             continue

@@ -15,7 +15,21 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import encoder, engine, figures, goals, gpu, kernels, record, report, roofline, shapes, timing, tune
+from benchmarks import (
+    compare,
+    encoder,
+    engine,
+    figures,
+    goals,
+    gpu,
+    kernels,
+    record,
+    report,
+    roofline,
+    shapes,
+    timing,
+    tune,
+)
 from benchmarks.roofline import BASE, CHIPS, Shape
 from benchmarks.timing import Timing
 from fastdistil.cli import main as cli
@@ -122,7 +136,7 @@ CEILINGS = {"copy": {"bytes_per_s": 1e15}, "float32": {"flops_per_s": 1e15}}
 def quicken(monkeypatch):
     """Timings of a round or two."""
     for name in ("cold", "in_graph", "wall"):
-        monkeypatch.setattr(timing, name, lambda run, device, seconds=0.0: (run(), Timing([1e-3, 2e-3, 3e-3]))[1])
+        monkeypatch.setattr(timing, name, lambda run, device, *a, **k: (run(), Timing([1e-3, 2e-3, 3e-3]))[1])
 
 
 @pytest.fixture
@@ -143,21 +157,23 @@ def test_every_op_by_every_provider(quick):
     assert any(line.startswith("attention        L=16, uniform") for line in kernels.lines(rows))
 
 
-def test_on_cpu_all_is_measured_twice(quick, monkeypatch):
-    turns = []
+def test_on_cpu_providers_take_turns(quick, monkeypatch):
+    order, times = [], iter([1e-3, 9e-3, 9e-3, 2e-3, 4e-3, 9e-3])
 
     def cold(run, device, seconds=0.0):
         run()
-        turns.append(1)
-        return Timing([2e-3, 2e-3, 2e-3] if len(turns) <= 6 else [3e-3, 3e-3, 3e-3])
+        return Timing([next(times, 9e-3)] * 3)
+
+    def named(name):
+        return name, lambda case, stack: order.append(name) or kernels.eager(case, stack)
 
     monkeypatch.setattr(timing, "cold", cold)
-    rows = [r for r in kernels.run(shapes.TOY, CPU, CEILINGS, names=("pool",)) if "cold" in r]
-    first, last = rows[0], rows[-1]
-    assert len(turns) == 2 * len(rows)
-    assert sorted(first["cold"]["samples_us"]) == [2e3] * 3 + [3e3] * 3 and first["cold"]["drift"] == 0.5
-    assert first["cold"]["median_us"] == 2_500 and last["cold"]["drift"] == 0
-    assert first["of_copy"] == pytest.approx(first["bytes"] / 2.5e-3 / 1e15)
+    monkeypatch.setitem(kernels.PROVIDERS, "pool", [named("a"), named("b")])
+    rows = kernels.run(shapes.TOY, CPU, CEILINGS, names=("pool",))
+    assert order[:6] == ["a", "b", "b", "a", "a", "b"]
+    first = rows[0]["cold"]
+    assert first["turns_us"] == [1e3, 2e3, 4e3] and first["median_us"] == 2e3 and first["drift"] == 3
+    assert len(first["samples_us"]) == 9 and rows[0]["of_copy"] == pytest.approx(rows[0]["bytes"] / 2e-3 / 1e15)
 
 
 def test_a_wrong_provider_has_no_speed_and_fails_the_run(quick, monkeypatch):
@@ -336,7 +352,7 @@ def kernel_row(shape, provider, us, **more):
 
 
 def test_goals(tmp_path):
-    verdicts = {line.split()[0]: line.split()[4] for line in goals.table(goals.Results(tmp_path))[0]}
+    verdicts = {line.split()[0]: line.split()[4] for line in goals.table(goals.Results(tmp_path))[0][1:]}
     assert set(verdicts.values()) == {"unmeasured"} and goals.table(goals.Results(tmp_path))[1]
     rows = [
         kernel_row("5632 x 768 x 768", "fastdistil", 10.0),
@@ -365,43 +381,76 @@ def test_goals(tmp_path):
 
 def test_goals_of_the_committed_results(capsys):
     report.main(["--goals"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(goals.GOALS) and all(line.split()[4] in ("met", "missed", "unmeasured") for line in lines)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("# ") and len(lines) == len(goals.GOALS)
+    assert all(line.split()[4] in ("met", "missed", "unmeasured") for line in lines)
     assert "cpu-sorted" in lines[1] and "unmeasured" not in lines[1]
 
 
 def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
-    before = [kernel_row("16 x 8 x 8", name, 10.0) for name in ("same", "slower", "faster", "noisy", "gone")]
-    after = [kernel_row("16 x 8 x 8", name, us) for name, us in [("same", 10.2), ("slower", 10.8), ("faster", 9.0)]]
+    def rows(**times):
+        return [kernel_row("16 x 8 x 8", name.replace("ours", "fastdistil,"), us) for name, us in times.items()]
+
+    before = rows(ours_same=10.0, ours_slower=10.0, ours_faster=10.0, ours_noisy=10.0, ours_gone=10.0, peer=10.0)
+    after = rows(ours_same=10.2, ours_slower=10.8, ours_faster=9.0, peer=20.0)
     noisy = {"median_us": 12, "samples_us": [8.0, 12.0, 16.0]}
-    after.append(kernel_row("16 x 8 x 8", "noisy", 12) | {"cold": noisy, "graph": noisy})
-    for name, rows in (("a", before), ("b", after)):
-        record.write(tmp_path / name / "kernels.json", AROUND | {"rows": rows, "gpu": CARD})
-        record.write(tmp_path / f"{name}-on-cpu.json", AROUND | {"rows": rows})
-    record.write(tmp_path / "other.json", AROUND | {"rows": [kernel_row("8 x 8 x 8", "same", 1.0)]})
-    wrong = [row for row in after if row["provider"] != "faster"] + [kernel_row("16 x 8 x 8", "faster", 0)]
-    for way in ("cold", "graph"):
-        del wrong[-1][way]
-    record.write(tmp_path / "wrong-on-cpu.json", AROUND | {"rows": [*wrong[:-1], wrong[-1] | {"wrong": "no"}]})
-    assert report.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["SLOWER", "SLOWER", "faster", "faster"]
-    assert (
-        "slower" in lines[0] and "1.080" in lines[0] and lines[-1].startswith("4 changed, 4 within the noise, 2 in one")
+    after.append(rows(ours_noisy=12.0)[0] | {"cold": noisy, "graph": noisy})
+    for name, found in (("a", before), ("b", after)):
+        record.write(tmp_path / name / "kernels.json", AROUND | {"rows": found, "gpu": CARD})
+        record.write(tmp_path / f"{name}-on-cpu.json", AROUND | {"rows": found})
+    record.write(tmp_path / "other.json", AROUND | {"rows": [kernel_row("8 x 8 x 8", "fastdistil", 1.0)]})
+    wrong = kernel_row("16 x 8 x 8", "fastdistil,_faster", 0) | {"wrong": "no"}
+    del wrong["cold"], wrong["graph"]
+    record.write(
+        tmp_path / "wrong.json",
+        AROUND | {"rows": [row for row in after if "faster" not in row["provider"]] + [wrong], "gpu": CARD},
     )
-    assert report.main(["--compare", str(tmp_path / "a"), str(tmp_path / "a" / "kernels.json")]) == 0
-    # two files may have other names; on CPU the band is wider
-    assert report.main(["--compare", str(tmp_path / "a" / "kernels.json"), str(tmp_path / "b" / "kernels.json")]) == 1
-    assert report.main(["--compare", str(tmp_path / "a-on-cpu.json"), str(tmp_path / "b-on-cpu.json")]) == 0
-    assert "0 changed, 8 within the noise" in capsys.readouterr().out
-    assert report.main(["--compare", str(tmp_path / "a-on-cpu.json"), str(tmp_path / "wrong-on-cpu.json")]) == 1
-    assert capsys.readouterr().out.startswith("WRONG  where it was right before  linear, 16 x 8 x 8, bfloat16, faster")
-    assert report.main(["--compare", str(tmp_path / "b" / "kernels.json"), str(tmp_path / "a-on-cpu.json")]) == 0
-    assert "not the same machine: A GPU and a CPU, 2 threads" in capsys.readouterr().out
-    assert report.main(["--compare", str(tmp_path / "a-on-cpu.json"), str(tmp_path / "other.json")]) == 1
-    assert "nothing in common" in capsys.readouterr().err
-    assert report.main(["--compare", str(tmp_path / "a"), "no-such-revision"]) == 1
-    assert "no-such-revision is no file, directory or revision" in capsys.readouterr().err
+
+    def compare(a, b):
+        code = report.main(["--compare", str(tmp_path / a), str(tmp_path / b)])
+        return code, capsys.readouterr()
+
+    code, said = compare("a", "b")
+    lines = said.out.splitlines()
+    assert code == 1 and [line.split()[0] for line in lines[:6]] == ["SLOWER"] * 2 + ["faster"] * 2 + ["slower"] * 2
+    assert "slower" in lines[0] and "1.080" in lines[0] and "peer" in lines[4]
+    assert lines[-1].startswith("6 changed, 4 within the noise, 2 in one")
+    assert compare("a", "a/kernels.json")[0] == 0
+    assert compare("a/kernels.json", "b-on-cpu.json")[1].out.startswith("not the same machine: A GPU and a CPU, 2 thr")
+    code, said = compare("a/kernels.json", "wrong.json")  # files of other names
+    assert code == 1 and "WRONG  where it was right before  linear, 16 x 8 x 8, bfloat16, fastdistil,_f" in said.out
+    assert compare("a-on-cpu.json", "b-on-cpu.json")[0] == 0  # nothing of ours by more than 15 %
+    code, said = compare("a", "other.json")
+    assert code == 1 and "nothing in common" in said.err
+    code, said = compare("a", "no-such-revision")
+    assert code == 1 and "no-such-revision is no file, directory or revision" in said.err
+
+
+def test_on_cpu_turns_are_compared(tmp_path):
+    """A machine that is twice as slow for a turn, or for a whole run, changes nothing; we, twice as slow, do."""
+
+    def of(ours, peer):
+        rows = [kernel_row("8 x 8 x 8", "fastdistil", 0), kernel_row("8 x 8 x 8", "eager torch", 0)]
+        for row, turns in zip(rows, (ours, peer), strict=True):
+            row["cold"] = {"turns_us": turns, "median_us": turns[0], "samples_us": turns}
+        record.write(tmp_path / "r.json", AROUND | {"rows": rows})
+        return compare.load(str(tmp_path / "r.json"))
+
+    plain, slow = of([10, 10, 10], [20, 20, 20]), of([40, 10, 20], [80, 20, 40])
+    assert compare.compare(plain, slow)[1] and compare.compare(slow, plain)[1]
+    lines, right = compare.compare(plain, of([20, 20, 20], [20, 20, 20]))
+    assert not right and lines[0].startswith("SLOWER  2.000")
+    suite = {"machine_info": AROUND, "benchmarks": [{"name": "x", "stats": {"data": [1.0]}, "extra_info": {}}]}
+    for name, ratios in (("a", [2.0, 2.1]), ("b", [1.5, 1.5])):
+        suite["benchmarks"][0]["extra_info"]["ratios"] = ratios
+        record.write(tmp_path / f"{name}.json", suite)
+    assert not compare.compare(*compare.load_both(str(tmp_path / "a.json"), str(tmp_path / "b.json")))[1]
+
+
+def test_ratios_are_of_turns():
+    ours, peer = {"turns_us": [1.0, 4.0, 1.0], "median_us": 1.0}, {"turns_us": [2.0, 8.0, 9.0], "median_us": 8.0}
+    assert timing.ratio(peer, ours) == 2.0
+    assert timing.ratio(peer | {"turns_us": [1.0]}, ours) == 8.0
 
 
 def test_the_table_of_the_encoder(tmp_path, monkeypatch):
@@ -410,15 +459,29 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
     assert report.encoder_table() == "Not measured yet."
     row = {"batch": "1 x 32, fill 1.00", "dtype": "float32", "texts": 1, "length": 32, "fill": 1.0}
     rows = [
-        row | {"provider": "fastdistil, packed call", "median_us": 10.0, "tokens_per_s": 800_000.0, "samples_us": [10]},
-        row | {"provider": "fastdistil, padded call", "median_us": 20.0, "tokens_per_s": 400_000.0, "samples_us": [20]},
+        row
+        | {
+            "provider": "fastdistil, packed call",
+            "median_us": 10.0,
+            "tokens_per_s": 800_000.0,
+            "samples_us": [10],
+            "p99_us": 11.0,
+        },
+        row
+        | {
+            "provider": "fastdistil, padded call",
+            "median_us": 20.0,
+            "tokens_per_s": 400_000.0,
+            "samples_us": [20],
+            "p99_us": 21.0,
+        },
         row | {"provider": "transformers sdpa", "median_us": 15.0, "tokens_per_s": 533_333.0, "samples_us": [15]},
         row | {"provider": "transformers flash_attention_2", "missing": "no flash"},
     ]
     around = AROUND | {"gpu": CARD}
     record.write(tmp_path / "h100" / "encoder.json", around | {"rows": rows})
     table = report.encoder_table().splitlines()
-    assert table[2] == "| 1 x 32, fill 1.00 | float32 | 800,000 | 1.50x |"
+    assert table[2] == "| 1 x 32, fill 1.00 | float32 | 800,000 | 0.0 (0.0) | 1.50x |"
     assert "Missing: transformers flash_attention_2: no flash." in table and table[-1].startswith("A GPU, driver 1.2,")
 
 
@@ -480,7 +543,10 @@ def test_the_table_of_kernels(results, monkeypatch):
     table = report.kernels_table().splitlines()
     rows = [line for line in table if line.startswith("| ") and "IQR" not in line]
     assert table[0].startswith("| op, float32 |") and len(rows) == 4 + 2 + 2 * 2 * 3  # GEMMs, row ops, L by form
-    assert any(line.startswith("| linear, 40 x 32 x 64 | 2,000 (1,500) |") for line in rows) and "A GPU" in table[-1]
+    assert (
+        any(line.startswith("| linear, 40 x 32 x 64 | 2,000 (2,000) | 2,000 |") for line in rows)
+        and "A GPU" in table[-1]
+    )
     assert "flash-attn (flash-attn is not installed)" in table[-3]
     assert not any("16 x" in line for line in rows)  # the larger of two row counts only
 
@@ -530,6 +596,13 @@ def test_rehearsal_of_a_gpus_run(tmp_path):
 def test_a_stage_that_breaks_loses_nothing_of_the_others(tmp_path, monkeypatch, capsys):
     ran = []
 
+    so_far = [
+        kernel_row("8 x 8 x 8", name, 10.0) | {"bytes": 8, "of_matmul": 0.5} for name in ("fastdistil", "eager torch")
+    ]
+    for row in so_far:
+        for way in ("cold", "graph"):
+            row[way] = row[way] | {"iqr_us": 1.0, "turns_us": [10.0]}
+
     class Process:
         pid = 0
 
@@ -545,7 +618,7 @@ def test_a_stage_that_breaks_loses_nothing_of_the_others(tmp_path, monkeypatch, 
                 return ended.append(self.name)
             ran.append(self.name)
             if self.name == "kernels":
-                record.write(tmp_path / "kernels.json", {"rows": [1], "whole": False})
+                record.write(tmp_path / "kernels.json", {"rows": so_far, "whole": False})
                 raise subprocess.TimeoutExpired("kernels", 1)
             if self.name == "tune":
                 (tmp_path / "tune.json").write_text('{"lines": []}')
@@ -565,8 +638,9 @@ def test_a_stage_that_breaks_loses_nothing_of_the_others(tmp_path, monkeypatch, 
     states = ("environment: right", "kernels: STOPPED", "encoder: WRONG", "engine: BROKE with status -11")
     for line in (*states, "tune: BROKE with status 1", "its digest does not fit"):
         assert line in summary
-    assert "  WRONG one thing" in summary and "more lines" in summary and "has so far" not in summary
-    assert record.read(tmp_path / "kernels.json")["rows"] == [1]
+    assert "  WRONG one thing" in summary and "more lines" in summary
+    assert "what it had so far" in summary and "linear           8 x 8 x 8" in summary
+    assert len(record.read(tmp_path / "kernels.json")["rows"]) == 2
 
 
 def test_outcomes_of_tests_whole_and_cut_off():
