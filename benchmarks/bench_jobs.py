@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.bench_encode_cpu import MAX_LENGTH, ROUNDS, show
 from benchmarks.corpus import stdlib_docstrings
+from benchmarks.engine import check_texts
 from fastdistil import Embedder
 from fastdistil.jobs.index import Index
 from fastdistil.jobs.run import Embedding, Job, Log, run_job
@@ -57,7 +58,7 @@ def bench_a_job_against_encode(benchmark, embedder, texts, path, form, tmp_path)
         work = Embedding(embedder, form)
         run_job(Job([str(source)], output, "embed", path, form, {}), work, Log(quiet=True))
 
-    embedder.encode(texts[:64])
+    check_texts(embedder, embedder.encode(texts[:64]), texts)
     benchmark.pedantic(job, setup=setup, rounds=ROUNDS)
     for i, want in enumerate(expected, 1):
         found = np.concatenate([vectors for _, vectors in Index(tmp_path / f"out{i}").parts()])
@@ -125,7 +126,8 @@ def bench_engine_against_ctranslate2(benchmark, embedder, texts, path, compute_t
     directory = Path(os.environ.get("BENCH_CT2", tmp_path_factory.getbasetemp() / "ct2"))
     threads = torch.get_num_threads()
     peer = CTranslate2(path, directory, compute_type, threads)
-    peer.encode(texts[:64]), embedder.encode(texts[:64])
+    peer.encode(texts[:64])
+    check_texts(embedder, embedder.encode(texts[:64]), texts)
     times, expected, results = [], [], []
 
     def setup():

@@ -292,9 +292,13 @@ def checked(
     if result.shape != (sum(batch.lengths), batch.model.config.dim) or not bool(result.isfinite().all()):
         raise AssertionError(f"the result is not [{sum(batch.lengths)}, dim] or not finite")
     result = result[: len(truth)]
-    by_onednn = batch.device.type == "cpu" and not cpu.why_not_onednn()
-    error_law(result, eager, truth, largest=4 if by_onednn else 2)  # which adds in another order than eager's library
+    error_law(result, eager, truth, largest=largest_error(batch.device))
     return run, errors(result, truth)
+
+
+def largest_error(device: torch.device) -> float:
+    """Times eager torch's: oneDNN's products add in another order than those of eager's library."""
+    return 4 if device.type == "cpu" and not cpu.why_not_onednn() else 2
 
 
 @torch.no_grad()

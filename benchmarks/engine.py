@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import record, shapes, timing
 from benchmarks.corpus import VOCABULARY, stdlib_docstrings, tokenizer_for
-from benchmarks.encoder import Batch, batch_of, model_of, truth_of
+from benchmarks.encoder import Batch, batch_of, largest_error, model_of, truth_of
 from benchmarks.kernels import failed
 from benchmarks.shapes import Matrix
 from fastdistil import Embedder, reference
@@ -57,7 +57,7 @@ def check(embedder: Embedder, found: np.ndarray, batch: Batch) -> None:
     cu = cu_seqlens(list(batch.lengths[:texts]), str(batch.device))
     plain, exact = (reference.pool(h, cu, embedder.pooling, embedder.normalize) for h in (eager, truth))
     result = torch.from_numpy(found[:texts]).to(batch.device)
-    error_law(result, plain, exact, eps=torch.finfo(batch.model.dtype).eps)
+    error_law(result, plain, exact, eps=torch.finfo(batch.model.dtype).eps, largest=largest_error(batch.device))
 
 
 def check_texts(embedder: Embedder, found: np.ndarray, texts: list[str], most: int = 64) -> None:

@@ -447,6 +447,21 @@ def test_on_cpu_turns_are_compared(tmp_path):
     assert not compare.compare(*compare.load_both(str(tmp_path / "a.json"), str(tmp_path / "b.json")))[1]
 
 
+def test_kernels_in_several_processes(tmp_path):
+    arguments = ["--toy", "--ops", "pool", "--processes", "2", "--out", str(tmp_path / "r.json")]
+    assert kernels.main(arguments) == 0
+    rows = [row for row in record.measured(tmp_path / "r.json")["rows"] if "cold" in row]
+    assert rows and all(len(row["cold"]["turns_us"]) == 2 * timing.TURNS for row in rows)
+    two = [kernel_row("8 x 8 x 8", "fastdistil", us, of_matmul=0.5) for us in (1.0, 3.0)]
+    for row in two:
+        row["cold"] |= {"turns_us": [row["cold"]["median_us"]]}
+        row["graph"] = row["cold"]
+    found = kernels.joined(two)
+    assert found["cold"]["median_us"] == pytest.approx(2, abs=0.05) and found["cold"]["drift"] == 2
+    assert found["of_matmul"] == pytest.approx(0.25, abs=0.01)
+    assert kernels.joined([two[0], two[1] | {"wrong": "x"}])["wrong"] == "x"
+
+
 def test_ratios_are_of_turns():
     ours, peer = {"turns_us": [1.0, 4.0, 1.0], "median_us": 1.0}, {"turns_us": [2.0, 8.0, 9.0], "median_us": 8.0}
     assert timing.ratio(peer, ours) == 2.0
