@@ -100,8 +100,8 @@ def _telling(row: dict[str, Any], most: int) -> bool:
 
 
 def kernels_table() -> str:
-    """Every op beside its best peer at the largest shape of each kind: of a GPU where one was measured, else of the
-    CPU, in the precision that people run."""
+    """Every op beside its best peer at the largest shape of each kind, in the precision that people run: of a GPU where
+    one was measured, else of the CPU. Lengths that are all alike, and for attention long-tailed ones."""
     results = goals.Results()
     result = results.read(results.gpu or "cpu", "kernels.json")
     if result is None:
@@ -109,7 +109,9 @@ def kernels_table() -> str:
     dtype = figures.precision(result["rows"])
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
-        if row["dtype"] == dtype and "cold" in row:
+        told = "=" not in row["shape"] or "fixed" in row["shape"]
+        told |= row["op"] == "attention" and "long-tailed" in row["shape"]
+        if row["dtype"] == dtype and "cold" in row and told:
             cases.setdefault(f"{row['op']}, {row['shape']}", {})[row["provider"]] = row
     kinds: dict[str, str] = {}  # what differs in more than the number of rows
     for name, case in cases.items():
@@ -129,9 +131,10 @@ def kernels_table() -> str:
         peers = {n: row for n, row in case.items() if not n.startswith("fastdistil")}
         best = min(peers, key=lambda n: peers[n]["cold"]["median_us"], default=None)
         took = mine["cold"]
+        graph = f"{mine['graph']['median_us']:,.0f}" if result["gpu"] else "none on CPU"
         moved = f"{mine['bytes'] / took['median_us'] / 1e3:,.0f}, {mine['of_copy']:.0%}"
         computed = f"{mine['flops'] / took['median_us'] / 1e6:.2f}, {mine['of_matmul']:.0%}" if mine["flops"] else ""
-        line = f"| {name} | {took['median_us']:,.0f} ({took['iqr_us']:,.0f}) | {mine['graph']['median_us']:,.0f} "
+        line = f"| {name} | {took['median_us']:,.0f} ({took['iqr_us']:,.0f}) | {graph} "
         line += f"| {moved} | {computed} |"
         if best:
             off = peers[best]["error"]["max"]
