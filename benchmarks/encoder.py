@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import record, roofline, shapes, timing
 from benchmarks.corpus import docstring_lengths
-from benchmarks.kernels import KEPT, Missing, errors, failed
+from benchmarks.kernels import KEPT, Missing, errors, failed, take_turns
 from benchmarks.roofline import Shape
 from benchmarks.shapes import Matrix
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, cpu
@@ -305,37 +305,26 @@ def largest_error(device: torch.device) -> float:
 def measure(batch: Batch, deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
     """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take."""
     tokens = sum(batch.lengths)
-    late = time.monotonic() > deadline
-    if not late:
+    if time.monotonic() < deadline:
         truth, eager, _ = truth_of(batch)
     about = {"batch": batch.name, "tokens": tokens, "texts": batch.ids.shape[0], "length": batch.ids.shape[1]}
     about |= {"dtype": str(batch.model.dtype).removeprefix("torch."), "fill": tokens / batch.ids.numel()}
     rows: dict[str, dict[str, Any]] = {name: about | {"provider": name} for name, _ in PROVIDERS}
-    taken: dict[str, list[timing.Timing]] = {}
-    for turn, (name, make) in timing.in_turns(batch.device, PROVIDERS):
-        row = rows[name]
-        if "missing" in row or "wrong" in row:
-            continue
-        if late or time.monotonic() > deadline:
-            if name not in taken:
-                row["missing"] = "no time was left"
-            continue
-        with ExitStack() as stack:
-            try:
-                if turn == 0:
-                    run, row["error"] = checked(batch, make, stack, truth, eager)
-                else:
-                    run = make(batch, stack)
-                if batch.device.type == "cuda":
-                    there = torch.cuda.memory_allocated(batch.device)  # this and other providers' weights
-                    torch.cuda.reset_peak_memory_stats(batch.device)
-                taken.setdefault(name, []).append(timing.wall(run, batch.device, 2 * seconds, least=2 if turn else 3))
-                if batch.device.type == "cuda":
-                    row["peak_bytes"] = torch.cuda.max_memory_allocated(batch.device) - there
-            except Missing as why:
-                row["missing"] = str(why)
-            except Exception as error:  # of one provider; the others go on, and the run fails in the end
-                row["wrong"] = f"{type(error).__name__}: {str(error)[:300]}"
+
+    def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> timing.Timing:
+        if turn == 0:
+            run, row["error"] = checked(batch, make, stack, truth, eager)
+        else:
+            run = make(batch, stack)
+        if batch.device.type == "cuda":
+            there = torch.cuda.memory_allocated(batch.device)  # this and other providers' weights
+            torch.cuda.reset_peak_memory_stats(batch.device)
+        took = timing.wall(run, batch.device, 2 * seconds, least=2 if turn else 3)
+        if batch.device.type == "cuda":
+            row["peak_bytes"] = torch.cuda.max_memory_allocated(batch.device) - there
+        return took
+
+    taken = take_turns(rows, PROVIDERS, batch.device, deadline, attempt)
     for name, row in rows.items():
         if "missing" not in row and "wrong" not in row:
             row |= timing.joined(taken[name], KEPT)

@@ -306,31 +306,19 @@ def cases(op: str, matrix: Matrix, dtype: torch.dtype, device: torch.device) -> 
 @torch.inference_mode()
 def measure(case: Case, ceilings: dict[str, Any], deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
     """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take."""
-    late = time.monotonic() > deadline
-    if not late:
+    if time.monotonic() < deadline:
         truth, plain = expected(case)
     about = {"op": case.op, "shape": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
     rows: dict[str, dict[str, Any]] = {name: about | {"provider": name} for name, _ in PROVIDERS[case.op]}
-    taken: dict[str, list[tuple[timing.Timing, timing.Timing]]] = {}
-    for turn, (name, make) in timing.in_turns(case.device, PROVIDERS[case.op]):
-        row = rows[name]
-        if "missing" in row or "wrong" in row:
-            continue
-        if late or time.monotonic() > deadline:
-            if name not in taken:
-                row["missing"] = "no time was left"
-            continue
-        with ExitStack() as stack:
-            try:
-                if turn == 0:
-                    run, row["error"] = checked(case, make, stack, truth, plain)
-                else:
-                    run = make(case, stack)
-                taken.setdefault(name, []).append(_time(run, case.device, seconds))
-            except Missing as why:
-                row["missing"] = str(why)
-            except Exception as error:  # of one provider; the others go on, and the run fails in the end
-                row["wrong"] = f"{type(error).__name__}: {str(error)[:300]}"
+
+    def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> tuple[timing.Timing, timing.Timing]:
+        if turn == 0:
+            run, row["error"] = checked(case, make, stack, truth, plain)
+        else:
+            run = make(case, stack)
+        return _time(run, case.device, seconds)
+
+    taken = take_turns(rows, PROVIDERS[case.op], case.device, deadline, attempt)
     for name, row in rows.items():
         if "missing" not in row and "wrong" not in row:
             try:
@@ -338,6 +326,34 @@ def measure(case: Case, ceilings: dict[str, Any], deadline: float, seconds: floa
             except AssertionError as error:
                 row["wrong"] = str(error)
         yield row
+
+
+def take_turns(
+    rows: dict[str, dict[str, Any]],
+    providers: list[tuple[str, Any]],
+    device: torch.device,
+    deadline: float,
+    attempt: Callable[[int, Any, ExitStack, dict[str, Any]], Any],
+) -> dict[str, list[Any]]:
+    """What attempt(turn, make, stack, row) gave for each provider, by turn; its row says what is missing or wrong."""
+    taken: dict[str, list[Any]] = {}
+    for turn, (name, make) in timing.in_turns(device, providers):
+        row = rows[name]
+        if "missing" in row or "wrong" in row:
+            continue
+        if time.monotonic() > deadline:
+            if name not in taken:
+                row["missing"] = "no time was left"
+            continue
+        with ExitStack() as stack:
+            try:
+                found = attempt(turn, make, stack, row)
+                taken.setdefault(name, []).append(found)
+            except Missing as why:
+                row["missing"] = str(why)
+            except Exception as error:  # of one provider; the others go on, and the run fails in the end
+                row["wrong"] = f"{type(error).__name__}: {str(error)[:300]}"
+    return taken
 
 
 def expected(case: Case) -> tuple[Tensor, Tensor]:

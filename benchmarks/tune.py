@@ -226,7 +226,8 @@ def tune(found: Class, arch: int, deadline: float, jobs: int, before: dict[str, 
     try:
         base = trial.seconds(arch, None, 0.1)
     except Exception as error:  # what runs today is wrong or breaks: nothing to be compared with
-        return row | {"wrong": {"what runs today": f"{type(error).__name__}: {str(error)[:200]}"}}
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        return row | {"stopped": "what runs today breaks", "wrong": {"what runs today": why}}
     for name in fit:
         if name in tried or name in wrong:
             continue

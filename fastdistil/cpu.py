@@ -15,7 +15,7 @@ from fastdistil import reference
 # threads is poor there (measured: 1.7x faster at 8 rows, 1.05 to 1.1x at 256, slower from 1,024; widths 384, 768).
 FEW_ROWS, BLOCKS = 256, 8
 # oneDNN's float32 product adds each element in one chain, MKL's in blocks of 192. Cut at so many terms a chain its mean
-# error is at most MKL's and a half, its largest was up to 3 times MKL's in results of 1,000 elements and more. A cut
+# error is at most MKL's and a half, its largest was up to 3.5 times MKL's in results of 1,000 elements and more. A cut
 # copies part of the weights, so it pays from MANY_ROWS rows on; up to SOME_ROWS rows MKL is as quick.
 CHAIN, SOME_ROWS, MANY_ROWS = 1_024, 8, 24
 ONEDNN_ACTIVATIONS = {
@@ -89,8 +89,8 @@ def check_inside(name: str, index: Tensor, table: Tensor) -> None:
 def why_not_onednn() -> str:
     """Why float32 products are left to the library torch takes, or "" where oneDNN's are twice as quick.
 
-    MKL uses AVX-512 on Intel's processors only: on AMD's with AVX-512 oneDNN was 1.4 to 3 times as quick (Zen 5; widths
-    384 and 768, from 8 rows), on those with AVX2 slower.
+    MKL uses AVX-512 on Intel's processors only. On AMD's with AVX-512 oneDNN was 1.9 to 2.3 times as quick from 256
+    rows on, as quick or up to twice with fewer (Zen 5; width 768); on those with AVX2 it was slower.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "no AVX-512"

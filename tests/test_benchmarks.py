@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import (
     compare,
+    corpus,
     encoder,
     engine,
     figures,
@@ -32,6 +33,7 @@ from benchmarks import (
 )
 from benchmarks.roofline import BASE, CHIPS, Shape
 from benchmarks.timing import Timing
+from fastdistil import Embedder
 from fastdistil.cli import main as cli
 from fastdistil.kernels import _configs
 from fastdistil.kernels._configs import Attention, Gemm, Rows
@@ -155,6 +157,20 @@ def test_every_op_by_every_provider(quick):
     missing = {row["provider"]: row["missing"] for row in rows if "missing" in row}
     assert missing["flash-attn"] == "flash-attn is not installed" and "CUDA" in missing["torch.compile"]
     assert any(line.startswith("attention        L=16, uniform") for line in kernels.lines(rows))
+
+
+def test_wrong_embeddings_are_not_timed():
+    """What `encode`, jobs and the engine on texts are held to before they are timed."""
+    texts = [text for _, text in corpus.stdlib_docstrings()[:40]]
+    model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
+    embedder = Embedder(model, corpus.tokenizer_for(texts, 300), pooling="mean", normalize=True, max_length=64)
+    found = embedder.encode(texts)
+    engine.check_texts(embedder, found, texts)
+    with pytest.raises(AssertionError, match="error"):
+        engine.check_texts(embedder, found[::-1].copy(), texts)
+    found[7] += 1e-5
+    with pytest.raises(AssertionError, match="error"):
+        engine.check_texts(embedder, found, texts)
 
 
 def test_on_cpu_providers_take_turns(quick, monkeypatch):
