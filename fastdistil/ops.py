@@ -386,7 +386,7 @@ _pool = _op(
     fake=lambda x, c, *a, **k: x.new_empty(
         c.shape[0] - 1, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
     ),
-    cpu=reference.pool,
+    cpu=cpu.pool,
     widest=WIDEST_ROW,
     autocast="float32",
 )

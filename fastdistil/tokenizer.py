@@ -453,7 +453,7 @@ class DistilBertTokenizer:
         """
         texts = [t if type(t) is str else _check_text(t, f"{name}[{row}]") for row, t in enumerate(texts, first_row)]
         chars = CHARS_PER_TOKEN * (room + 8)
-        if not self._can_cut() or room == math.inf or max(map(len, texts), default=0) <= 2 * chars:
+        if max(map(len, texts), default=0) <= 2 * chars or not self._can_cut():
             return self._encode_checked(texts, encode, name, range(first_row, first_row + len(texts)))
         added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
         slack = MAX_WORD + max(map(len, added), default=0)

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ class Embedder:
     def run(self, engine: Engine, windows: Iterable[Window]) -> Iterator[Done]:
         """Embeddings of windows, batch by batch: float32 [sequences, dim], one of equal texts."""
         key = None
-        if self.model.device.type != "cpu":  # where the model has the cores that the tokenizer would need
+        if engine.device.type != "cpu":  # where the model has the cores that the tokenizer would need
             windows = ahead(windows)
             if (state := graphs.state_of(self.model)) is not None:
                 key = state, self.pooling, self.normalize
@@ -203,8 +204,9 @@ class Embedder:
     def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:
         out = np.empty((rows, self.dim), np.float32)
         quiet = not sys.stderr.isatty() if show_progress is None else not show_progress
-        with tqdm(total=rows, unit="text", unit_scale=True, disable=quiet, file=sys.stderr) as bar:
-            tokens = 0
+        shown = nullcontext() if quiet else tqdm(total=rows, unit="text", unit_scale=True, file=sys.stderr)
+        tokens = 0
+        with shown as bar:
             for done in self.run(engine, windows):
                 at, which = done.window.texts(done.rows)
                 if done.error is not None:
@@ -212,9 +214,9 @@ class Embedder:
                 if done.result is None:
                     continue  # of no sequences
                 out[at] = done.result.numpy()[which]
-                tokens += int(done.window.lengths[done.rows].sum())
-                bar.update(len(at))
-                if not quiet:
+                if bar is not None:
+                    tokens += int(done.window.lengths[done.rows].sum())
+                    bar.update(len(at))
                     elapsed = bar.format_dict["elapsed"] or 1e-9
                     bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
         return out

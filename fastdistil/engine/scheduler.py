@@ -59,6 +59,10 @@ class Window:
         return Window(ids, np.where(wrong, 0, self.lengths), self.source, self.first)
 
     def gather(self, rows: np.ndarray) -> Batch:
+        if len(rows) == 1:  # a query waits for this
+            start, tokens = int(self.starts[rows[0]]), int(self.lengths[rows[0]])
+            ids = self.ids[start : start + tokens].astype(np.int32, copy=False)
+            return Batch(rows, ids, np.arange(tokens, dtype=np.int32), np.array([0, tokens], np.int32), tokens)
         lengths = self.lengths[rows]
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
@@ -104,6 +108,9 @@ def batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
     The longest texts left go first, and the room that they leave takes the longest that fit into it: nearly equal
     lengths, and batches that are full.
     """
+    if len(lengths) == 1:
+        yield np.zeros(1, np.int64)
+        return
     order = np.argsort(-lengths, kind="stable")
     sizes, at = np.unique(-lengths[order], return_index=True)  # falling lengths, and where each begins in `order`
     falling, at = sizes.tolist(), at.tolist()
