@@ -4,7 +4,8 @@ Rows are packed: sequence `b` owns rows `cu_seqlens[b] : cu_seqlens[b + 1]` of `
 `cu_seqlens[-1]` on are dead. Row-wise ops take `cu_seqlens` only for that live count; leave it out when every row is
 live. `cu_seqlens` is int32 `[batch + 1]` on the rows' device and its values are never read back to the host on CUDA.
 
-When a gradient is asked for, the differentiable definition in `reference.py` runs instead of the registered op.
+When a gradient or a transform of torch.func is asked for, the differentiable definition in `reference.py` runs
+instead of the registered op.
 Wrong arguments raise ValueError or TypeError naming the argument.
 """
 
@@ -17,6 +18,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from fastdistil import cpu, reference
 from fastdistil._register import register
@@ -70,11 +73,12 @@ def embed_layer_norm(
     _check_live(cu_seqlens, word_embeddings)
     args = (input_ids, position_ids, word_embeddings, position_embeddings, weight, bias, eps, cu_seqlens)
     if _wants_grad(word_embeddings, position_embeddings, weight, bias):
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and peek_interpreter_stack() is None:
             live = len(input_ids) if cu_seqlens is None else int(cu_seqlens[-1])
             cpu.check_inside("input_ids", input_ids[:live], word_embeddings)
             cpu.check_inside("position_ids", position_ids[:live], position_embeddings)
-        return reference.embed_layer_norm(*args)
+        words, positions, weight, bias = _float32_by_autocast(word_embeddings, position_embeddings, weight, bias)
+        return reference.embed_layer_norm(input_ids, position_ids, words, positions, weight, bias, eps, cu_seqlens)
     return _embed_layer_norm(*args)
 
 
@@ -129,6 +133,7 @@ def add_layer_norm(
     _check_dtypes(x, residual, weight, bias)
     _check_live(cu_seqlens, x)
     if _wants_grad(x, residual, weight, bias):
+        x, residual, weight, bias = _float32_by_autocast(x, residual, weight, bias)
         return reference.add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
     return _add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
 
@@ -223,7 +228,16 @@ def _check_eps(eps: float) -> None:
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd, forward-mode differentiation or a transform of torch.func has to see the steps inside."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+def _float32_by_autocast(*tensors: Tensor) -> list[Tensor]:
+    """What the registered op is given under autocast, which on CPU leaves a LayerNorm's inputs alone."""
+    on = torch.is_autocast_enabled(tensors[0].device.type)
+    return [t.float() if on and t.dtype is not torch.float64 else t for t in tensors]
 
 
 def _check_tensors(**given: Tensor) -> None:

@@ -59,4 +59,5 @@ def triton_version() -> str | None:
 
 def cache_directory() -> Path:
     """Where Triton keeps compiled kernels."""
-    return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")

@@ -97,3 +97,12 @@ def test_tensors_on_another_device_than_the_current():
     x, w, b = (torch.randn(*s, device="cuda:1") for s in ((5, 8), (6, 8), (6,)))
     torch.testing.assert_close(ops.linear(x, w, b), torch.nn.functional.linear(x, w, b))
     assert torch.cuda.current_device() == 0
+
+
+def test_where_compiled_kernels_lie(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", "/somewhere")
+    cli.main(["doctor"])
+    assert "/somewhere/.triton/cache" in capsys.readouterr().out
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert str(_target.cache_directory()) == "/elsewhere"

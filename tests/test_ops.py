@@ -161,7 +161,31 @@ def test_new_sizes_compile_nothing_new(name):
 def test_gradients_go_through_the_definition(name):
     args = case(name, [3, 2])
     wide = [a.double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-    assert torch.autograd.gradcheck(lambda *a: function(ops, name)(*a), wide)
+    assert torch.autograd.gradcheck(lambda *a: function(ops, name)(*a), wide, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transforms_of_torch_func_go_through_the_definition(name):
+    args = case(name, [3, 2])
+    at = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+
+    def of(module):
+        def call(*floats):
+            given = dict(zip(at, floats, strict=True))
+            return function(module, name)(*(given.get(i, a) for i, a in enumerate(args)))
+
+        return call
+
+    floats = tuple(args[i] for i in at)
+    tangents = tuple(torch.randn_like(t) for t in floats)
+    with torch.no_grad():
+        for found, expected in zip(*(torch.func.jvp(of(m), floats, tangents) for m in (ops, reference)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            assert expected.any()
+        many = torch.stack([floats[0], 2 * floats[0]])
+        rest = [torch.stack([t, t]) for t in floats[1:]]
+        found = torch.func.vmap(of(ops))(many, *rest)
+        torch.testing.assert_close(found, torch.stack([of(ops)(x, *floats[1:]) for x in many]), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -175,6 +199,13 @@ def test_autocast(device):
         assert (qkv.dtype, context.dtype, normed.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
         assert ops.linear(x.double(), w.double(), b.double()).dtype is torch.float64
     assert ops.linear(x, w, b).dtype is torch.float32
+    half, scale = x.bfloat16(), b[:8].clone().requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        asked = ops.add_layer_norm(half, half, scale, b[:8], 1e-12)
+        with torch.no_grad():
+            quiet = ops.add_layer_norm(half, half, scale, b[:8], 1e-12)
+    assert asked.dtype is quiet.dtype is torch.float32 and asked.requires_grad
+    torch.testing.assert_close(asked, quiet, rtol=0, atol=1e-5)
 
 
 @pytest.fixture
