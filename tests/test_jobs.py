@@ -231,6 +231,15 @@ def test_a_file_that_ends_too_early_or_is_another(name, checkpoint, tmp_path, ca
     assert name in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["in.txt", "in.csv", "in.jsonl"])
+def test_utf16_is_named(name, checkpoint, tmp_path, capsys):
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / name).write_bytes("\ufefftext\nß\n".encode(encoding))
+        job = ("--input", tmp_path / name, "--output", tmp_path / "o", "--on-error", "skip")
+        assert embed(checkpoint, *job) == 1
+        assert f"{name} is UTF-16; convert it" in capsys.readouterr().err
+
+
 def test_columns_that_are_not_there(checkpoint, tmp_path, capsys):
     for kind in ("parquet", "csv"):
         write(kind, tmp_path / f"in.{kind}")
@@ -1117,6 +1126,8 @@ def test_answers_are_columns(task, args, options, form, heads, tmp_path):
         assert [row.pop("id") for row in found] == [f"n{i}" for i in keep]
         (reject,) = [json.loads(line) for line in (out / "part-00000.rejects.jsonl").read_text().splitlines()]
         assert reject["row"] == 2 and "inputs[" not in reject["reason"]
+        if task == "question-answering":
+            assert reject["reason"] == "the text cannot be empty"
         answer = fastdistil.pipeline(task, heads[task], device="cpu")
         for i, row in zip(keep, found, strict=True):
             if i == 2:

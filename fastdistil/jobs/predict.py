@@ -9,6 +9,12 @@ from fastdistil.jobs.run import Rows
 from fastdistil.jobs.writers import write_columns
 
 AT_ONCE = 4_096  # rows a call
+# what a pipeline's errors name, and what the caller of a job knows it as
+OF_A_JOB = {
+    "pass truncation=True": "leave --no-truncate out",
+    "`context`": "the text",
+    "`question`": "the question",
+}
 
 _ENTITY = {"score": "float", "word": "string", "start": "int", "end": "int"}
 _SPAN = {"score": "float", "start": "int", "end": "int", "answer": "string"}
@@ -81,7 +87,9 @@ class Prediction:
                 raise
             if len(positions) == 1:
                 reason = str(error).replace(named[0], "", 1).strip()
-                part.errors[positions[0]] = reason.replace("pass truncation=True", "leave --no-truncate out")
+                for ours, theirs in OF_A_JOB.items():
+                    reason = reason.replace(ours, theirs)
+                part.errors[positions[0]] = reason
                 return [None]
             half = len(positions) // 2
             return self._answers(part, positions[:half]) + self._answers(part, positions[half:])

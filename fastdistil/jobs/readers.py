@@ -4,6 +4,7 @@ Rows come one at a time and in order. A row that cannot be used is a row all the
 it is the caller's choice. Rows can be counted and skipped without being parsed.
 """
 
+import codecs
 import csv
 import glob
 import gzip
@@ -236,7 +237,7 @@ class Lines(Source):
             try:
                 text = raw.decode("utf-8-sig" if self.line == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+                reason = f"not UTF-8 ({error.reason} at byte {error.start}); convert the file"
                 yield Row(0, f"{self.where}, {line}", None, None, error=reason)
                 continue
             if self.is_json:
@@ -456,7 +457,14 @@ def _chain(head: list[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
-    """Lines as bytes, unpacked. Raises OSError naming the file for one that ends too early."""
+    """Lines as bytes, unpacked. Raises OSError naming the file for one that ends too early, ValueError for UTF-16."""
+    for i, line in enumerate(_all_lines(name, progress)):
+        if i == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{_named(name)} is UTF-16; convert it, as with: iconv -f UTF-16 -t UTF-8")
+        yield line
+
+
+def _all_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
     if name == STDIN:
         yield from sys.stdin.buffer
         return
