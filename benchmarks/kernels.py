@@ -117,6 +117,30 @@ def ours_pointer(case: Case, stack: ExitStack) -> timing.Run:
     return ours(case, stack)
 
 
+def of_form(form: str) -> Make:
+    """Our attention in another of its forms than the one that runs, where it can."""
+
+    def run(case: Case, stack: ExitStack) -> timing.Run:
+        if case.device.type != "cuda":
+            raise Missing("no kernel runs on CPU")
+        qkv, _, longest, heads = case.args
+        head_size = qkv.shape[1] // 3 // heads
+        if _configs.attention(longest, head_size, case.dtype, case.device).form == form:
+            raise Missing("it is what runs anyway")
+        serving = _configs.serving(*_configs.attention_class(longest, head_size, case.dtype))
+        config = next((c for c in serving if c.form == form), None)
+        if config is None:
+            raise Missing(f"there is no {form} form for {longest} tokens of head size {head_size}")
+        stack.enter_context(patch.object(_configs, "attention", lambda *class_: config))
+        return ours(case, stack)
+
+    return run
+
+
+for _form in ("short", "single", "looped"):
+    provider(f"fastdistil, {_form}", "attention")(of_form(_form))
+
+
 @provider("eager torch", *OPS)
 def eager(case: Case, stack: ExitStack) -> timing.Run:
     """cuBLAS, and torch's own kernel for each other step."""

@@ -195,23 +195,33 @@ def _gemm(
 
 
 def attention(max_seqlen: int, head_size: int, dtype: torch.dtype, device: torch.device) -> Attention:
+    return _attention(*attention_class(max_seqlen, head_size, dtype), architecture(device))
+
+
+def attention_class(max_seqlen: int, head_size: int, dtype: torch.dtype) -> tuple[int | None, int, str]:
+    """-> (length up to which a configuration has to serve, None: any; head size, or ANY_HEAD or ODD_HEAD; precision)"""
     longest = None if modes.batch_invariant else next((n for n in (16, 32, 64, 128) if max_seqlen <= n), None)
     kind = matmul_precision() if dtype is torch.float32 else "half"
     block = power_of_two(head_size)
     if block != head_size:
         block = ODD_HEAD if head_size % 4 else ANY_HEAD
-    return _attention(longest, block, kind, architecture(device))
+    return longest, block, kind
 
 
 @functools.cache
 def _attention(longest: int | None, block: int, kind: str, arch: int) -> Attention:
     if found := RECORDED.get((arch, "attention", f"{kind}/{block}/{longest or 'any'}")):
         return cast(Attention, found)
-    return next(
+    return serving(longest, block, kind)[0]
+
+
+def serving(longest: int | None, block: int, kind: str) -> list[Attention]:
+    """The configurations that can compute a class, the preferred first."""
+    return [
         config
         for config in ATTENTION[kind]
         if block <= config.widest and (config.longest is None or (longest is not None and longest <= config.longest))
-    )
+    ]
 
 
 def cdiv(a: int, b: int) -> int:

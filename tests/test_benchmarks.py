@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -281,6 +282,32 @@ def test_classes_are_what_is_looked_up(monkeypatch):
         ("pool", "half/1024"),
     } <= seen
     assert ("attention", "half/64/any") in seen and not _configs.RECORDED
+
+
+def test_attention_in_each_of_its_forms(monkeypatch):
+    """Beside the form that runs every other that can, and why not where it cannot."""
+    monkeypatch.setattr(_configs, "architecture", lambda device: 90)
+    forms = dict(kernels.PROVIDERS["attention"])
+    found = {}
+    for longest in (16, 64, 128, 512):
+        args = torch.empty(4, 3 * 768), None, longest, 12
+        on_card = types.SimpleNamespace(op="attention", args=args, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+        for form in ("short", "single", "looped"):
+            with ExitStack() as stack:
+                try:
+                    forms[f"fastdistil, {form}"](on_card, stack)
+                    config = _configs.attention(longest, 64, torch.bfloat16, CPU)
+                    assert config.form == form and (config.longest is None or config.longest >= longest)
+                    found[longest, form] = "runs"
+                except kernels.Missing as why:
+                    found[longest, form] = str(why).split(" ", 4)[2]
+    assert found == {
+        (16, "short"): "what", (16, "single"): "runs", (16, "looped"): "runs",
+        (64, "short"): "no", (64, "single"): "what", (64, "looped"): "runs",
+        (128, "short"): "no", (128, "single"): "what", (128, "looped"): "runs",
+        (512, "short"): "no", (512, "single"): "no", (512, "looped"): "what",
+    }  # fmt: skip
+    assert _configs.attention(16, 64, torch.bfloat16, CPU).form == "short"
 
 
 def test_winners_are_recorded_in_order(monkeypatch):
