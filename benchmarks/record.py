@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import fastdistil
 from benchmarks.timing import nvidia_smi
 
 ROOT = Path(__file__).resolve().parent.parent
+DRIVER = Path("/proc/driver/nvidia/version")
 GPU = ("name", "uuid", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
@@ -44,7 +46,7 @@ def environment() -> dict[str, Any]:
         uuid = str(getattr(properties, "uuid", ""))
         # nvidia-smi lists every card, whatever CUDA_VISIBLE_DEVICES leaves to this process
         cards = [card for card in nvidia_smi(*GPU) if uuid and card["uuid"].endswith(uuid)]
-        found["gpu"] = (cards or [{"uuid": f"GPU-{uuid}" if uuid else ""}])[0] | {
+        found["gpu"] = (cards or [{"uuid": f"GPU-{uuid}" if uuid else "", "driver_version": _driver()}])[0] | {
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "processors": properties.multi_processor_count,
@@ -52,6 +54,18 @@ def environment() -> dict[str, Any]:
             "l2": properties.L2_cache_size,
         }
     return found
+
+
+def _driver() -> str:
+    """Of a card that nvidia-smi does not list, or where there is no nvidia-smi."""
+    for card in nvidia_smi("driver_version"):
+        return card["driver_version"]
+    try:
+        said = DRIVER.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", said)
+    return found[0] if found else ""
 
 
 def commit() -> dict[str, Any]:

@@ -814,3 +814,16 @@ def test_the_example_for_ones_own_card(monkeypatch):
     assert example["main"](["--dry"]) == 0
     assert given[-1] == "--dry" and set(given[given.index("--stages") + 1].split(",")) < set(gpu.STAGES)
     assert float(given[given.index("--minutes") + 1]) <= 5
+
+
+def test_the_driver_is_found_without_nvidia_smi(monkeypatch, tmp_path):
+    said = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build\nGCC version: gcc 13.3.0\n"
+    )
+    monkeypatch.setattr(record, "nvidia_smi", lambda *what: [])
+    monkeypatch.setattr(record, "DRIVER", tmp_path / "version")
+    assert record._driver() == ""
+    record.DRIVER.write_text(said)
+    assert record._driver() == "580.82.07"
+    monkeypatch.setattr(record, "nvidia_smi", lambda *what: [{"driver_version": "1.2"}])
+    assert record._driver() == "1.2"
