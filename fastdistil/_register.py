@@ -4,6 +4,7 @@
 `custom_op`, and it works in eager, `torch.compile(fullgraph=True)` and `torch.export`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def register(
 
     reference: the definition in `reference.py`, used on every device that has no form of its own.
     fake: returns an empty tensor of the result's shape, dtype and strides.
-    autocast: "compute" casts floating-point inputs to the autocast dtype, "float32" to float32.
+    autocast: how autocast casts floating-point inputs, see `by_autocast`.
     """
     name = reference.__name__
     forms = {"CPU": cpu or reference, "CUDA": cuda or reference}
@@ -41,15 +42,26 @@ def register(
     return op
 
 
-def _autocast_form(op: Callable[..., Tensor], device: str, kind: str) -> Callable[..., Tensor]:
-    def cast(value: Any) -> Any:
-        # float64 stays as it is, like in torch's own autocast
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
-            return value.to(torch.get_autocast_dtype(device) if kind == "compute" else torch.float32)
-        return value
+def by_autocast(kind: str, device: str, *values: Any) -> list[Any]:
+    """The values, tensors cast as autocast casts them: with "compute" to its dtype; with "float32" to float32 on CUDA
+    and to the widest of their dtypes on CPU, where autocast leaves a LayerNorm alone. float64 stays as it is."""
 
+    def is_cast(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
+
+    if kind == "compute":
+        dtype = torch.get_autocast_dtype(device)
+    elif device == "cuda":
+        dtype = torch.float32
+    else:
+        dtype = functools.reduce(torch.promote_types, [v.dtype for v in values if is_cast(v)], torch.uint8)
+    return [v.to(dtype) if is_cast(v) else v for v in values]
+
+
+def _autocast_form(op: Callable[..., Tensor], device: str, kind: str) -> Callable[..., Tensor]:
     def autocast_form(*args: Any, **kwargs: Any) -> Tensor:
+        values = by_autocast(kind, device, *args, *kwargs.values())
         with torch.autocast(device, enabled=False):
-            return op(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+            return op(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
     return autocast_form

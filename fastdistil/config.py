@@ -157,7 +157,9 @@ class DistilBertConfig:
                 raise TypeError(f"config.{name} must be true or false, got {value!r}")
         if self.label2id is not None and not isinstance(self.label2id, dict):
             raise TypeError(f"config.label2id must map names to numbers, got {self.label2id!r}")
-        if self.pad_token_id is not None and not isinstance(self.pad_token_id, int):
+        if self.pad_token_id is not None and (
+            isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int)
+        ):
             raise TypeError(f"config.pad_token_id must be an integer or None, got {self.pad_token_id!r}")
         chunk = self.chunk_size_feed_forward
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 0:

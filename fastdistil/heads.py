@@ -31,6 +31,7 @@ from fastdistil.outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from fastdistil.packing import can_look
 
 logger = logging.getLogger("fastdistil")
 
@@ -99,7 +100,7 @@ def reads_padding(kind: str, labels: Any, mask: Tensor | None) -> bool:
     labels = labels.reshape(-1, length)
     if len(mask) not in (1, len(labels)):
         return False  # as above, or choices
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if not can_look(labels.device):
         return torch.is_grad_enabled()
     return bool(((labels != IGNORED) & (mask == 0)).any())
 
@@ -110,7 +111,7 @@ def _check_tensor(name: str, value: Any) -> None:
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if not can_look(labels.device):
         return  # reading a value back would stall the device
     outside = ((labels < 0) | (labels >= classes)) & (labels != IGNORED)
     for place in outside.nonzero().tolist():

@@ -28,7 +28,7 @@ from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, 
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
 from fastdistil.outputs import BaseModelOutput
-from fastdistil.packing import Packing, find_rows
+from fastdistil.packing import Packing, can_look, find_rows
 
 logger = logging.getLogger("fastdistil")
 
@@ -1001,7 +1001,7 @@ class DistilBertModel(PreTrainedModel):
             raise TypeError(f"max_seqlen must be an integer, got {max_seqlen!r}")
         if only is not None and (only.dim() != 1 or only.dtype is not torch.int64):
             raise ValueError(f"only must be int64 [n], got {only.dtype} {list(only.shape)}")
-        if only is not None and only.device.type == "cpu" and len(only) and not torch.compiler.is_compiling():
+        if only is not None and len(only) and can_look(only.device):
             lowest, highest = (int(v) for v in only.aminmax())
             if lowest < 0 or highest >= len(input_ids):
                 bad = lowest if lowest < 0 else highest
@@ -1016,7 +1016,7 @@ class DistilBertModel(PreTrainedModel):
             sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(max=len(cu_seqlens) - 2)
             # dead rows count on from the last sequence and could leave the table
             position_ids = (row - cu_seqlens[sequence]).clamp(max=max(max_seqlen - 1, 0))
-        all_live = input_ids.device.type == "cpu" and int(cu_seqlens[-1]) == len(input_ids)
+        all_live = can_look(input_ids.device) and int(cu_seqlens[-1]) == len(input_ids)
         live = None if all_live else cu_seqlens
         at = Packing(len(cu_seqlens) - 1, max_seqlen, cu_seqlens, max_seqlen, live=live)
         if not self._can_pack():
@@ -1089,7 +1089,7 @@ class DistilBertModel(PreTrainedModel):
         if token_type_ids is not None and token_type_ids.shape not in (given.shape[:2], (1, given.shape[1])):
             raise ValueError(f"token_type_ids must be {list(given.shape[:2])}, got {list(token_type_ids.shape)}")
         if token_type_ids is not None and getattr(self.config, "token_types_folded", False):  # noqa: SIM102
-            if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(token_type_ids.any()):
+            if can_look(given.device) and bool(token_type_ids.any()):
                 raise ValueError(
                     "token_type_ids has nonzero values, but this BERT checkpoint was converted for a single segment "
                     "(token type 0 is folded into the positions)"
@@ -1097,7 +1097,7 @@ class DistilBertModel(PreTrainedModel):
         return given.shape[0], given.shape[1], given.device
 
     def _check_ids(self, input_ids: Tensor, keep: Tensor | None) -> None:
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+        if not can_look(input_ids.device) or input_ids.numel() == 0:
             return  # reading a value back would stall the device: there a bad id makes its own sequence NaN
         words = self._words()
         if words is None:
@@ -1131,7 +1131,7 @@ class DistilBertModel(PreTrainedModel):
                 f"position_ids must be integers [{length}], [1, {length}] or [{batch}, {length}], got "
                 f"{position_ids.dtype} {list(position_ids.shape)}"
             )
-        if device.type == "cpu" and not torch.compiler.is_compiling() and position_ids.numel():
+        if can_look(device) and position_ids.numel():
             lowest, highest = (int(v) for v in position_ids.aminmax())
             if lowest < 0 or highest >= limit:
                 bad = lowest if lowest < 0 else highest
@@ -1172,7 +1172,7 @@ def _masks(attention_mask: Tensor | None, batch: int, length: int, heads: int) -
 def _check_only(only: Tensor, batch: int, length: int, device: torch.device) -> None:
     if only.dim() != 2 or only.shape[1] != 2 or only.dtype is not torch.int64:
         raise ValueError(f"positions must be int64 [n, 2] of (row, column), got {only.dtype} {list(only.shape)}")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_look(device):
         for row, column in only.tolist():
             if not (0 <= row < batch and 0 <= column < length):
                 raise ValueError(f"positions hold ({row}, {column}), outside the batch of [{batch}, {length}]")

@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from fastdistil import cpu, reference
-from fastdistil._register import register
+from fastdistil._register import by_autocast, register
 from fastdistil.kernels import _configs, _target
+from fastdistil.packing import can_look
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 POOLING = ("mean", "cls")
@@ -73,11 +75,11 @@ def embed_layer_norm(
     _check_live(cu_seqlens, word_embeddings)
     args = (input_ids, position_ids, word_embeddings, position_embeddings, weight, bias, eps, cu_seqlens)
     if _wants_grad(word_embeddings, position_embeddings, weight, bias):
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and peek_interpreter_stack() is None:
+        if can_look(input_ids.device):
             live = len(input_ids) if cu_seqlens is None else int(cu_seqlens[-1])
             cpu.check_inside("input_ids", input_ids[:live], word_embeddings)
             cpu.check_inside("position_ids", position_ids[:live], position_embeddings)
-        words, positions, weight, bias = _float32_by_autocast(word_embeddings, position_embeddings, weight, bias)
+        words, positions, weight, bias = _cast("float32", word_embeddings, position_embeddings, weight, bias)
         return reference.embed_layer_norm(input_ids, position_ids, words, positions, weight, bias, eps, cu_seqlens)
     return _embed_layer_norm(*args)
 
@@ -133,7 +135,7 @@ def add_layer_norm(
     _check_dtypes(x, residual, weight, bias)
     _check_live(cu_seqlens, x)
     if _wants_grad(x, residual, weight, bias):
-        x, residual, weight, bias = _float32_by_autocast(x, residual, weight, bias)
+        x, residual, weight, bias = _cast("float32", x, residual, weight, bias)
         return reference.add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
     return _add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
 
@@ -170,6 +172,7 @@ def attention(
     if head_scale is not None and head_scale.device != qkv.device:
         raise ValueError(f"the rows are on {qkv.device}, head_scale is on {head_scale.device}; move it")
     if _wants_grad(qkv, head_scale):
+        qkv, head_scale = _cast("compute", qkv, head_scale)
         return reference.attention(qkv, cu_seqlens, max_seqlen, num_heads, head_scale)
     return _attention(qkv, cu_seqlens, max_seqlen, num_heads, head_scale)
 
@@ -234,10 +237,10 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
-def _float32_by_autocast(*tensors: Tensor) -> list[Tensor]:
-    """What the registered op is given under autocast, which on CPU leaves a LayerNorm's inputs alone."""
-    on = torch.is_autocast_enabled(tensors[0].device.type)
-    return [t.float() if on and t.dtype is not torch.float64 else t for t in tensors]
+def _cast(kind: str, *tensors: Tensor | None) -> list[Any]:
+    """As autocast, where it is on, casts them for the registered op; for the definition, which does not know it."""
+    device = next(t for t in tensors if t is not None).device.type
+    return by_autocast(kind, device, *tensors) if torch.is_autocast_enabled(device) else list(tensors)
 
 
 def _check_tensors(**given: Tensor) -> None:
@@ -289,7 +292,7 @@ def _check_live(cu_seqlens: Tensor | None, x: Tensor) -> None:
 def check_cu_seqlens(cu_seqlens: Tensor, rows: Tensor, max_seqlen: int | None = None) -> None:
     """Raise ValueError unless cu_seqlens fits the rows; its values are looked at on CPU only."""
     _check_live(cu_seqlens, rows)
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor:
+    if not can_look(rows.device) or type(cu_seqlens) is not Tensor:
         return  # reading values back would stall the device
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(starts)]

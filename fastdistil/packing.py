@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+
+
+def can_look(device: torch.device) -> bool:
+    """Whether values may be read: on CPU, unless a compiler traces the call or torch.func transforms it."""
+    return device.type == "cpu" and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Packing:
 
 def find_rows(keep: Tensor | None, batch: int, length: int, device: torch.device) -> Packing:
     """Locate the live tokens. keep: bool [batch, length], True at real tokens, anywhere; None when all are real."""
-    exact = device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    exact = can_look(device) and not torch.jit.is_tracing()
     if keep is None or (exact and bool(keep.all())):
         starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         return Packing(batch, length, starts, length)

@@ -438,8 +438,16 @@ class DistilBertTokenizer:
 
     def _template(self) -> tuple[list[int], list[int]]:
         """The special tokens before and after a single text."""
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        full = self._tokenizer.encode("a").ids
+        try:
+            plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+            full = self._tokenizer.encode("a").ids
+            self._tokenizer.encode(chr(0x12345))  # cuneiform: what stands for the unknown must be there
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # the library raises plain Exception, or panics, which is not even that
+            raise ValueError(f"the tokenizer cannot encode a text: {error}") from error
+        if full and max(full) >= MOST_TOKENS:
+            raise ValueError(f"the tokenizer puts the id {max(full)} beside a text; there are {MOST_TOKENS} at most")
         before = next(i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain)
         return full[:before], full[before + len(plain) :]
 
@@ -600,6 +608,11 @@ def _check_vocabulary(tokenizer: Tokenizer, where: Any) -> None:
     unknown = getattr(tokenizer.model, "unk_token", None)
     if unknown is not None and unknown not in vocab:
         raise ValueError(f"{where} says that unk_token is {unknown!r}, which its vocabulary lacks")
+    number = vocab.get(str(unknown))
+    if same := [
+        token for token, i in vocab.items() if i == number and token != unknown
+    ]:  # which of them it is, is chance
+        raise ValueError(f"{where} gives {unknown!r} and {same[0]!r} the same id {number}")
 
 
 def _check_text(text: Any, name: str) -> str:

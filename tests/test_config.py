@@ -113,6 +113,7 @@ def test_old_hub_file_and_bert_file():
         ({"id2label": {"x": "a"}}, ValueError, "config.id2label"),
         ({"num_labels": -1}, ValueError, "num_labels is -1"),
         ({"pad_token_id": "0"}, TypeError, "pad_token_id"),
+        ({"pad_token_id": False}, TypeError, "pad_token_id"),
         ({"model_type": "roberta"}, ValueError, "model_type is 'roberta'"),
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, ValueError, "relative_key"),
         ({"model_type": "bert", "is_decoder": True}, ValueError, "is_decoder"),

@@ -1,7 +1,9 @@
 """The scheduler's batches, and the engine: all cores, staged copies, graphs, and memory that runs out."""
 
 import pickle
+import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -202,6 +204,27 @@ def test_token_ids_instead_of_texts(embedder, texts):
         with pytest.raises(error, match=message):
             embedder.encode_tokens(ids, ends)
     assert lengths.max() <= 128
+    ids = np.arange(40, dtype=np.int32)[::-1][:9]  # no view that torch could take as it is
+    ids.flags.writeable = False
+    with warnings.catch_warnings(action="error"):
+        backwards = embedder.encode_tokens(ids, [0, 9])
+    np.testing.assert_allclose(backwards, embedder.encode_tokens(ids.copy(), [0, 9]), atol=0)
+
+
+def test_autocast_holds_in_every_thread(embedder, texts):
+    one = embedder.encode(texts[:1])
+    with torch.autocast("cpu", torch.bfloat16):
+        halves = embedder.encode(texts[:1]), embedder.encode(texts * 2)  # the second by a pool of threads
+    np.testing.assert_allclose(halves[1][0], halves[0][0], atol=1e-2)
+    everything = embedder.encode(texts * 2)
+    assert len(embedder.tokenize(texts).ids) > 2 * runner.WORTH_A_WORKER
+    assert np.abs(halves[1] - everything).max() > 1e-5 and np.abs(halves[0] - one).max() > 1e-5
+
+
+def test_without_a_standard_error(embedder, texts, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    for show in (None, False, True):
+        assert embedder.encode(texts[:2], show_progress=show).shape == (2, 32)
 
 
 def too_large(compute, most, error):

@@ -587,16 +587,48 @@ def test_the_padded_forward_reads_nothing_back():
     assert out.last_hidden_state.shape == (4, 21, 48) and len(out.hidden_states) == 3
 
 
-def test_autocast_gives_transformers_dtypes_and_numbers():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_gives_transformers_dtypes_and_numbers(grad, dtype):
     ours, theirs = pair(attn="sdpa")
     ids, keep = inputs()
-    with torch.inference_mode():
+    with torch.set_grad_enabled(grad):
         truth = theirs(ids, attention_mask=keep.long())[0][keep]
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             expected, got = theirs(ids, attention_mask=keep.long())[0], ours(ids, keep)[0]
-    assert got.dtype is expected.dtype is torch.float32
+    assert got.dtype is expected.dtype is dtype
     budget = (expected[keep] - truth).abs()
     assert (got[keep] - truth).abs().max() <= 2 * budget.max() and budget.max() > 1e-4
+
+
+def test_gradients_a_sample_by_torch_func():
+    """vmap(grad(...)), for which no value may be looked at; with a mask, too."""
+    ours, _ = pair()
+    ids, keep = inputs()
+    weights = {name: p.detach() for name, p in ours.named_parameters()}
+
+    def loss(weights, ids, keep):
+        return torch.func.functional_call(ours, weights, (ids[None], keep[None]))[0].square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, ids, keep)
+    for row in range(len(ids)):
+        ours.zero_grad()
+        ours(ids[row : row + 1], keep[row : row + 1])[0].square().sum().backward()
+        for name, p in ours.named_parameters():
+            torch.testing.assert_close(each[name][row], p.grad, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        alone = torch.func.vmap(lambda i, k: ours(i[None], k[None])[0][0])(ids, keep)
+        torch.testing.assert_close(alone, ours(ids, keep)[0], rtol=0, atol=1e-5)
+
+
+def test_packed_call_compiles():
+    ours, _ = pair()
+    ids, _ = inputs()
+    args = ids.flatten(), torch.tensor([0, 3, 20], dtype=torch.int32), ids.shape[1]
+    compiled = torch.compile(ours.forward_packed, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args)[:20], ours.forward_packed(*args)[:20])
 
 
 def test_export_with_a_dynamic_batch():

@@ -274,6 +274,22 @@ def test_tokenizer_files_that_would_fail_late(minilm, tmp_path, change, message)
         DistilBertTokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda v: v["model"]["vocab"].update({"[UNK]": 0}), "gives '.UNK.' and '.PAD.' the same id 0"),
+        (lambda v: v["post_processor"]["special_tokens"].pop("[CLS]"), "cannot encode a text"),
+        (lambda v: v["post_processor"]["special_tokens"]["[CLS]"].update(ids=[2**31]), "puts the id 2147483648 beside"),
+    ],
+)
+def test_tokenizer_files_that_encode_nothing(minilm, tmp_path, damage, message):
+    values = json.loads((minilm / "tokenizer.json").read_text())
+    damage(values)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        DistilBertTokenizer.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.txt"])
 @pytest.mark.parametrize(
     "files",

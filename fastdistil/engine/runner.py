@@ -122,11 +122,17 @@ class Engine:
                     done = one(rows)
                 yield from done
             return
+        on, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")  # which a thread does not inherit
+
+        def there(rows: np.ndarray) -> list[Done]:
+            with torch.autocast("cpu", dtype, enabled=on):
+                return one(rows)
+
         # a batch a thread beats every thread on one batch, for no op waits for its slowest thread
         with cpu_workers(threads) as (pool, workers):
             rounds = -(-tokens // (self.budget * workers))
             even = min(self.budget, -(-tokens // (rounds * workers)) + 1)
-            results = pool.map(one, batches(window.lengths, even))
+            results = pool.map(there, batches(window.lengths, even))
             while True:
                 with self.stages.timed("model"):
                     found = next(results, None)

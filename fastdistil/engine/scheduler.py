@@ -61,7 +61,7 @@ class Window:
     def gather(self, rows: np.ndarray) -> Batch:
         if len(rows) == 1:  # a query waits for this
             start, tokens = int(self.starts[rows[0]]), int(self.lengths[rows[0]])
-            ids = self.ids[start : start + tokens].astype(np.int32, copy=False)
+            ids = self.ids[start : start + tokens].astype(np.int32)
             return Batch(rows, ids, np.arange(tokens, dtype=np.int32), np.array([0, tokens], np.int32), tokens)
         lengths = self.lengths[rows]
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
