@@ -185,6 +185,8 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
     """
     if mode not in POOLING:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(POOLING)}")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be true or false, got {normalize!r}")
     _check_tensors(x=x, cu_seqlens=cu_seqlens)
     if x.dim() != 2:
         raise ValueError(f"x must be [rows, dim], got {list(x.shape)}")
@@ -234,7 +236,9 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd, forward-mode differentiation or a transform of torch.func has to see the steps inside."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None  # a compiler's own is there
 
 
 def _cast(kind: str, *tensors: Tensor | None) -> list[Any]:

@@ -397,15 +397,21 @@ class DistilBertTokenizer:
         may_cut = {"only_first": (room, math.inf), "only_second": (math.inf, room)}.get(strategy or "", (room + 1,) * 2)
         first = self._cut_and_encode(texts, room if pairs is None else may_cut[0], encode)
         second = None if pairs is None else self._cut_and_encode(pairs, may_cut[1], encode, "text_pair")
-        if second is not None and pairs is not None and strategy == "longest_first":
-            for row in range(len(texts)):
-                if min(len(first[row]), len(second[row])) > room:  # the longer keeps the odd token: read both
-                    first[row], second[row] = encode([str(texts[row]), str(pairs[row])])
+
+        def sizes(row: int, one: Encoding, two: Encoding) -> tuple[int, int]:
+            """Of both texts, as far as matters: where both are long and there is an odd token, the longer keeps it."""
+            enough = room
+            while room % 2 and min(len(one), len(two)) > enough:
+                enough *= 4
+                (one,), (two,) = (self._cut_and_encode([side[row]], enough, encode) for side in (texts, pairs or []))
+            return len(one), len(two)
+
         encodings = []
         for row, one in enumerate(first):
             two = None if second is None else second[row]
             if len(one) + (len(two) if two else 0) > room:
-                _truncate(one, two, int(room), strategy, row)
+                whole = (len(one), 0) if two is None else sizes(row, one, two)
+                one, two = _truncate(one, two, whole, int(room), strategy, row)
             encodings.append(self._tokenizer.post_process(one, two, add_special_tokens))
         if padding:
             self._pad(encodings, padding, max_length, pad_to_multiple_of)
@@ -644,8 +650,11 @@ def _strategy(truncation: bool | str) -> str | None:
     return names[truncation]
 
 
-def _truncate(one: Encoding, two: Encoding | None, room: int, strategy: str | None, row: int) -> None:
-    n1, n2 = len(one), len(two) if two is not None else 0
+def _truncate(
+    one: Encoding, two: Encoding | None, whole: tuple[int, int], room: int, strategy: str | None, row: int
+) -> tuple[Encoding, Encoding | None]:
+    """Both texts' tokens cut to `room`. whole: how many they were, which decides whose are cut."""
+    n1, n2 = whole
     if strategy == "longest_first" and two is not None:
         # the longer gives way first; where both are long, each gets half and the longer one the odd token
         short = min(n1, n2)
@@ -659,8 +668,20 @@ def _truncate(one: Encoding, two: Encoding | None, room: int, strategy: str | No
     if n1 < 0 or n2 < 0:
         raise ValueError(f"row {row} cannot be cut to max_length by {strategy}: the other text alone is too long")
     one.truncate(n1)
-    if two is not None:
-        two.truncate(n2)
+    if two is None:
+        return one, None
+    two.truncate(n2)
+    return _without_rest(one), _without_rest(two)
+
+
+def _without_rest(encoding: Encoding) -> Encoding:
+    """Without what was cut off, which the library keeps, and of a pair combines each piece with each."""
+    state = json.loads(encoding.__getstate__())
+    if not state["overflowing"]:
+        return encoding
+    plain = Encoding()
+    plain.__setstate__(json.dumps(state | {"overflowing": []}).encode())
+    return plain
 
 
 def _to_tensors(data: dict[str, list], kind: str) -> dict[str, Any]:

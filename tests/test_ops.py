@@ -132,10 +132,14 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compile_fullgraph_and_export(name):
+    torch._dynamo.reset()  # what other tests compiled of this function counts, too
     args = case(name, [3, 3, 7])
     f = function(ops, name)
     expected = f(*args)
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), expected)
+    seen = []  # the op itself has to be in the graph, not its definition
+    torch.compile(f, fullgraph=True, backend=lambda g, _: seen.extend(n.target for n in g.graph.nodes) or g)(*args)
+    assert any(str(target).startswith("fastdistil.") for target in seen), seen
 
     class Module(torch.nn.Module):
         def forward(self, *args):
@@ -147,6 +151,7 @@ def test_compile_fullgraph_and_export(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_new_sizes_compile_nothing_new(name):
+    torch._dynamo.reset()
     counts = torch._dynamo.testing.CompileCounter()
     f = function(ops, name)
     compiled = torch.compile(f, fullgraph=True, backend=counts, dynamic=True)
@@ -320,6 +325,7 @@ def test_sequences_of_one_length_that_are_no_neighbours(monkeypatch, elements):
         (lambda x, w, b, cu: ops.add_layer_norm(x, x, b, 1.0, 1e-5), "bias must be a tensor, got float"),
         (lambda x, w, b, cu: ops.attention(x, None, 2, 1), "cu_seqlens must be a tensor, got NoneType"),
         (lambda x, w, b, cu: ops.pool(x, [0, 2]), "cu_seqlens must be a tensor, got list"),
+        (lambda x, w, b, cu: ops.pool(x, cu, "mean", "no"), "normalize must be true or false, got 'no'"),
         (lambda x, w, b, cu: ops.embed_layer_norm([0], cu, w, w, b, b, 1e-5), "input_ids must be a tensor, got list"),
         (lambda x, w, b, cu: ops.embed_layer_norm(cu, cu, w, None, b, b, 1e-5), "position_embeddings must be a tensor"),
     ],

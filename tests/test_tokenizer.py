@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 import torch
@@ -142,6 +143,21 @@ def test_a_huge_text_is_cut_to_the_same_tokens(name, ours, theirs):
     assert ours(text, truncation=True, max_length=512)["input_ids"] == expected
     question = ours("a question", text, truncation="only_second", max_length=64)["input_ids"]
     assert question == theirs("a question", text, truncation="only_second", max_length=64)["input_ids"]
+
+
+@pytest.mark.parametrize("max_length", [16, 17, 127, 128])
+def test_pairs_of_huge_texts(max_length, ours, theirs):
+    """In no time, and as of their beginnings; the longer keeps an odd token, wherever it is told that it is longer."""
+    one, two = HUGE["prose"]()[:200_000], "some more words " * 20_000
+    for first, second in ((one, two), (two, one), (one, one)):
+        start = time.perf_counter()
+        found = ours(first, second, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        assert time.perf_counter() - start < 5  # it was minutes
+        n, m = (len(ours.encode_ids([text])[0]) for text in (first, second))
+        expected = theirs(first[: 1500 if n > m else 1200], second[: 1500 if m >= n else 1200], truncation=True,
+                          max_length=max_length, return_offsets_mapping=True)  # fmt: skip
+        assert found["input_ids"] == expected["input_ids"]
+        assert found["offset_mapping"] == expected["offset_mapping"]
 
 
 @pytest.mark.parametrize("max_length", [127, 128])
