@@ -7,6 +7,7 @@ A peer is one function under `@provider`: it gets a Batch and gives back a call 
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -34,6 +35,7 @@ from fastdistil.testing import cu_seqlens, error_law
 
 MAX_LENGTH = 256  # of docstrings
 COMPILED = 128  # the length at which torch.compile takes part
+TELLING = ((256, 128, 1.0), (256, 128, 0.5), *((1, n, 1.0) for n in (16, 32, 64)))  # what the goals are about
 TRUTH_TOKENS = 4_096  # of a batch, whose first texts are computed in float64: more would take longer than the rest
 
 
@@ -94,7 +96,14 @@ def captured(batch: Batch, stack: ExitStack) -> timing.Run:
         raise Missing(f"batches of more than {MOST_TOKENS} tokens are not captured: their launches cost nothing")
     batch.model.cuda_graphs(True)
     stack.callback(batch.model.cuda_graphs, False)
-    return padded(batch, stack)
+    call = padded(batch, stack)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        call()
+    graphs = batch.model._graphs
+    if graphs is None or not graphs.captured(*batch.ids.shape):
+        raise Missing(f"not captured: {said[-1].message if said else 'the model would not be'}"[:200])
+    return call
 
 
 def transformers(attention: str) -> Make:
@@ -174,6 +183,9 @@ def autotuned(batch: Batch, stack: ExitStack) -> timing.Run:
     return _compile(batch, stack, "max-autotune")  # with CUDA graphs
 
 
+LATE = (compiled, autotuned)  # they compile for up to minutes, after all else
+
+
 def _compile(batch: Batch, stack: ExitStack, mode: str | None) -> timing.Run:
     if batch.device.type != "cuda":
         raise Missing("compiled for CUDA only")
@@ -196,19 +208,18 @@ def _mask(batch: Batch) -> Tensor | None:
 
 
 _cached: dict[Any, Any] = {}
+_wides: dict[str, Any] = {}
 _sessions: dict[int, Any] = {}
 
 
 def _theirs(batch: Batch, attention: str) -> Any:
-    """transformers' model with our weights; on a GPU one is kept at a time."""
+    """transformers' model with our weights, made once."""
     try:
         import transformers as hf
     except ImportError as error:
         raise Missing(str(error)) from error
     key = id(batch.model), batch.model.dtype, attention
     if key not in _cached:
-        if batch.device.type == "cuda":
-            _cached.clear()
         config = hf.DistilBertConfig(**_config(batch.model), attn_implementation=attention)
         try:
             model = hf.DistilBertModel(config)
@@ -250,9 +261,10 @@ def batch_of(model: DistilBertModel, name: str, lengths: list[int], longest: int
 
 
 def batches(model: DistilBertModel, matrix: Matrix) -> Iterator[Batch]:
-    """batch x length x fill, and docstrings. At a fill below one, lengths are spread evenly around it, the first being
-    the longest."""
-    for texts, longest, fill in product(matrix.batches, matrix.lengths, matrix.fills):
+    """batch x length x fill, the most telling first, and docstrings. At a fill below one, lengths are spread evenly
+    around it, the first being the longest."""
+    every = list(product(matrix.batches, matrix.lengths, matrix.fills))
+    for texts, longest, fill in sorted(every, key=lambda one: one not in TELLING):
         if fill == 1:
             lengths = [longest] * texts
         elif texts == 1:
@@ -275,10 +287,15 @@ def truth_of(batch: Batch) -> tuple[Tensor, Tensor, int]:
         with torch.enable_grad():  # a gradient could be asked for: the differentiable definitions
             return model(ids, keep).last_hidden_state.detach()[keep]
 
-    eager = dense(batch.model)
-    wide = DistilBertModel(batch.model.config).eval().to(batch.device, torch.float64)
-    wide.load_state_dict(batch.model.state_dict())
-    return dense(wide), eager, texts
+    return dense(_wide(batch.model)), dense(batch.model), texts
+
+
+def _wide(model: DistilBertModel) -> DistilBertModel:
+    """The same in float64, made once."""
+    if _wides.get("of") is not model:
+        wide = copy.deepcopy(model).to(torch.float64)
+        _wides.update(of=model, wide=wide)
+    return _wides["wide"]
 
 
 def checked(
@@ -287,13 +304,20 @@ def checked(
     """A provider's call and its errors; raises AssertionError where it breaks the error law, Missing where it cannot
     run."""
     run = make(batch, stack)
+    return run, hold(run, batch, truth, eager)
+
+
+def hold(run: timing.Run, batch: Batch, truth: Tensor, eager: Tensor) -> dict[str, float]:
+    """The errors of what a call computes now; raises AssertionError where it breaks the error law."""
+    rows = eager.new_empty(sum(batch.lengths), batch.model.config.dim)
+    timing.poison(rows, rows.new_empty(*batch.ids.shape, rows.shape[1]))
     result = run()
     result = result[batch.keep] if result.dim() == 3 else result
     if result.shape != (sum(batch.lengths), batch.model.config.dim) or not bool(result.isfinite().all()):
         raise AssertionError(f"the result is not [{sum(batch.lengths)}, dim] or not finite")
     result = result[: len(truth)]
     error_law(result, eager, truth, largest=largest_error(batch.device))
-    return run, errors(result, truth)
+    return errors(result, truth)
 
 
 def largest_error(device: torch.device) -> float:
@@ -302,36 +326,56 @@ def largest_error(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def measure(batch: Batch, deadline: float, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
-    """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take."""
+def measure(
+    batch: Batch,
+    deadline: float,
+    seconds: float = 0.1,
+    *,
+    late: bool | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take. late: only
+    those that compile for long, or only the others. keep: gets the rows so far after each provider."""
     tokens = sum(batch.lengths)
-    if time.monotonic() < deadline:
-        truth, eager, _ = truth_of(batch)
+    known: list[tuple[Tensor, Tensor]] = []
     about = {"batch": batch.name, "tokens": tokens, "texts": batch.ids.shape[0], "length": batch.ids.shape[1]}
     about |= {"dtype": str(batch.model.dtype).removeprefix("torch."), "fill": tokens / batch.ids.numel()}
-    rows: dict[str, dict[str, Any]] = {name: about | {"provider": name} for name, _ in PROVIDERS}
+    chosen = [(name, make) for name, make in PROVIDERS if late is None or (make in LATE) == late]
+    rows: dict[str, dict[str, Any]] = {name: about | {"provider": name} for name, _ in chosen}
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> timing.Timing:
+        on_gpu = batch.device.type == "cuda"
+        there = torch.cuda.memory_allocated(batch.device) if on_gpu else 0  # this and other providers' weights
+        run = make(batch, stack)
+        if on_gpu and not row["provider"].startswith(
+            "fastdistil"
+        ):  # theirs brings weights along; a graph's pool is ours
+            there = torch.cuda.memory_allocated(batch.device)
+        if not known:  # only where a provider runs at all
+            known.append(truth_of(batch)[:2])
         if turn == 0:
-            run, row["error"] = checked(batch, make, stack, truth, eager)
-        else:
-            run = make(batch, stack)
-        if batch.device.type == "cuda":
-            there = torch.cuda.memory_allocated(batch.device)  # this and other providers' weights
+            row["error"] = hold(run, batch, *known[0])
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(batch.device)
         took = timing.wall(run, batch.device, 2 * seconds, least=2 if turn else 3)
-        if batch.device.type == "cuda":
+        if on_gpu:
             row["peak_bytes"] = torch.cuda.max_memory_allocated(batch.device) - there
+        hold(run, batch, *known[0])
         return took
 
-    taken = take_turns(rows, PROVIDERS, batch.device, deadline, attempt)
-    for name, row in rows.items():
-        if "missing" not in row and "wrong" not in row:
-            row |= timing.joined(taken[name], KEPT)
-            row["tokens_per_s"] = tokens / row["median_us"] * 1e6
-            samples = sorted(s for turn_ in taken[name] for s in turn_.samples)
-            row["p99_us"] = samples[math.ceil(0.99 * len(samples)) - 1] * 1e6
-        yield row
+    def finished(taken: dict[str, list[timing.Timing]]) -> list[dict[str, Any]]:
+        found = []
+        for name, row in rows.items():
+            if name in taken and "wrong" not in row:
+                row = row | timing.joined(taken[name], KEPT)
+                samples = sorted(s for turn in taken[name] for s in turn.samples)
+                row["tokens_per_s"] = tokens / row["median_us"] * 1e6
+                row["p99_us"] = samples[math.ceil(0.99 * len(samples)) - 1] * 1e6
+            if len(row) > len(about) + 1:  # its turn has come
+                found.append(row)
+        return found
+
+    return finished(take_turns(rows, chosen, batch.device, deadline, attempt, lambda taken: keep(finished(taken))))
 
 
 def run(
@@ -341,17 +385,27 @@ def run(
     minutes: float = 10,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Every batch by every provider. keep: gets all rows so far after each batch."""
+    """Every batch by every provider. keep: gets all rows so far after each provider."""
     deadline = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
+
+    def so_far(found: list[dict[str, Any]]) -> None:
+        keep(rows + found)
+
     for dtype in matrix.dtypes:
         model = model_of(matrix.shape, device, dtype)
-        for batch in batches(model, matrix):
-            rows += measure(batch, deadline, matrix.seconds)
-            keep(rows)
-    _cached.clear()
-    _sessions.clear()
+        for late in (False, True):
+            for batch in batches(model, matrix):
+                rows.extend(measure(batch, deadline, matrix.seconds, late=late, keep=so_far))
+        _forget()
+    keep(rows)
     return rows
+
+
+def _forget() -> None:
+    """The models of one precision."""
+    for made in (_cached, _sessions, _wides):
+        made.clear()
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -428,13 +482,14 @@ def of_checkpoint(
         own = _batches_of_texts(model, path, texts) if texts else batches(model, matrix)
         for batch in own:
             rows += measure(batch, deadline, matrix.seconds)
+        _forget()
     return rows
 
 
 def read_texts(path: Path) -> list[str]:
     """Of jsonl with {"text": ...} a line; raises WrongUse naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what else splits lines
     except (OSError, UnicodeDecodeError) as error:
         raise record.WrongUse(f"--lengths-from {path}: {error}") from error
     texts = []
@@ -466,7 +521,8 @@ def predicted(rows: list[dict[str, Any]], chip: roofline.Chip, shape: Shape) -> 
     for row in rows:
         if row["provider"] == "fastdistil, captured graph" and "tokens_per_s" in row and row["fill"] == 1:
             lengths = [row["length"]] * row["texts"]
-            yield row["batch"], roofline.predict(chip, lengths, shape, row["dtype"]), row["tokens_per_s"]
+            with suppress(LookupError):  # a configuration that was recorded and never compiled for the table
+                yield row["batch"], roofline.predict(chip, lengths, shape, row["dtype"]), row["tokens_per_s"]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ OUTCOME = re.compile(
 )
 SUMMARY = 12_000  # characters at most, for logs that keep no more
 WRONG = 3  # a stage's exit status when something measured was wrong; Python's own for a crash is 1
-EVERY = 10.0  # seconds between two writes of what a stage has so far
+EVERY = 5.0  # seconds between two writes of what a stage has so far
+GRACE = 60.0  # seconds at most that a stage may go on beyond its share, for a provider that is being measured
 
 
 @dataclass
@@ -201,15 +203,26 @@ def run_stage(name: str, stage: Stage) -> int:
     path = stage.out / f"{name}.json"
     around = record.environment() | {"stage": name, "dry": stage.dry}
     written = time.monotonic()
+    latest: list[dict[str, Any]] = []
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        nonlocal written
+        nonlocal latest
+        latest = rows
         if time.monotonic() > written + EVERY:
-            record.write(path, around | stage.more | {"rows": rows, "whole": False, "clocks": watch.samples})
-            written = time.monotonic()
+            write()
+
+    def write() -> None:
+        nonlocal written
+        record.write(path, around | stage.more | {"rows": latest, "whole": False, "clocks": watch.samples})
+        written = time.monotonic()
 
     with timing.Watch() as watch:
-        found, lines, right = RUN[name](stage, keep)
+        try:
+            found, lines, right = RUN[name](stage, keep)
+        except BaseException:
+            if latest:
+                write()
+            raise
     result = around | stage.more | found | {"whole": True, "right": right, "lines": lines, "clocks": watch.samples}
     record.write(path, result)
     return 0 if right else WRONG
@@ -236,9 +249,11 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
             "--out",
             str(out),
             "--minutes",
-            f"{share:.2f}",
+            f"{share - min(share / 10, 0.3):.3f}",
         ]
         start = time.monotonic()
+        # measuring ends a little before its share is over, and at the latest when all minutes are
+        most = min(60 * share + GRACE, 60 * left)
         print(f"--- {name}, {share:.1f} minutes", flush=True)
         # a group of its own, so that what it has started ends with it
         process = subprocess.Popen(
@@ -248,18 +263,24 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
             process_group=0,
         )
         try:
-            # a provider that is being measured when its time is up may need a while to end
-            code = process.wait(60 * share + min(120, 60 * left))
+            code = process.wait(most)
             words = {0: "right", WRONG: "WRONG"}.get(code, f"BROKE with status {code}")
         except subprocess.TimeoutExpired:
             words = "STOPPED"
+        except (KeyboardInterrupt, SystemExit):
+            states[name] = "STOPPED from outside"
+            break
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # what it started may outlive it, and would disturb what comes next
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
         states[name] = f"{words}, {time.monotonic() - start:.0f} s"
-    print(*summary(out, states), sep="\n")
+    print(*summary(out, states), sep="\n", flush=True)
     return int(any("right" not in state for state in states.values()))
+
+
+def _terminated(number: int, frame: Any) -> None:
+    sys.exit(128 + number)  # as an exception, so that the stage's process is ended, too
 
 
 def summary(out: Path, states: dict[str, str]) -> Iterator[str]:
@@ -310,7 +331,18 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
-    return run_all([name for name in STAGES if name in names], args.out, args.minutes, args.dry)
+    if not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes}: it must be more than 0")
+    if not (args.dry or record.commit()["id"]):
+        parser.error(
+            "no repository is here to say which commit this is, and the report refuses such results; set the variable "
+            "FASTDISTIL_COMMIT to what `git describe --always --dirty --abbrev=40 --exclude='*'` says where it is"
+        )
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return run_all([name for name in STAGES if name in names], args.out, args.minutes, args.dry)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

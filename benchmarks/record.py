@@ -69,7 +69,8 @@ def _driver() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """Where there is no repository, both are None."""
+    """Where there is no repository, what FASTDISTIL_COMMIT says, as `git describe --always --dirty --abbrev=40
+    --exclude=*` writes it, or None."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -77,7 +78,8 @@ def commit() -> dict[str, Any]:
     try:
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
-        return {"id": os.environ.get("FASTDISTIL_COMMIT"), "dirty": None}
+        told = os.environ.get("FASTDISTIL_COMMIT")
+        return {"id": told and told.removesuffix("-dirty"), "dirty": told and told.endswith("-dirty")}
 
 
 def _command() -> list[str]:
@@ -181,8 +183,10 @@ def checked(text: str, path: Any) -> dict[str, Any]:
     rows = result.get("rows", [])
     timed = [row[way] for row in rows for way in ("cold", "graph") if way in row]
     timed += [row for row in rows if "median_us" in row]
-    if not all(took.get("samples_us") for took in timed):
-        missing.append("samples_us of a row")
+    if not all(took.get("samples_us") for took in timed) or not all(
+        row.get("samples_s") for row in rows if "tokens_per_s" in row and "median_us" not in row
+    ):
+        missing.append("samples of a row")
     if not all((entry.get("stats") or {}).get("data") for entry in result.get("benchmarks", [])):
         missing.append("data of a benchmark")
     if missing:

@@ -169,7 +169,10 @@ def tile(chip: Chip, op: Op, dtype: str) -> Tile:
 @cache
 def _table() -> list[dict[str, Any]]:
     newest = max(COMPILED.glob("triton-*.csv"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
-    with newest.open(newline="") as file:
+    from fastdistil.kernels._target import triton_version
+
+    ours = COMPILED / f"triton-{triton_version()}.csv"  # a GPU's machine may have another than the newest
+    with (ours if ours.is_file() else newest).open(newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -14,11 +14,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -27,13 +28,11 @@ from torch import Tensor
 
 from benchmarks import compile_gate, kernels, record, shapes, timing
 from benchmarks.kernels import Case
-from fastdistil import reference
 from fastdistil.kernels import _configs
 from fastdistil.kernels._configs import Attention, Gemm, Rows
-from fastdistil.testing import error_law
 
 MARGIN = 0.03  # what is less is a tie
-FINALISTS = 4
+FINALISTS, ROUNDS = 4, 3
 CONFIGS = Path(_configs.__file__)
 Config = Gemm | Attention | Rows
 
@@ -147,7 +146,8 @@ def forced(arch: int, found: Class, config: Config | None) -> Iterator[None]:
 def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Iterator[tuple[Config, str | None]]:
     """Each configuration, and why it is not worth timing or None."""
     case = found.cases[0]
-    args = [a.to("meta") if isinstance(a, Tensor) else a for a in case.args]
+    given = case.args if found.op in ("attention", "pool") else (*case.args, case.cu_seqlens)  # as the encoder calls it
+    args = [a.to("meta") if isinstance(a, Tensor) else a for a in given]
     launch = _launcher(found.op)
     wanted: dict[compile_gate.Entry, list[Config]] = {}  # some differ in more than their binary
     for config in configs:
@@ -176,9 +176,8 @@ class Trial:
         self.found = found
         self.expected = []
         for case in found.cases:
-            definition = getattr(reference, case.op)
-            wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args]
-            self.expected.append((definition(*case.args), definition(*wide)))
+            truth, plain = kernels.expected(case)
+            self.expected.append((plain, truth))
 
     def seconds(self, arch: int, config: Config | None, each: float) -> list[float]:
         """Median time at every case; raises AssertionError where a result is wrong."""
@@ -186,8 +185,9 @@ class Trial:
             times = []
             for case, (plain, truth) in zip(self.found.cases, self.expected, strict=True):
                 run = kernels.PROVIDERS[case.op][0][1](case, None)  # type: ignore[arg-type]
-                error_law(run(), plain, truth)
+                kernels.hold(run, case, truth, plain)
                 times.append(timing.cold(run, case.device, each).median)
+                kernels.hold(run, case, truth, plain)
             return times
 
 
@@ -197,10 +197,19 @@ def score(times: list[float], before: list[float]) -> float:
 
 
 @torch.inference_mode()
-def tune(found: Class, arch: int, deadline: float, jobs: int, before: dict[str, Any] | None = None) -> dict[str, Any]:
+def tune(
+    found: Class,
+    arch: int,
+    deadline: float,
+    jobs: int,
+    before: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
     """What became of every candidate, and the winner or None. before: what an earlier run found until its time ran
-    out."""
+    out. keep: gets what was found so far, now and then. Raises DeviceBroke where one candidate broke the device."""
+    device = found.cases[0].device
     row: dict[str, Any] = {"arch": arch, "op": found.op, "class": found.name, "cases": [c.name for c in found.cases]}
+    row["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     every = {_written(config): config for config in candidates(found.op, found.name, arch)}
     unfit: dict[str, str] = dict((before or {}).get("unfit", {}))
     tried: dict[str, float] = dict((before or {}).get("tried", {}))
@@ -220,15 +229,28 @@ def tune(found: Class, arch: int, deadline: float, jobs: int, before: dict[str, 
     row |= {"compiled": len(fit) + len(unfit), "fit": len(fit), "unfit": unfit, "winner": None}
     if compiled_now < len(left):
         row["stopped"] = f"{row['compiled']} of {len(every)} compiled: no time was left"
-    if found.cases[0].device.type != "cuda":
+    if device.type != "cuda":
         return row | {"missing": "no CUDA device: compiled only"}
     trial = Trial(found)
     try:
         base = trial.seconds(arch, None, 0.1)
     except Exception as error:  # what runs today is wrong or breaks: nothing to be compared with
         why = f"{type(error).__name__}: {str(error)[:200]}"
-        return row | {"stopped": "what runs today breaks", "wrong": {"what runs today": why}}
-    for name in fit:
+        row |= {"stopped": "what runs today breaks", "wrong": {"what runs today": why}}
+        if kernels.is_sticky(error):
+            keep(row)
+            raise kernels.DeviceBroke(f"{found.op} {found.name} as it runs today: {why}") from error
+        return row
+    row |= {"wrong": wrong, "tried": tried, "before_us": [t * 1e6 for t in base]}
+
+    def broke(name: str, error: Exception) -> None:
+        wrong[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        tried.pop(name, None)
+        if kernels.is_sticky(error):
+            keep(row | {"stopped": f"{name} broke the device"})
+            raise kernels.DeviceBroke(f"{found.op} {found.name}, {name}: {error}") from error
+
+    for i, name in enumerate(fit):
         if name in tried or name in wrong:
             continue
         if time.monotonic() > deadline:
@@ -237,10 +259,21 @@ def tune(found: Class, arch: int, deadline: float, jobs: int, before: dict[str, 
         try:
             tried[name] = score(trial.seconds(arch, every[name], 0.02), base)
         except Exception as error:  # of one candidate, which is then none
-            wrong[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            broke(name, error)
+        if i % 16 == 15:
+            keep(row | {"stopped": f"after {len(tried) + len(wrong)} of {len(fit)}"})
     finalists = sorted((name for name in tried if name in every), key=lambda name: tried[name])[:FINALISTS]
-    again = sorted((score(trial.seconds(arch, every[name], 0.2), base), name) for name in finalists)
-    row |= {"wrong": wrong, "tried": tried, "before_us": [t * 1e6 for t in base]}
+    rounds: dict[str, list[float]] = {name: [] for name in finalists}
+    for _ in range(ROUNDS if finalists else 0):  # what runs today in each, for clocks wander
+        base = trial.seconds(arch, None, 0.1)
+        for name in finalists:
+            if name in wrong:
+                continue
+            try:
+                rounds[name].append(score(trial.seconds(arch, every[name], 0.1), base))
+            except Exception as error:
+                broke(name, error)
+    again = sorted((median(scores), name) for name, scores in rounds.items() if name not in wrong)
     row["best"] = [{"score": s, "config": name} for s, name in again]
     if again and again[0][0] < 1 - MARGIN:
         row["winner"] = again[0][1]
@@ -274,7 +307,7 @@ def apply(rows: list[dict[str, Any]], source: str) -> str:
         key = row["arch"], row["op"], row["class"]
         if row["winner"]:
             known[key] = row["winner"]
-        elif "stopped" not in row:
+        elif "stopped" not in row and "missing" not in row:
             known.pop(key, None)  # nothing is quicker than the heuristic
     lines = [f'    ({arch}, "{op}", "{name}"): {config},' for (arch, op, name), config in sorted(known.items())]
     head = source[start : source.index("{", source.index("=", start))]
@@ -295,20 +328,26 @@ def run(
     candidates a class, for a rehearsal."""
     deadline = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = record.read(path)["rows"] if path.is_file() else []
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    around = record.environment() | {"stage": "tune", "dry": card is None}
     arch = _configs.architecture(device) if device.type == "cuda" else 90
     processors = _configs.processors(device) if device.type == "cuda" else 132
     limited = patch.object(sys.modules[__name__], "candidates", _first(most)) if most else patch.dict({})
     with limited:
         for found in classes(matrix, device, processors, names):
-            key = arch, found.op, found.name
-            known = next((row for row in rows if (row["arch"], row["op"], row["class"]) == key), None)
+            key = arch, found.op, found.name, card
+            known = next((row for row in rows if (row["arch"], row["op"], row["class"], row.get("gpu")) == key), None)
             if known is not None and "stopped" not in known:
                 continue
             if time.monotonic() > deadline:
                 break
-            row = tune(found, arch, deadline, jobs or os.cpu_count() or 1, known)
-            rows = [other for other in rows if other is not known] + [row]
-            record.write(path, record.environment() | {"stage": "tune", "rows": rows})
+            others = [other for other in rows if other is not known]
+
+            def keep(row: dict[str, Any], others: list[dict[str, Any]] = others) -> None:
+                record.write(path, around | {"rows": [*others, row]})
+
+            rows = [*others, tune(found, arch, deadline, jobs or os.cpu_count() or 1, known, keep)]
+            keep(rows[-1])
     return rows
 
 
@@ -348,9 +387,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.apply:
         try:
-            rows = record.read(args.out)["rows"]
+            found = record.read(args.out)
         except (OSError, ValueError) as error:
             raise record.WrongUse(f"--out {args.out}: {error}") from error
+        if found.get("dry"):
+            raise record.WrongUse(f"--out {args.out} is of a rehearsal: nothing in it was timed")
+        rows = found["rows"]
         CONFIGS.write_text(apply(rows, CONFIGS.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         if not torch.cuda.is_available():

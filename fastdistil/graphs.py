@@ -78,6 +78,12 @@ class Graphs:
             graph = self._captured[key]
             return None if graph is None else self._replay(graph, input_ids, keep)
 
+    def captured(self, batch: int, length: int) -> bool:
+        """Whether a batch of this size is replayed."""
+        return any(
+            graph is not None and size[0] >= batch and size[1] >= length for (size, _), graph in self._captured.items()
+        )
+
     def _capture(self, forward: Callable, size: tuple[int, int], device: torch.device) -> "_Graph | None":
         # tensors made in inference mode could not be written to outside it
         with torch.inference_mode(False), torch.no_grad():

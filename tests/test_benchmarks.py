@@ -40,7 +40,7 @@ from fastdistil.kernels import _configs
 from fastdistil.kernels._configs import Attention, Gemm, Rows
 
 CPU = torch.device("cpu")
-CARD = {"name": "A GPU", "uuid": "GPU-1", "driver_version": "1.2"}
+CARD = {"name": "An H200", "uuid": "GPU-1", "driver_version": "1.2"}
 AROUND = {"date": "2026-01-01", "command": "x", "torch": "2", "triton": "3", "cpu": "a CPU", "threads": 2}
 AROUND |= {"commit": {"id": "0123456789", "dirty": False}, "gpu": None}
 
@@ -150,7 +150,8 @@ def quick(monkeypatch):
 def test_every_op_by_every_provider(quick):
     kept = []
     rows = kernels.run(shapes.TOY, CPU, CEILINGS, keep=kept.append)
-    assert not kernels.failed(rows) and {row["op"] for row in rows} == set(kernels.OPS) and kept[-1] is rows
+    assert not kernels.failed(rows) and {row["op"] for row in rows} == set(kernels.OPS)
+    assert len(kept[-1]) == len(rows) > len(kept[-2]) - 1 and len(kept) >= len(rows)  # after each provider
     timed = [row for row in rows if "cold" in row]
     assert {row["provider"] for row in timed} >= {"fastdistil", "eager torch", "matrix product alone", "SDPA, flash"}
     one = next(row for row in timed if row["op"] == "linear" and row["shape"] == "40 x 32 x 64")
@@ -357,6 +358,7 @@ def test_a_class_cut_off_is_gone_on_with(monkeypatch, tmp_path):
 
     configs = [Gemm("pointer", 16, n, 32, 4, stages) for n in (32, 64, 128, 256) for stages in (2, 3)]
     case = types.SimpleNamespace(name="a case", device=types.SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(tune, "Trial", Trial)
     monkeypatch.setattr(tune, "candidates", lambda *args: configs)
     monkeypatch.setattr(
@@ -398,15 +400,26 @@ def test_goals(tmp_path):
     verdicts = {line.split()[0]: line.split()[4] for line in goals.table(goals.Results(tmp_path))[0][1:]}
     assert set(verdicts.values()) == {"unmeasured"} and goals.table(goals.Results(tmp_path))[1]
     rows = [
-        kernel_row("5632 x 768 x 768", "fastdistil", 10.0),
-        kernel_row("5632 x 768 x 768", "eager torch", 11.0),
-        kernel_row("16896 x 768 x 768", "fastdistil", 10.0),
-        kernel_row("16896 x 768 x 768", "matrix product alone", 9.6),
         kernel_row("16 x 768 x 768", "fastdistil", 10.0),  # too few rows to be judged
         kernel_row("16 x 768 x 768", "eager torch", 1.0),
-        kernel_row("5632 x 768 x 3072", "fastdistil", 10.0),
-        kernel_row("5632 x 768 x 3072", "eager torch", 9.0),
+        kernel_row("5632 x 768 x 768", "matrix product alone", 9.6),
+        kernel_row("16896 x 2304 x 768", "fastdistil", 10.0),  # the others are not there
+        kernel_row("16896 x 2304 x 768", "eager torch", 99.0),
     ]
+    for n in (n for n in shapes.FULL.rows if n >= 5_632):
+        rows += [
+            kernel_row(f"{n} x 768 x 768", "fastdistil", 10.0),
+            kernel_row(f"{n} x 768 x 768", "eager torch", 11.0),
+        ]
+        rows += [
+            kernel_row(f"{n} x 768 x 3072", "fastdistil", 10.0),
+            kernel_row(f"{n} x 768 x 3072", "eager torch", 9.0),
+        ]
+        rows += [kernel_row(f"{n} x 3072 x 768", name, 10.0, op="bias_gelu") for name in ("fastdistil", "eager torch")]
+    rows[-2] = {k: v for k, v in rows[-2].items() if k not in ("cold", "graph")} | {"wrong": "max error"}
+    wrong = dict(tokens_per_s=1.0, wrong="max error", samples_s=[1.0], dtype="bfloat16")
+    engine = [{"input": f"ids, L={n}, fixed"} | wrong for n in (128, 64)]
+    record.write(tmp_path / "h200" / "engine.json", AROUND | {"gpu": CARD, "rows": engine})
     record.write(tmp_path / "h200" / "kernels.json", AROUND | {"gpu": CARD, "rows": rows})
     one = {"median": 1.0, "data": [1.0]}
     entries = [
@@ -420,6 +433,10 @@ def test_goals(tmp_path):
         found["out"] == ["0.96", "met"] and found["ffn2"] == ["0.9", "missed"] and found["qkv"] == ["-", "unmeasured"]
     )
     assert found["cpu-start"] == ["2.5", "met"] and found["cpu-ct2"] == ["0.9", "missed"] and not right
+    assert found["ffn1"] == found["ffn1-flops"] == found["engine-ids"] == ["wrong", "missed"]
+    record.write(tmp_path / "h200" / "kernels.json", AROUND | {"gpu": CARD | {"name": "An L4"}, "rows": rows})
+    with pytest.raises(ValueError, match="h200/kernels.json is of another GPU, An L4"):
+        goals.table(goals.Results(tmp_path))
 
 
 def test_goals_of_the_committed_results(capsys):
@@ -459,7 +476,9 @@ def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
     assert "slower" in lines[0] and "1.080" in lines[0] and "peer" in lines[4]
     assert lines[-1].startswith("6 changed, 4 within the noise, 2 in one")
     assert compare("a", "a/kernels.json")[0] == 0
-    assert compare("a/kernels.json", "b-on-cpu.json")[1].out.startswith("not the same machine: A GPU and a CPU, 2 thr")
+    assert compare("a/kernels.json", "b-on-cpu.json")[1].out.startswith(
+        "not the same machine: An H200 and a CPU, 2 thr"
+    )
     code, said = compare("a/kernels.json", "wrong.json")  # files of other names
     assert code == 1 and "WRONG  where it was right before  linear, 16 x 8 x 8, bfloat16, fastdistil,_f" in said.out
     assert compare("a-on-cpu.json", "b-on-cpu.json")[0] == 0  # nothing of ours by more than 15 %
@@ -540,7 +559,9 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
     record.write(tmp_path / "h100" / "encoder.json", around | {"rows": rows})
     table = report.encoder_table().splitlines()
     assert table[2] == "| 1 x 32, fill 1.00 | float32 | 800,000 | 0.0 (0.0) | 1.50x |"
-    assert "Missing: transformers flash_attention_2: no flash." in table and table[-1].startswith("A GPU, driver 1.2,")
+    assert "Missing: transformers flash_attention_2: no flash." in table and table[-1].startswith(
+        "An H200, driver 1.2,"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -605,7 +626,7 @@ def test_the_table_of_kernels(results, monkeypatch):
     )  # GEMMs, row ops, attention, pooling
     assert (
         any(line.startswith("| linear, 40 x 32 x 64 | 2,000 (2,000) | 2,000 |") for line in rows)
-        and "A GPU" in table[-1]
+        and "An H200" in table[-1]
     )
     assert "flash-attn (flash-attn is not installed)" in table[-3]
     assert not any("16 x" in line for line in rows)  # the larger of two row counts only
@@ -694,7 +715,7 @@ def test_a_stage_that_breaks_loses_nothing_of_the_others(tmp_path, monkeypatch, 
     out = capsys.readouterr().out
     summary = out[out.index("--- summary") :]
     assert ran == list(gpu.STAGES) and len(summary) <= gpu.SUMMARY
-    assert ended == [0, "kernels"]  # with all that it had started
+    assert ended == [each for name in gpu.STAGES for each in (0, name)]  # with all that they had started
     states = ("environment: right", "kernels: STOPPED", "encoder: WRONG", "engine: BROKE with status -11")
     for line in (*states, "tune: BROKE with status 1", "its digest does not fit"):
         assert line in summary
@@ -757,7 +778,7 @@ def test_results_that_do_not_say_enough_are_refused(tmp_path):
         ({"rows": []}, "lacks date, command, torch, cpu, commit; measure again"),
         (AROUND | {"rows": [], "commit": {"id": None}}, "lacks commit"),
         (AROUND | {"gpu": {"name": "A GPU", "uuid": ""}}, "lacks gpu's uuid, gpu's driver_version"),
-        (AROUND | {"rows": [{"cold": {"median_us": 1.0}}]}, "lacks samples_us of a row"),
+        (AROUND | {"rows": [{"cold": {"median_us": 1.0}}]}, "lacks samples of a row"),
         ({"machine_info": AROUND, "benchmarks": [{"stats": {"median": 1.0}}]}, "lacks data of a benchmark"),
         (AROUND | {"rows": [], "dry": True}, "is a rehearsal's, not a measurement"),
     ]:
@@ -770,13 +791,14 @@ def test_results_that_do_not_say_enough_are_refused(tmp_path):
 
 def test_right_means_that_tests_ran_to_their_end(tmp_path):
     def verdict(**found):
-        record.write(tmp_path / "h200" / "correctness.json", AROUND | {"gpu": CARD} | found)
+        record.write(tmp_path / "h200" / "correctness.json", AROUND | {"gpu": CARD, "whole": True} | found)
         (line,) = (line for line in goals.table(goals.Results(tmp_path))[0] if line.startswith("right "))
         return line.split()[3:5]
 
     ended, died = {"a.py": {"ended": ""}}, {"a.py": {"ended": ""}, "b.py": {"ended": "pytest ended with status 4"}}
     assert verdict(rows=[], whole=False) == ["-", "unmeasured"]
     assert verdict(counts={"passed": 0, "failed": 0, "skipped": 3}, files=ended) == ["-", "unmeasured"]
+    assert verdict(counts={"passed": 1, "failed": 0, "skipped": 499}, files=ended) == ["-", "unmeasured"]
     assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, files=ended) == ["0", "met"]
     assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, files=died) == ["1", "missed"]
     assert verdict(counts={"passed": 9, "failed": 2, "skipped": 3}, files=ended) == ["2", "missed"]
