@@ -849,3 +849,181 @@ def test_the_driver_is_found_without_nvidia_smi(monkeypatch, tmp_path):
     assert record._driver() == "580.82.07"
     monkeypatch.setattr(record, "nvidia_smi", lambda *what: [{"driver_version": "1.2"}])
     assert record._driver() == "1.2"
+
+
+# --- what must not slip past ----------------------------------------------------------------------------------------
+
+
+def test_a_provider_that_computes_nothing_has_no_speed(quick, monkeypatch):
+    """What an earlier one left in memory would pass for its result."""
+
+    def nothing(case, stack):
+        shape = reference_of(case).shape  # what is freed here is what comes back below
+        return lambda: torch.empty(shape)
+
+    def reference_of(case):
+        return getattr(kernels.reference, case.op)(*case.args)
+
+    def forgetful(case, stack):  # right when it is checked, and then no more
+        calls = []
+        return lambda: calls.append(1) or (reference_of(case) if len(calls) == 1 else torch.zeros(1))
+
+    for op in kernels.OPS:
+        more = [("nothing", nothing), ("forgetful", forgetful)]
+        monkeypatch.setitem(kernels.PROVIDERS, op, [*kernels.PROVIDERS[op], *more])
+    rows = kernels.run(shapes.TOY, CPU, CEILINGS)
+    for name in ("nothing", "forgetful"):
+        found = [row for row in rows if row["provider"] == name]
+        assert len(found) > 20 and all("wrong" in row and "cold" not in row for row in found)
+
+
+def test_memory_is_poisoned_before_a_result_is_looked_at(monkeypatch):
+    """In the sizes that results have: a GPU's allocator gives the same block again, with what lay there."""
+    order, full_like = [], torch.full_like
+
+    def filled(like, value):
+        order.append(tuple(like.shape))
+        return full_like(like, value)
+
+    monkeypatch.setattr(torch, "full_like", filled)
+    (case, *_) = kernels.cases("linear", shapes.TOY, torch.float32, CPU)
+    truth, plain = kernels.expected(case)
+    kernels.hold(lambda: order.append("run") or plain, case, truth, plain)
+    assert order == [(16, 32)] * timing.POISONED + ["run"] and timing.POISONED > 1
+    order.clear()
+    model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
+    batch = encoder.batch_of(model, "", [4, 2], 4)
+    truth, eager, _ = encoder.truth_of(batch)
+    encoder.hold(lambda: order.append("run") or eager, batch, truth, eager)
+    assert order == [(6, 32)] * timing.POISONED + [(2, 4, 32)] * timing.POISONED + ["run"]
+
+
+def test_a_broken_device_ends_a_stage_and_names_who_broke_it(quick, monkeypatch, tmp_path):
+    def breaks(case, stack):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(kernels.PROVIDERS, "linear", [("breaks", breaks), *kernels.PROVIDERS["linear"]])
+    monkeypatch.setattr(gpu.Stage, "ceilings", lambda self: CEILINGS)
+    with pytest.raises(kernels.DeviceBroke, match="breaks: CUDA error"):
+        gpu.run_stage("kernels", gpu.Stage(tmp_path, 1, True))
+    found = record.read(tmp_path / "kernels.json")
+    assert not found["whole"] and "illegal memory access" in found["rows"][-1]["wrong"]
+    assert {row["op"] for row in found["rows"]} == {"qkv_projection", "linear"}  # what was measured before is kept
+
+
+def test_a_crash_loses_no_row(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(encoder, "batches", lambda *a: iter([*list(_batches(*a))[:1], None]))
+    with pytest.raises(AttributeError):
+        gpu.run_stage("encoder", gpu.Stage(tmp_path, 1, True))
+    assert {row["provider"] for row in record.read(tmp_path / "encoder.json")["rows"]} >= {"fastdistil, packed call"}
+
+
+_batches = encoder.batches
+
+
+def test_a_graph_that_was_not_captured_is_missing(monkeypatch):
+    model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
+    batch = encoder.batch_of(model, "", [4, 4], 4)
+    on_card = types.SimpleNamespace(model=model, ids=batch.ids, keep=batch.keep, device=torch.device("cuda", 0))
+    monkeypatch.setattr(encoder, "padded", lambda batch, stack: lambda: None)
+    with ExitStack() as stack, pytest.raises(kernels.Missing, match="not captured: the model would not be"):
+        encoder.captured(on_card, stack)
+
+    def captures(batch, stack):
+        return lambda: batch.model._graphs._captured.update({((2, 32), ()): object()})
+
+    monkeypatch.setattr(encoder, "padded", captures)
+    with ExitStack() as stack:
+        encoder.captured(on_card, stack)
+
+
+def test_above_a_ceiling(monkeypatch):
+    ceilings = {"copy": {"bytes_per_s": 3e12}}
+    x = torch.empty(5_632, 768, dtype=torch.bfloat16)
+    case = types.SimpleNamespace(op="add_layer_norm", rows=x, dtype=x.dtype, device=torch.device("cuda", 0))
+    case.cost = roofline.add_layer_norm(5_632, 768, 2)
+
+    def over(cold, graph):
+        found = {"cold": {"median_us": cold}, "graph": {"median_us": graph}}
+        return list(kernels.over_ceiling(case, found, ceilings, 7e14))
+
+    assert over(9.0, 9.0) == [] and over(2.0, 2.0)[0] > 2  # 17.3 MB are read, 8.7 MB written
+    case.op, case.cost = "linear", roofline.gemm("linear", 5_632, 768, 768, 2)
+    assert over(20.0, 20.0) == [] and len(over(8.0, 20.0)) == len(over(20.0, 8.0)) == 1
+
+
+def test_tuning_on_a_broken_device_goes_on_behind_it(monkeypatch, tmp_path):
+    """The culprit is in the file, and the next run leaves it out; what runs today is timed anew with the finalists."""
+    asked = []
+
+    class Trial:
+        def __init__(self, found):
+            pass
+
+        def seconds(self, arch, config, each):
+            asked.append(config)
+            if config is not None and config.block_n == 64:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            slow = 1.1 if asked.count(None) == 1 and config is None else 1.0  # an idle GPU's clocks
+            return [slow]
+
+    configs = [Gemm("pointer", 16, n, 32, 4, 2) for n in (32, 64, 128)]
+    case = types.SimpleNamespace(name="a case", device=torch.device("cuda", 0))
+    for name, value in {
+        "Trial": Trial,
+        "candidates": lambda *args: configs,
+        "compiled": lambda found, some, arch, jobs: [(c, None) for c in some],
+        "classes": lambda *args: [tune.Class("linear", "half/many", (case,))],
+    }.items():
+        monkeypatch.setattr(tune, name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(tune._configs, "architecture", lambda device: 90)
+    monkeypatch.setattr(tune._configs, "processors", lambda device: 132)
+    path = tmp_path / "tune.json"
+    with pytest.raises(kernels.DeviceBroke, match="unspecified launch failure"):
+        tune.run(shapes.TOY, torch.device("cuda"), path, minutes=1)
+    (left,) = record.read(path)["rows"]
+    assert left["tried"].keys() == {tune._written(configs[0])} and left["wrong"].keys() == {tune._written(configs[1])}
+    (row,) = tune.run(shapes.TOY, torch.device("cuda"), path, minutes=1)
+    assert "stopped" not in row and row["winner"] is None and len(row["best"]) == 2  # nothing is quicker
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another GPU")
+    assert [r["gpu"] for r in tune.run(shapes.TOY, torch.device("cuda"), path, minutes=0)] == ["A GPU"]
+    known = 'RECORDED: dict[K, V] = {\n    (90, "linear", "half/many"): x,\n}\n\n'
+    monkeypatch.setitem(_configs.RECORDED, (90, "linear", "half/many"), configs[0])
+    compiled_only = row | {"missing": "no CUDA device: compiled only"}
+    assert "half/many" in tune.apply([compiled_only], known) and "half/many" not in tune.apply([row], known)
+    record.write(path, {"rows": [row], "dry": True})
+    assert tune.main(["--out", str(path), "--apply"]) == 2
+
+
+def test_stopped_from_outside(tmp_path):
+    """SIGTERM, as `timeout` sends it: the stage's processes end, and what there is is told."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--stages", "kernels,encoder", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=record.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().startswith("--- kernels")
+    time.sleep(1)
+    process.terminate()
+    out, _ = process.communicate(timeout=30)  # which waits for all who hold the pipe
+    assert process.returncode == 1 and "kernels: STOPPED from outside" in out
+
+
+def test_no_minutes_and_no_commit(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry", "--out", str(tmp_path), "--minutes", "0"])
+    assert "must be more than 0" in capsys.readouterr().err
+    monkeypatch.setattr(record, "ROOT", tmp_path)  # no repository
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("FASTDISTIL_COMMIT", raising=False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "set the variable FASTDISTIL_COMMIT" in capsys.readouterr().err
+    monkeypatch.setenv("FASTDISTIL_COMMIT", "0123abc-dirty")
+    assert record.commit() == {"id": "0123abc", "dirty": True}
+    monkeypatch.setenv("FASTDISTIL_COMMIT", "0123abc")
+    assert record.commit() == {"id": "0123abc", "dirty": False}
+
+
+def test_lengths_from_json_with_other_line_ends(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes('\ufeff{"text": "a\u2028b\x85c"}\r\n\n{"text": "d"}\n'.encode())
+    assert encoder.read_texts(path) == ["a\u2028b\x85c", "d"]
