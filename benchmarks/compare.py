@@ -118,15 +118,16 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[list[str], bool]:
-    """A line for each thing that both measured, the changed ones first, and whether none is a regression. Raises
-    ValueError where nothing is in both."""
+    """A line for each thing that both measured, the changed ones first, and for what of ours is gone; and whether none
+    is a regression, which only one machine can show. Raises ValueError where nothing is in both."""
     if not before.keys() & after.keys():
         raise ValueError("the two have nothing in common that was measured")
     changed: list[str] = []
     same: list[str] = []
     right = True
     machines = [{side[name].where for name in side} for side in (before, after)]
-    if machines[0] != machines[1]:
+    judged = machines[0] == machines[1]
+    if not judged:
         changed.append(f"not the same machine: {'; '.join(sorted(machines[0]))} and {'; '.join(sorted(machines[1]))}")
     for name in sorted(before.keys() & after.keys()):
         a, b = before[name], after[name]
@@ -137,7 +138,7 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
             continue
         ratio, band = b.median / a.median, max(a.least, b.least, a.spread + b.spread)
         line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
-        if ratio > 1 + band and a.ours:
+        if ratio > 1 + band and a.ours and judged:
             changed.insert(0, f"SLOWER {line}")
             right = False
         elif ratio > 1 + band:
@@ -146,9 +147,11 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
             changed.append(f"faster {line}")
         else:
             same.append(f"       {line}")
+    gone = [f"gone   {name}" for name in sorted(before.keys() - after.keys()) if before[name].ours]
     only = len(before.keys() ^ after.keys())
     return [
         *changed,
+        *gone,
         *same,
         f"{len(changed)} changed, {len(same)} within the noise, {only} in one of the two only",
     ], right

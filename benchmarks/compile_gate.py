@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -307,12 +307,13 @@ def _compiled_alone(entry: Entry) -> dict[str, Any] | str:
         return f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def compile_all(wanted: list[Entry], jobs: int) -> Iterator[tuple[Entry, dict[str, Any] | str]]:
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        patch.dict(os.environ, TRITON_CACHE_DIR=cache),
-        ProcessPoolExecutor(jobs) as pool,
-    ):
+def compile_all(wanted: list[Entry], jobs: int, keep: bool = False) -> Iterator[tuple[Entry, dict[str, Any] | str]]:
+    """keep: leave the binaries in Triton's own cache, where a launch finds them."""
+    with ExitStack() as stack:
+        if not keep:
+            cache = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(patch.dict(os.environ, TRITON_CACHE_DIR=cache))
+        pool = stack.enter_context(ProcessPoolExecutor(jobs))
         futures = {pool.submit(_compiled_alone, entry): entry for entry in wanted}
         for done in as_completed(futures):
             yield futures[done], done.result()

@@ -154,7 +154,7 @@ def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Itera
         with compile_gate.recorded(arch) as launches, forced(arch, found, config):
             launch(*args)
         wanted.setdefault(launches[-1], []).append(config)
-    for entry, row in compile_gate.compile_all(list(wanted), jobs):
+    for entry, row in compile_gate.compile_all(list(wanted), jobs, keep=case.device.type == "cuda"):
         why = row if isinstance(row, str) else "; ".join(compile_gate.unusable(row)) or None
         yield from ((config, why) for config in wanted[entry])
 

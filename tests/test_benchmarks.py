@@ -475,6 +475,11 @@ def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
     assert code == 1 and [line.split()[0] for line in lines[:6]] == ["SLOWER"] * 2 + ["faster"] * 2 + ["slower"] * 2
     assert "slower" in lines[0] and "1.080" in lines[0] and "peer" in lines[4]
     assert lines[-1].startswith("6 changed, 4 within the noise, 2 in one")
+    assert sum(line.startswith("gone") and "fastdistil,_gone" in line for line in lines) == 2
+    for path in (tmp_path / "b").iterdir():
+        record.write(tmp_path / "c" / path.name, AROUND | {"rows": after, "gpu": CARD | {"name": "An H100"}})
+    code, said = compare("a", "c")
+    assert code == 0 and said.out.startswith("not the same machine") and "SLOWER" not in said.out
     assert compare("a", "a/kernels.json")[0] == 0
     assert compare("a/kernels.json", "b-on-cpu.json")[1].out.startswith(
         "not the same machine: An H200 and a CPU, 2 thr"
