@@ -388,7 +388,10 @@ def measure(
     return finished(take_turns(rows, chosen, case.device, deadline, attempt, lambda taken: keep(finished(taken))))
 
 
-STICKY = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
+STICKY = (
+    *("illegal memory access", "illegal instruction", "misaligned address", "invalid program counter"),
+    *("device-side assert", "unspecified launch failure", "uncorrectable ECC"),
+)
 
 
 class DeviceBroke(RuntimeError):

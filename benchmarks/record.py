@@ -180,6 +180,8 @@ def checked(text: str, path: Any) -> dict[str, Any]:
         missing.append("commit")
     if (gpu := around.get("gpu")) is not None:
         missing += [f"gpu's {name}" for name in SAID_OF_GPU if not gpu.get(name)]
+        if result.get("stage") in ("ceilings", "kernels", "encoder", "engine") and not result.get("clocks"):
+            missing.append("clocks")
     rows = result.get("rows", [])
     timed = [row[way] for row in rows for way in ("cold", "graph") if way in row]
     timed += [row for row in rows if "median_us" in row]

@@ -169,6 +169,7 @@ class Watch:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+            self.samples = self.samples or [{"missing": "nvidia-smi is not there or tells nothing"}]
 
     def _sample(self) -> None:
         while not self._stop.is_set():

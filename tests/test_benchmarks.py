@@ -784,6 +784,7 @@ def test_results_that_do_not_say_enough_are_refused(tmp_path):
         (AROUND | {"rows": [], "commit": {"id": None}}, "lacks commit"),
         (AROUND | {"gpu": {"name": "A GPU", "uuid": ""}}, "lacks gpu's uuid, gpu's driver_version"),
         (AROUND | {"rows": [{"cold": {"median_us": 1.0}}]}, "lacks samples of a row"),
+        (AROUND | {"rows": [], "gpu": CARD, "stage": "kernels", "clocks": []}, "lacks clocks"),
         ({"machine_info": AROUND, "benchmarks": [{"stats": {"median": 1.0}}]}, "lacks data of a benchmark"),
         (AROUND | {"rows": [], "dry": True}, "is a rehearsal's, not a measurement"),
     ]:
@@ -1032,3 +1033,12 @@ def test_lengths_from_json_with_other_line_ends(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_bytes('\ufeff{"text": "a\u2028b\x85c"}\r\n\n{"text": "d"}\n'.encode())
     assert encoder.read_texts(path) == ["a\u2028b\x85c", "d"]
+
+
+def test_clocks_or_why_there_are_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for told, kept in (([{"clocks.sm": "1 MHz"}], "clocks.sm"), ([], "missing")):
+        monkeypatch.setattr(timing, "nvidia_smi", lambda *what, told=told: told)
+        with timing.Watch() as watch:
+            pass
+        assert kept in watch.samples[0]
