@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
@@ -234,7 +235,7 @@ class MultiHeadSelfAttention(nn.Module):
         return ops.qkv_projection(x, weight, torch.cat([part.bias for part in parts]), live)
 
     def _still_fits(self) -> bool:
-        if torch.is_grad_enabled() and self.q_lin.weight.requires_grad:
+        if (torch.is_grad_enabled() and self.q_lin.weight.requires_grad) or forward_ad._current_level >= 0:
             return False  # the buffer is outside autograd
         q, k, v = self.q_lin, self.k_lin, self.v_lin
         weight, bias = self._qkv  # type: ignore[misc]

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from fastdistil import cpu, reference
 from fastdistil._register import by_autocast, register
 from fastdistil.kernels import _configs, _target
-from fastdistil.packing import can_look
+from fastdistil.packing import can_look, is_transformed
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 POOLING = ("mean", "cls")
@@ -236,15 +235,14 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd, forward-mode differentiation or a transform of torch.func has to see the steps inside."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    if forward_ad._current_level >= 0:
-        return True
-    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None  # a compiler's own is there
+    return forward_ad._current_level >= 0 or is_transformed()
 
 
 def _cast(kind: str, *tensors: Tensor | None) -> list[Any]:
     """As autocast, where it is on, casts them for the registered op; for the definition, which does not know it."""
     device = next(t for t in tensors if t is not None).device.type
-    return by_autocast(kind, device, *tensors) if torch.is_autocast_enabled(device) else list(tensors)
+    on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return by_autocast(kind, device, *tensors) if on else list(tensors)
 
 
 def _check_tensors(**given: Tensor) -> None:

@@ -9,12 +9,26 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+
+SEEING = (TransformType.Grad, TransformType.Jvp)  # transforms within which a tensor's values can be read
 
 
 def can_look(device: torch.device) -> bool:
-    """Whether values may be read: on CPU, unless a compiler traces the call or torch.func transforms it."""
-    return device.type == "cpu" and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
+    """Whether values may be read: on CPU, unless a compiler traces the call, or torch.func does, or batches it."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not is_transformed() or all(one.key() in SEEING for one in get_interpreter_stack() or ())
+
+
+def is_transformed() -> bool:
+    """Whether the call is within a transform of torch.func."""
+    return peek_interpreter_stack() is not None
+
+
+# what torch.compiler.assume_constant_result does, which imports the compiler: Dynamo cannot see inside, and keeps apart
+# what it compiles within a transform
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

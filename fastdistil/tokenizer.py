@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ SPECIAL = {  # in transformers' order of all_special_tokens
 NO_LIMIT = int(1e30)  # transformers' model_max_length where a tokenizer states none
 MOST_TOKENS = 2**24  # more to pad to, or in a vocabulary, is a mistake, and takes the memory
 MAX_WORD = 100  # WordPiece gives [UNK] for a longer word, so a word has at most this many tokens
+PIECE = 2**16  # characters of a text that is read to its end, at a time
 CHARS_PER_TOKEN = 8  # a first cut this long nearly always holds enough tokens; English has 4 to 5
 
 Text = str | Sequence[str]
@@ -400,10 +401,8 @@ class DistilBertTokenizer:
 
         def sizes(row: int, one: Encoding, two: Encoding) -> tuple[int, int]:
             """Of both texts, as far as matters: where both are long and there is an odd token, the longer keeps it."""
-            enough = room
-            while room % 2 and min(len(one), len(two)) > enough:
-                enough *= 4
-                (one,), (two,) = (self._cut_and_encode([side[row]], enough, encode) for side in (texts, pairs or []))
+            if strategy == "longest_first" and room % 2 and min(len(one), len(two)) >= room:
+                return self._compared(str(texts[row]), str((pairs or [])[row]))
             return len(one), len(two)
 
         encodings = []
@@ -430,6 +429,31 @@ class DistilBertTokenizer:
         if return_tensors is not None:
             return BatchEncoding(_to_tensors(data, return_tensors), encodings)
         return BatchEncoding({k: v[0] for k, v in data.items()} if single else data, encodings)
+
+    def _compared(self, *texts: str) -> tuple[int, int]:
+        """The tokens of two texts, both read piece by piece until the shorter one ends: as many as that."""
+        pieces, found = [self._pieces(text) for text in texts], [0, 0]
+        while True:
+            side = 0 if found[0] <= found[1] else 1
+            piece = next(pieces[side], None)
+            if piece is None and found[0] == found[1]:
+                side = 1 - side
+                piece = next(pieces[side], None)
+            if piece is None:
+                return found[0], found[1]
+            found[side] += len(self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0])
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A text cut at spaces, where that changes no token."""
+        added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        safe = self._can_cut() and not any(c.isspace() for token in added for c in token)
+        start = 0
+        while start < len(text):
+            end = start + PIECE
+            space = text.rfind(" ", start + 1, end) if safe and end < len(text) else -1
+            end = len(text) if space < 0 else space
+            yield text[start:end]
+            start = end
 
     def _room(self, max_length: int | None, *, pair: bool, special: bool = True) -> int:
         """How many of the text's own tokens fit into max_length."""

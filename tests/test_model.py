@@ -622,6 +622,26 @@ def test_gradients_a_sample_by_torch_func():
         torch.testing.assert_close(alone, ours(ids, keep)[0], rtol=0, atol=1e-5)
 
 
+def test_tangents_of_weights_and_values_within_a_gradient():
+    """Query, key and value lie side by side in a buffer that knows no tangents; and a gradient hides no value."""
+    ours, _ = pair()
+    ids, keep = inputs()
+    weights = {name: p.detach() for name, p in ours.named_parameters()}
+    tangents = {name: 1e-2 * torch.randn_like(p) for name, p in weights.items()}
+
+    def run(weights, ids=ids):
+        return torch.func.functional_call(ours, weights, (ids, keep))[0]
+
+    with torch.no_grad():
+        _, found = torch.func.jvp(run, (weights,), (tangents,))
+        wide = {name: p.double() for name, p in weights.items()}
+        ours.double()
+        there, back = (run({name: wide[name] + s * tangents[name] for name in wide}) for s in (1e-4, -1e-4))
+    torch.testing.assert_close(found.double(), (there - back) / 2e-4, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        torch.func.grad(lambda weights: run(weights, ids + 10**6).sum())(wide)
+
+
 def test_packed_call_compiles():
     ours, _ = pair()
     ids, _ = inputs()

@@ -193,6 +193,19 @@ def test_transforms_of_torch_func_go_through_the_definition(name):
         torch.testing.assert_close(found, torch.stack([of(ops)(x, *floats[1:]) for x in many]), rtol=1e-6, atol=1e-5)
 
 
+def test_a_compiled_transform_differentiates():
+    x, w, b = torch.randn(5, 6), torch.randn(6, 6), torch.randn(6)
+    gradient = torch.func.grad(lambda x: ops.linear(x, w, b).square().sum())
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), gradient(x))
+    assert gradient(x).all()
+
+
+def test_a_gradient_on_the_meta_device():
+    x = torch.empty(5, 6, device="meta", requires_grad=True)
+    assert ops.add_layer_norm(x, x, x[0], x[0], 1e-5).shape == (5, 6)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast(device):
     x, w, b = torch.randn(4, 8, device=device), torch.randn(24, 8, device=device), torch.randn(24, device=device)

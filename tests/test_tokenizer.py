@@ -177,6 +177,19 @@ def test_long_pairs_are_cut_to_the_same_tokens(max_length, ours, theirs, monkeyp
     assert sum(seen) < 5000
 
 
+@pytest.mark.parametrize("longer", [0, 1])
+def test_the_odd_token_goes_to_the_longer_text(longer, ours, theirs, monkeypatch):
+    """Also where the texts' lengths are next to what fits, or to where a long one is cut into pieces."""
+    monkeypatch.setattr("fastdistil.tokenizer.PIECE", 64)
+    for n in (16, 17, 18, 19, 20, 21, 40, 100):
+        for more in (0, 1, 2):
+            texts = ["e " * n, "b " * (n + more)]
+            args = texts if longer else texts[::-1]
+            for max_length in (16, 20):
+                expected = theirs(*args, truncation=True, max_length=max_length)["input_ids"]
+                assert ours(*args, truncation=True, max_length=max_length)["input_ids"] == expected
+
+
 @pytest.mark.parametrize("name", ["prose", "no spaces", "special tokens"])
 def test_a_huge_text_is_not_tokenised_to_its_end(name, ours, monkeypatch):
     text, seen = HUGE[name](), []
