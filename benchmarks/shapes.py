@@ -71,11 +71,13 @@ def lengths(form: str, longest: int, tokens: int, seed: int = 0) -> list[int]:
         return [longest] * max(1, tokens // longest)
     g = torch.Generator().manual_seed(seed)
     found: list[int] = []
+    left = tokens
     for n in _draws(form, longest, g):
-        n = min(n, tokens - sum(found))
+        n = min(n, left)
         if n == 0:
             return found
         found.append(n)
+        left -= n
     raise AssertionError("draws do not end")
 
 

@@ -947,13 +947,14 @@ def test_above_a_ceiling(monkeypatch):
     ceilings = {"copy": {"bytes_per_s": 3e12}}
     x = torch.empty(5_632, 768, dtype=torch.bfloat16)
     case = types.SimpleNamespace(op="add_layer_norm", rows=x, dtype=x.dtype, device=torch.device("cuda", 0))
-    case.cost = roofline.add_layer_norm(5_632, 768, 2)
+    case.cost, case.cu_seqlens = roofline.add_layer_norm(5_632, 768, 2), torch.tensor([0, 5_632])
 
     def over(cold, graph):
         found = {"cold": {"median_us": cold}, "graph": {"median_us": graph}}
         return list(kernels.over_ceiling(case, found, ceilings, 7e14))
 
-    assert over(9.0, 9.0) == [] and over(2.0, 2.0)[0] > 2  # 17.3 MB are read, 8.7 MB written
+    assert over(9.0, 9.0) == [] and over(2.0, 9.0)[0] > 2  # 17.3 MB are read, 8.7 MB written
+    assert over(9.0, 4.0) == [] and over(9.0, 0.9)[0] > 9  # an empty graph
     case.op, case.cost = "linear", roofline.gemm("linear", 5_632, 768, 768, 2)
     assert over(20.0, 20.0) == [] and len(over(8.0, 20.0)) == len(over(20.0, 8.0)) == 1
 
@@ -1042,3 +1043,36 @@ def test_clocks_or_why_there_are_none(monkeypatch):
         with timing.Watch() as watch:
             pass
         assert kept in watch.samples[0]
+
+
+def test_lengths_of_millions_of_tokens_are_drawn_in_no_time():
+    start = time.perf_counter()
+    found = shapes.lengths("long-tailed", 16, 200_000)  # what the engine's are made of
+    assert sum(found) == 200_000 and time.perf_counter() - start < 5  # it was minutes
+
+
+def test_what_the_goals_are_about_is_measured_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(encoder, "TELLING", ((1, 16, 1.0), (2, 8, 1.0)))
+    monkeypatch.setattr(
+        encoder, "measure", lambda batch, *a, late, keep: seen.append((batch.name.split(",")[0], late)) or []
+    )
+    encoder.run(shapes.TOY, CPU)
+    telling = ["2 x 8", "1 x 16"]
+    assert seen[:4] == [(name, late) for late in (False, True) for name in telling]
+    assert {name for name, _ in seen[4:]} == {"2 x 16", "2 x 8", "1 x 8"} and not seen[4][1] and seen[-1][1]
+    asked = []
+    monkeypatch.setattr(kernels, "measure", lambda case, *a, late, keep: asked.append((case.op, late)) or [])
+    kernels.run(shapes.TOY, CPU, CEILINGS)
+    assert [op for op, _ in asked[:7]] == list(kernels.OPS) and not asked[7][1] and asked[-1][1]
+
+
+def test_pooling_is_compiled_at_one_shape():
+    rows = torch.empty(16_896, 768, dtype=torch.bfloat16, device="meta")
+    case = types.SimpleNamespace(op="pool", rows=rows, dtype=rows.dtype, device=torch.device("cuda", 0))
+    case.name, case.args = "L=64, fixed", ()
+    with ExitStack() as stack, pytest.raises(kernels.Missing, match="rows only"):
+        kernels.compiled(case, stack)
+    case.name = "L=128, fixed"
+    with ExitStack() as stack:
+        assert callable(kernels.compiled(case, stack))
