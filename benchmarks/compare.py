@@ -126,8 +126,7 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
     same: list[str] = []
     right = True
     machines = [{side[name].where for name in side} for side in (before, after)]
-    judged = machines[0] == machines[1]
-    if not judged:
+    if machines[0] != machines[1]:
         changed.append(f"not the same machine: {'; '.join(sorted(machines[0]))} and {'; '.join(sorted(machines[1]))}")
     for name in sorted(before.keys() & after.keys()):
         a, b = before[name], after[name]
@@ -138,7 +137,7 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
             continue
         ratio, band = b.median / a.median, max(a.least, b.least, a.spread + b.spread)
         line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
-        if ratio > 1 + band and a.ours and judged:
+        if ratio > 1 + band and a.ours and a.where == b.where:
             changed.insert(0, f"SLOWER {line}")
             right = False
         elif ratio > 1 + band:

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -313,10 +314,20 @@ def compile_all(wanted: list[Entry], jobs: int, keep: bool = False) -> Iterator[
         if not keep:
             cache = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(patch.dict(os.environ, TRITON_CACHE_DIR=cache))
-        pool = stack.enter_context(ProcessPoolExecutor(jobs))
-        futures = {pool.submit(_compiled_alone, entry): entry for entry in wanted}
-        for done in as_completed(futures):
-            yield futures[done], done.result()
+        died: list[Entry] = []
+        with ProcessPoolExecutor(jobs) as pool:
+            futures = {pool.submit(_compiled_alone, entry): entry for entry in wanted}
+            for done in as_completed(futures):
+                try:
+                    yield futures[done], done.result()
+                except BrokenProcessPool:
+                    died.append(futures[done])
+        for entry in died:  # one of them ended its process, and with it the others
+            with ProcessPoolExecutor(1) as pool:
+                try:
+                    yield entry, pool.submit(_compiled_alone, entry).result()
+                except BrokenProcessPool:
+                    yield entry, "the compiler's process died"
 
 
 def main() -> int:

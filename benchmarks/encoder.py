@@ -36,7 +36,7 @@ from fastdistil.testing import cu_seqlens, error_law
 MAX_LENGTH = 256  # of docstrings
 COMPILED = 128  # the length at which torch.compile takes part
 TELLING = ((256, 128, 1.0), (256, 128, 0.5), *((1, n, 1.0) for n in (16, 32, 64)))  # what the goals are about
-TRUTH_TOKENS = 4_096  # of a batch, whose first texts are computed in float64: more would take longer than the rest
+TRUTH_TOKENS = 4_096  # of a batch that are computed in float64: more would take longer than the rest
 
 
 @dataclass(frozen=True)
@@ -282,16 +282,22 @@ def batches(model: DistilBertModel, matrix: Matrix, telling: bool | None = None)
         yield batch_of(model, f"{len(lengths)} docstrings", lengths, max(lengths))
 
 
-def truth_of(batch: Batch) -> tuple[Tensor, Tensor, int]:
-    """(float64, the same precision by eager torch, of how many texts): hidden states of real positions [rows, dim]."""
-    texts = max(1, min(len(batch.ids), TRUTH_TOKENS // batch.ids.shape[1]))
-    ids, keep = batch.ids[:texts], batch.keep[:texts]
+def chosen(batch: Batch) -> list[int]:
+    """The texts that are held to float64, from all over the batch."""
+    count = max(1, min(len(batch.ids), TRUTH_TOKENS // batch.ids.shape[1]))
+    return [i * (len(batch.ids) - 1) // max(1, count - 1) for i in range(count)]
+
+
+def truth_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(float64, the same precision by eager torch): hidden states of the chosen texts' real positions [rows, dim]."""
+    texts = torch.tensor(chosen(batch), device=batch.device)
+    ids, keep = batch.ids[texts], batch.keep[texts]
 
     def dense(model: DistilBertModel) -> Tensor:
         with torch.enable_grad():  # a gradient could be asked for: the differentiable definitions
             return model(ids, keep).last_hidden_state.detach()[keep]
 
-    return dense(_wide(batch.model)), dense(batch.model), texts
+    return dense(_wide(batch.model)), dense(batch.model)
 
 
 def _wide(model: DistilBertModel) -> DistilBertModel:
@@ -319,7 +325,8 @@ def hold(run: timing.Run, batch: Batch, truth: Tensor, eager: Tensor) -> dict[st
     result = result[batch.keep] if result.dim() == 3 else result
     if result.shape != (sum(batch.lengths), batch.model.config.dim) or not bool(result.isfinite().all()):
         raise AssertionError(f"the result is not [{sum(batch.lengths)}, dim] or not finite")
-    result = result[: len(truth)]
+    rows_of = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))
+    result = result[torch.isin(rows_of, torch.tensor(chosen(batch))).to(result.device)]
     error_law(result, eager, truth, largest=largest_error(batch.device))
     return errors(result, truth)
 
@@ -367,7 +374,7 @@ def measure(
         # a replay allocates nothing: what a graph took, it took when it was captured. Theirs brings weights along
         captured_ = peak.bytes() if row["provider"] == CAPTURED else 0
         if not known:  # only where a provider runs at all
-            known.append(truth_of(batch)[:2])
+            known.append(truth_of(batch))
         if turn == 0:
             row["error"] = hold(run, batch, *known[0])
         peak = Peak(batch.device)
@@ -411,6 +418,8 @@ def run(
         # what the goals are about by every provider; then the rest, by those that compile for long last
         for telling, late in product((True, False), (False, True)):
             for batch in batches(model, matrix, telling):
+                if time.monotonic() > deadline:
+                    break  # to make batches takes time, too
                 rows.extend(measure(batch, deadline, matrix.seconds, late=late, keep=so_far))
         _forget()
     keep(rows)

@@ -41,6 +41,7 @@ OUTCOME = re.compile(
 SUMMARY = 12_000  # characters at most, for logs that keep no more
 WRONG = 3  # a stage's exit status when something measured was wrong; Python's own for a crash is 1
 EVERY = 5.0  # seconds between two writes of what a stage has so far
+WRITING = 3.0  # seconds that a stage has to write what it has, when it is stopped
 GRACE = 60.0  # seconds at most that a stage may go on beyond its share, for a provider that is being measured
 
 
@@ -253,7 +254,7 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
         ]
         start = time.monotonic()
         # measuring ends a little before its share is over, and at the latest when all minutes are
-        most = min(60 * share + GRACE, 60 * left)
+        most = max(1.0, min(60 * share + GRACE, 60 * left) - WRITING)
         print(f"--- {name}, {share:.1f} minutes", flush=True)
         # a group of its own, so that what it has started ends with it
         process = subprocess.Popen(
@@ -267,6 +268,9 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
             words = {0: "right", WRONG: "WRONG"}.get(code, f"BROKE with status {code}")
         except subprocess.TimeoutExpired:
             words = "STOPPED"
+            os.killpg(process.pid, signal.SIGTERM)  # it writes what it has
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(WRITING)
         except (KeyboardInterrupt, SystemExit):
             states[name] = "STOPPED from outside"
             break
@@ -321,6 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.stage:
+        signal.signal(signal.SIGTERM, _terminated)
         return run_stage(args.stage, Stage(args.out, args.minutes, args.dry))
     names = args.stages.split(",")
     if unknown := set(names) - set(STAGES):

@@ -169,11 +169,10 @@ class Watch:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-            self.samples = self.samples or [{"missing": "nvidia-smi is not there or tells nothing"}]
 
     def _sample(self) -> None:
         while not self._stop.is_set():
-            self.samples += nvidia_smi(*CLOCKS)
+            self.samples += nvidia_smi(*CLOCKS) or ([] if self.samples else [{"missing": "nvidia-smi tells nothing"}])
             self._stop.wait(2.0)
 
 

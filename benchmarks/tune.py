@@ -226,7 +226,11 @@ def tune(
                 fit.append(_written(config))
             else:
                 unfit[_written(config)] = why
+        keep(row | {"unfit": unfit, "stopped": "while compiling", "winner": None, "compiled": len(fit) + len(unfit),
+                    "fit": len(fit), "tried": tried, "wrong": wrong})  # fmt: skip
     row |= {"compiled": len(fit) + len(unfit), "fit": len(fit), "unfit": unfit, "winner": None}
+    if not fit and unfit:
+        return row | {"stopped": f"none could be compiled, such as for: {next(iter(unfit.values()))[:200]}"}
     if compiled_now < len(left):
         row["stopped"] = f"{row['compiled']} of {len(every)} compiled: no time was left"
     if device.type != "cuda":
@@ -303,11 +307,12 @@ def apply(rows: list[dict[str, Any]], source: str) -> str:
         else source.index("\n}", start) + 2
     )
     known = {key: _written(config) for key, config in _configs.RECORDED.items()}
+    won = {(row["arch"], row["op"], row["class"]) for row in rows if row["winner"]}  # on one of several cards
     for row in rows:
         key = row["arch"], row["op"], row["class"]
         if row["winner"]:
             known[key] = row["winner"]
-        elif "stopped" not in row and "missing" not in row:
+        elif "stopped" not in row and "missing" not in row and key not in won:
             known.pop(key, None)  # nothing is quicker than the heuristic
     lines = [f'    ({arch}, "{op}", "{name}"): {config},' for (arch, op, name), config in sorted(known.items())]
     head = source[start : source.index("{", source.index("=", start))]

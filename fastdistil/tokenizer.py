@@ -56,7 +56,10 @@ class BatchEncoding(dict):
         return self.encodings[row].word_ids
 
     def sequence_ids(self, row: int = 0) -> list[int | None]:
-        return self.encodings[row].sequence_ids
+        found = self.encodings[row]  # whose own forgets the first text of a pair
+        return [
+            None if special else kind for special, kind in zip(found.special_tokens_mask, found.type_ids, strict=True)
+        ]
 
 
 class DistilBertTokenizer:
@@ -494,7 +497,8 @@ class DistilBertTokenizer:
         if max(map(len, texts), default=0) <= 2 * chars or not self._can_cut():
             return self._encode_checked(texts, encode, name, range(first_row, first_row + len(texts)))
         added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
-        slack = MAX_WORD + max(map(len, added), default=0)
+        longest = max(MAX_WORD, getattr(self._tokenizer.model, "max_input_chars_per_word", 0))
+        slack = longest + max(map(len, added), default=0)
         space_is_safe = not any(c.isspace() for token in added for c in token)
         results: list[Encoding | None] = [None] * len(texts)
         pending = list(range(len(texts)))
