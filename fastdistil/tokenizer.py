@@ -642,10 +642,9 @@ def _check_vocabulary(tokenizer: Tokenizer, where: Any) -> None:
     unknown = getattr(tokenizer.model, "unk_token", None)
     if unknown is not None and unknown not in vocab:
         raise ValueError(f"{where} says that unk_token is {unknown!r}, which its vocabulary lacks")
-    number = vocab.get(str(unknown))
-    if same := [
-        token for token, i in vocab.items() if i == number and token != unknown
-    ]:  # which of them it is, is chance
+    number = None if unknown is None else vocab[unknown]
+    # which of them the library takes is chance
+    if same := [token for token, i in vocab.items() if i == number and token != unknown]:
         raise ValueError(f"{where} gives {unknown!r} and {same[0]!r} the same id {number}")
 
 

@@ -232,12 +232,12 @@ def test_a_file_that_ends_too_early_or_is_another(name, checkpoint, tmp_path, ca
 
 
 @pytest.mark.parametrize("name", ["in.txt", "in.csv", "in.jsonl"])
-def test_utf16_is_named(name, checkpoint, tmp_path, capsys):
-    for encoding in ("utf-16-le", "utf-16-be"):
+def test_other_encodings_are_named(name, checkpoint, tmp_path, capsys):
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
         (tmp_path / name).write_bytes("\ufefftext\nß\n".encode(encoding))
         job = ("--input", tmp_path / name, "--output", tmp_path / "o", "--on-error", "skip")
         assert embed(checkpoint, *job) == 1
-        assert f"{name} is UTF-16; convert it" in capsys.readouterr().err
+        assert f"{name} is {encoding[:6].upper()}; convert it" in capsys.readouterr().err
 
 
 def test_columns_that_are_not_there(checkpoint, tmp_path, capsys):

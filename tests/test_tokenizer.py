@@ -177,6 +177,23 @@ def test_long_pairs_are_cut_to_the_same_tokens(max_length, ours, theirs, monkeyp
     assert sum(seen) < 5000
 
 
+@pytest.mark.parametrize("options", [{}, {"truncation": True, "max_length": 7}, {"padding": True}])
+def test_whose_a_token_is(options, ours, theirs):
+    for texts in ((["a b c", "d"], ["x y", "z w v u t"]), (["the [MASK] b", "x"],)):
+        mine, other = ours(*texts, **options), theirs(*texts, **options)
+        assert [mine.sequence_ids(row) for row in (0, 1)] == [other.sequence_ids(row) for row in (0, 1)]
+
+
+def test_words_longer_than_usual_are_read_to_their_end(minilm, tmp_path):
+    """A tokenizer file may allow words of more than 100 characters."""
+    values = json.loads((minilm / "tokenizer.json").read_text())
+    values["model"]["max_input_chars_per_word"] = 500
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    ours = DistilBertTokenizer.from_pretrained(tmp_path)
+    text = "helloworld" * 200
+    assert ours.encode_ids([text], 8) == ours.encode_ids([text]) == [[101, 100, 102]]
+
+
 @pytest.mark.parametrize("longer", [0, 1])
 def test_the_odd_token_goes_to_the_longer_text(longer, ours, theirs, monkeypatch):
     """Also where the texts' lengths are next to what fits, or to where a long one is cut into pieces."""

@@ -203,7 +203,8 @@ class Embedder:
 
     def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:
         out = np.empty((rows, self.dim), np.float32)
-        seen = sys.stderr is not None and (sys.stderr.isatty() if show_progress is None else show_progress)
+        terminal = getattr(sys.stderr, "isatty", bool)()  # bool() is False
+        seen = sys.stderr is not None and (terminal if show_progress is None else show_progress)
         shown = tqdm(total=rows, unit="text", unit_scale=True, file=sys.stderr) if seen else nullcontext()
         tokens = 0
         with shown as bar:

@@ -23,6 +23,12 @@ import numpy as np
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # what is taken from a directory
 PACKED = (".gz", ".zst")
 STDIN = "-"
+MARKS = {  # that a file begins with; the longer ones first
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class Row(NamedTuple):
@@ -459,8 +465,8 @@ def _chain(head: list[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
 def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
     """Lines as bytes, unpacked. Raises OSError naming the file for one that ends too early, ValueError for UTF-16."""
     for i, line in enumerate(_all_lines(name, progress)):
-        if i == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(f"{_named(name)} is UTF-16; convert it, as with: iconv -f UTF-16 -t UTF-8")
+        if i == 0 and (found := next((kind for mark, kind in MARKS.items() if line.startswith(mark)), None)):
+            raise ValueError(f"{_named(name)} is {found}; convert it, as with: iconv -f {found} -t UTF-8")
         yield line
 
 
