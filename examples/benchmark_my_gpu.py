@@ -6,6 +6,7 @@ From a clone of the repository, installed or not; needs torch, triton and transf
 `make gpu` runs the tests, the engine and the tuning as well, and keeps the results.
 """
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from benchmarks import gpu
 
 
 def main(argv: list[str]) -> int:
+    os.environ.setdefault("FASTDISTIL_COMMIT", "unknown")  # where git is not there to ask; nothing is kept
     stages = ["environment", "ceilings", "encoder", "kernels"]
     with tempfile.TemporaryDirectory() as directory:
         return gpu.main(["--out", directory, "--minutes", "4", "--stages", ",".join(stages), *argv])
