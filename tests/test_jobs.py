@@ -936,7 +936,12 @@ def test_tokenizers_end_with_the_job(checkpoint, tmp_path):
 
 def test_ctrl_c_is_one_line(checkpoint, tmp_path):
     """The terminal sends it to the whole group."""
-    job = start(checkpoint, tmp_path, "--device", "cpu,cpu", stderr=subprocess.PIPE, start_new_session=True)
+
+    def heed():  # what runs the tests may be in the background, where it is ignored, and that is inherited
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = dict(stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed)
+    job = start(checkpoint, tmp_path, "--device", "cpu,cpu", **options)
     children = holders(tmp_path)
     os.killpg(job.pid, signal.SIGINT)
     error = job.communicate(timeout=30)[1].decode()
