@@ -57,9 +57,8 @@ class BatchEncoding(dict):
 
     def sequence_ids(self, row: int = 0) -> list[int | None]:
         found = self.encodings[row]  # whose own forgets the first text of a pair
-        return [
-            None if special else kind for special, kind in zip(found.special_tokens_mask, found.type_ids, strict=True)
-        ]
+        own = zip(found.special_tokens_mask, found.sequence_ids, strict=True)
+        return [None if special else int(kind == 1) for special, kind in own]
 
 
 class DistilBertTokenizer:
@@ -404,8 +403,12 @@ class DistilBertTokenizer:
 
         def sizes(row: int, one: Encoding, two: Encoding) -> tuple[int, int]:
             """Of both texts, as far as matters: where both are long and there is an odd token, the longer keeps it."""
-            if strategy == "longest_first" and room % 2 and min(len(one), len(two)) >= room:
-                return self._compared(str(texts[row]), str((pairs or [])[row]))
+            enough = room + 1  # a text with fewer is whole
+            while strategy == "longest_first" and room % 2 and min(len(one), len(two)) >= enough:
+                if enough > 64 * room:
+                    return self._compared(str(texts[row]), str((pairs or [])[row]))
+                enough *= 4
+                (one,), (two,) = (self._cut_and_encode([side[row]], enough, encode) for side in (texts, pairs or []))
             return len(one), len(two)
 
         encodings = []

@@ -1,5 +1,6 @@
 """The scheduler's batches, and the engine: all cores, staged copies, graphs, and memory that runs out."""
 
+import io
 import pickle
 import sys
 import threading
@@ -225,6 +226,12 @@ def test_without_a_standard_error(embedder, texts, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     for show in (None, False, True):
         assert embedder.encode(texts[:2], show_progress=show).shape == (2, 32)
+    closed = io.StringIO()
+    closed.close()
+    for stream in (closed, object()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        for show in (None, False):
+            assert embedder.encode(texts[:2], show_progress=show).shape == (2, 32)
 
 
 def too_large(compute, most, error):

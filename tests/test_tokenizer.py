@@ -177,6 +177,21 @@ def test_long_pairs_are_cut_to_the_same_tokens(max_length, ours, theirs, monkeyp
     assert sum(seen) < 5000
 
 
+def test_a_long_text_beside_a_shorter_one_is_not_read_to_its_end(ours, theirs, monkeypatch):
+    read = []
+    checked = DistilBertTokenizer._encode_checked
+    monkeypatch.setattr(
+        DistilBertTokenizer, "_encode_checked", lambda self, t, *a: read.extend(map(len, t)) or checked(self, t, *a)
+    )
+    monkeypatch.setattr(DistilBertTokenizer, "_compared", None)
+    for huge in ("日" * 200_000, "ab,c" * 50_000, "the " * 50_000):
+        for texts in ((huge, "the " * 60), ("the " * 60, huge)):
+            read.clear()
+            found = ours(*texts, truncation=True, max_length=32)["input_ids"]
+            assert sum(read) < 20_000
+            assert found == theirs(texts[0][:900], texts[1][:900], truncation=True, max_length=32)["input_ids"]
+
+
 @pytest.mark.parametrize("options", [{}, {"truncation": True, "max_length": 7}, {"padding": True}])
 def test_whose_a_token_is(options, ours, theirs):
     for texts in ((["a b c", "d"], ["x y", "z w v u t"]), (["the [MASK] b", "x"],)):

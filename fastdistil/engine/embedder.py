@@ -203,8 +203,7 @@ class Embedder:
 
     def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:
         out = np.empty((rows, self.dim), np.float32)
-        terminal = getattr(sys.stderr, "isatty", bool)()  # bool() is False
-        seen = sys.stderr is not None and (terminal if show_progress is None else show_progress)
+        seen = sys.stderr is not None and (_is_terminal(sys.stderr) if show_progress is None else show_progress)
         shown = tqdm(total=rows, unit="text", unit_scale=True, file=sys.stderr) if seen else nullcontext()
         tokens = 0
         with shown as bar:
@@ -234,6 +233,13 @@ class Embedder:
         longest = min(longest, self.model.config.max_position_embeddings)
         hidden = self.model.forward_packed(ids, cu_seqlens, longest, positions)  # [tokens, dim]
         return ops.pool(hidden, cu_seqlens, self.pooling, self.normalize).float()
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, TypeError, ValueError):  # somebody's own, or closed
+        return False
 
 
 def describe(model: DistilBertModel) -> str:
