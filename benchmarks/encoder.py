@@ -365,14 +365,12 @@ def measure(
     known: list[tuple[Tensor, Tensor]] = []
     about = {"batch": batch.name, "tokens": tokens, "texts": batch.ids.shape[0], "length": batch.ids.shape[1]}
     about |= {"dtype": str(batch.model.dtype).removeprefix("torch."), "fill": tokens / batch.ids.numel()}
-    chosen = [(name, make) for name, make in PROVIDERS if late is None or (make in LATE) == late]
-    rows: dict[str, dict[str, Any]] = {name: about | {"provider": name} for name, _ in chosen}
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> timing.Timing:
         peak = Peak(batch.device)
         run = make(batch, stack)
         # a replay allocates nothing: what a graph took, it took when it was captured. Theirs brings weights along
-        captured_ = peak.bytes() if row["provider"] == CAPTURED else 0
+        of_capture = peak.bytes() if row["provider"] == CAPTURED else 0
         if not known:  # only where a provider runs at all
             known.append(truth_of(batch))
         if turn == 0:
@@ -380,23 +378,18 @@ def measure(
         peak = Peak(batch.device)
         took = timing.wall(run, batch.device, 2 * seconds, least=2 if turn else 3)
         if batch.device.type == "cuda":
-            row["peak_bytes"] = max(captured_, peak.bytes())
+            row["peak_bytes"] = max(of_capture, peak.bytes())
         hold(run, batch, *known[0])
         return took
 
-    def finished(taken: dict[str, list[timing.Timing]]) -> list[dict[str, Any]]:
-        found = []
-        for name, row in rows.items():
-            if name in taken and "wrong" not in row:
-                row = row | timing.joined(taken[name], KEPT)
-                samples = sorted(s for turn in taken[name] for s in turn.samples)
-                row["tokens_per_s"] = tokens / row["median_us"] * 1e6
-                row["p99_us"] = samples[math.ceil(0.99 * len(samples)) - 1] * 1e6
-            if len(row) > len(about) + 1:  # its turn has come
-                found.append(row)
-        return found
+    def figures(turns: list[timing.Timing]) -> dict[str, Any]:
+        found = timing.joined(turns, KEPT)
+        samples = sorted(s for turn in turns for s in turn.samples)
+        p99 = samples[math.ceil(0.99 * len(samples)) - 1]
+        return found | {"tokens_per_s": tokens / found["median_us"] * 1e6, "p99_us": p99 * 1e6}
 
-    return finished(take_turns(rows, chosen, batch.device, deadline, attempt, lambda taken: keep(finished(taken))))
+    providers = [one for one in PROVIDERS if late is None or (one[1] in LATE) == late]
+    return take_turns(providers, about, batch.device, deadline, attempt, figures, keep)
 
 
 def run(

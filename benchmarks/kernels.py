@@ -366,8 +366,6 @@ def measure(
     """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take. late: only
     those that compile for long, or only the others. keep: gets the rows so far after each provider."""
     about = {"op": case.op, "shape": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
-    chosen = [(name, make) for name, make in PROVIDERS[case.op] if late is None or (make in LATE) == late]
-    rows: dict[str, dict[str, Any]] = {name: about | {"provider": name} for name, _ in chosen}
     known: list[tuple[Tensor, Tensor]] = []
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> tuple[timing.Timing, timing.Timing]:
@@ -380,19 +378,10 @@ def measure(
         hold(run, case, *known[0])
         return took
 
-    def finished(taken: dict[str, list[Any]]) -> list[dict[str, Any]]:
-        found = []
-        for name, row in rows.items():
-            if name in taken and "wrong" not in row:
-                try:
-                    row = row | _figures(taken[name], case, ceilings)
-                except AssertionError as error:
-                    row = row | {"wrong": str(error)}
-            if len(row) > len(about) + 1:  # its turn has come
-                found.append(row)
-        return found
-
-    return finished(take_turns(rows, chosen, case.device, deadline, attempt, lambda taken: keep(finished(taken))))
+    providers = [one for one in PROVIDERS[case.op] if late is None or (one[1] in LATE) == late]
+    return take_turns(
+        providers, about, case.device, deadline, attempt, lambda turns: _figures(turns, case, ceilings), keep
+    )
 
 
 STICKY = (
@@ -410,16 +399,32 @@ def is_sticky(error: BaseException) -> bool:
 
 
 def take_turns(
-    rows: dict[str, dict[str, Any]],
     providers: list[tuple[str, Any]],
+    about: dict[str, Any],
     device: torch.device,
     deadline: float,
     attempt: Callable[[int, Any, ExitStack, dict[str, Any]], Any],
-    after: Callable[[dict[str, list[Any]]], None],
-) -> dict[str, list[Any]]:
-    """What attempt(turn, make, stack, row) gave for each provider, by turn; its row says what is missing or wrong.
-    after: gets what was found so far. Raises DeviceBroke where nothing more can be measured."""
+    figures: Callable[[list[Any]], dict[str, Any]],
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """A row a provider, beginning with `about`: what is missing or wrong, or the figures of what attempt(turn, make,
+    stack, row) gave in its turns. keep: gets the rows so far after each. Raises DeviceBroke where nothing more can be
+    measured."""
+    rows: dict[str, dict[str, Any]] = {name: about | {"provider": name} for name, _ in providers}
     taken: dict[str, list[Any]] = {}
+
+    def finished() -> list[dict[str, Any]]:
+        found = []
+        for name, row in rows.items():
+            if name in taken and "wrong" not in row:
+                try:
+                    row = row | figures(taken[name])
+                except AssertionError as error:
+                    row = row | {"wrong": str(error)}
+            if len(row) > len(about) + 1:  # its turn has come
+                found.append(row)
+        return found
+
     for turn, (name, make) in timing.in_turns(device, providers):
         row = rows[name]
         if "missing" in row or "wrong" in row:
@@ -437,10 +442,10 @@ def take_turns(
             except Exception as error:  # of one provider; the others go on, and the run fails in the end
                 row["wrong"] = f"{type(error).__name__}: {str(error)[:300]}"
                 if is_sticky(error):
-                    after(taken)
+                    keep(finished())
                     raise DeviceBroke(f"{name}: {error}") from error
-        after(taken)
-    return taken
+        keep(finished())
+    return finished()
 
 
 def expected(case: Case) -> tuple[Tensor, Tensor]:

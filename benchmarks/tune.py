@@ -174,16 +174,13 @@ class Trial:
 
     def __init__(self, found: Class):
         self.found = found
-        self.expected = []
-        for case in found.cases:
-            truth, plain = kernels.expected(case)
-            self.expected.append((plain, truth))
+        self.expected = [kernels.expected(case) for case in found.cases]
 
     def seconds(self, arch: int, config: Config | None, each: float) -> list[float]:
         """Median time at every case; raises AssertionError where a result is wrong."""
         with forced(arch, self.found, config):
             times = []
-            for case, (plain, truth) in zip(self.found.cases, self.expected, strict=True):
+            for case, (truth, plain) in zip(self.found.cases, self.expected, strict=True):
                 run = kernels.PROVIDERS[case.op][0][1](case, None)  # type: ignore[arg-type]
                 kernels.hold(run, case, truth, plain)
                 times.append(timing.cold(run, case.device, each).median)
