@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertModel
@@ -638,6 +639,11 @@ def test_tangents_of_weights_and_values_within_a_gradient():
         ours.double()
         there, back = (run({name: wide[name] + s * tangents[name] for name in wide}) for s in (1e-4, -1e-4))
     torch.testing.assert_close(found.double(), (there - back) / 2e-4, rtol=0, atol=1e-4)
+    with torch.no_grad(), forward_ad.dual_level():  # a dual number lies where its primal does
+        own = {name: p.detach() for name, p in ours.named_parameters()}
+        duals = {name: forward_ad.make_dual(own[name], tangents[name].double()) for name in own}
+        dual = forward_ad.unpack_dual(run(duals)).tangent
+    torch.testing.assert_close(dual, (there - back) / 2e-4, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         torch.func.grad(lambda weights: run(weights, ids + 10**6).sum())(wide)
 

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -214,8 +215,9 @@ def test_the_odd_token_goes_to_the_longer_text(longer, ours, theirs, monkeypatch
     """Also where the texts' lengths are next to what fits, or to where a long one is cut into pieces."""
     monkeypatch.setattr("fastdistil.tokenizer.PIECE", 64)
     for n in (16, 17, 18, 19, 20, 21, 40, 100):
-        for more in (0, 1, 2):
-            texts = ["e " * n, "b " * (n + more)]
+        # at a length of 16 a text of the long word is cut to just one token more than fits
+        for more, word in product((0, 1, 2), ("e ", "sympathetic ")):
+            texts = [word * n, word * (n + more)]
             args = texts if longer else texts[::-1]
             for max_length in (16, 20):
                 expected = theirs(*args, truncation=True, max_length=max_length)["input_ids"]
