@@ -24,7 +24,7 @@ from fastdistil.engine import Embedder
 from fastdistil.engine.embedder import describe
 from fastdistil.engine.scheduler import TOKENIZE
 from fastdistil.jobs.index import Index
-from fastdistil.jobs.manifest import Manifest, fingerprint_of_model, refuse_overlap
+from fastdistil.jobs.manifest import Manifest, apart, fingerprint_of_model
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.predict import Prediction
 from fastdistil.jobs.processes import REJECTED, Failed, end_with_parent, run_on, split_devices
@@ -333,7 +333,7 @@ def _on_several_devices(arguments: argparse.Namespace) -> _Several | None:
     if "-" in arguments.input:
         raise WrongUse("standard input cannot be divided among devices; give files")
     shard, shards = _shard(arguments)
-    refuse_overlap(arguments.input, find_inputs(arguments.input), arguments.output)
+    apart(arguments.input, find_inputs(arguments.input), arguments.output)
     rejected = run_on(
         devices,
         arguments.argv,

@@ -25,7 +25,7 @@ from fastdistil.jobs import manifest as manifests
 from fastdistil.jobs import run as module
 from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import Lock, read_manifest, write_manifest
-from fastdistil.jobs.merge import shard_directory
+from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.readers import Columns, count_rows, find_inputs, read_files, read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -597,6 +597,26 @@ def test_files_of_others_are_not_taken_for_ours(checkpoint, tmp_path, capsys):
     assert "lies in the input directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_a_pattern_that_also_finds_what_the_job_writes(devices, checkpoint, tmp_path, capfd):
+    jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    out = tmp_path / "a" / "o"
+    given = ["--input", tmp_path / "**" / "*.jsonl", "--output", out, "--format", "jsonl", "--device", devices]
+    assert embed(checkpoint, *given) == 0
+    whole = files(out)
+    (out / "part-00000.jsonl").unlink()
+    assert embed(checkpoint, *given, "--resume") == 0 and files(out) == whole
+    for i in range(2):  # of several devices each finds what the others write, too
+        shard_directory(out, i, 2).mkdir()
+        jsonl(shard_directory(out, i, 2) / "part-00000.jsonl", [{"text": "half"}])
+    assert embed(checkpoint, *given, "--overwrite") == 0
+    assert all((out / name).read_bytes() == content for name, content in whole.items())
+    # what lies there and is nobody's work is still refused
+    jsonl(out / "mine.jsonl", [{"text": "a"}])
+    assert embed(checkpoint, *given, "--resume") == 1
+    assert "mine.jsonl lies in the output directory" in capfd.readouterr().err
+
+
 def test_what_changed_is_named(stopped, checkpoint, tmp_path, minilm):
     path, output = stopped
 
@@ -893,9 +913,11 @@ def test_progress_without_a_terminal(checkpoint, embedder, tmp_path, monkeypatch
     assert "rows/s" in capsys.readouterr().err.splitlines()[0]
 
 
-def start(checkpoint, tmp_path, *more, texts=200_000, words=40, **options):
+def start(checkpoint, tmp_path, *more, texts=200_000, words=40, again=False, **options):
     """A job in a process of its own, that takes long enough to be stopped."""
-    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i} {'word ' * words}"} for i in range(texts)])
+    path = tmp_path / "in.jsonl"
+    if not again:
+        jsonl(path, [{"text": f"text {i} {'word ' * words}"} for i in range(texts)])
     command = [sys.executable, "-m", "fastdistil.cli", "embed", "--model", checkpoint, "--input", path, "--quiet"]
     return subprocess.Popen([*map(str, command), "--output", str(tmp_path / "o"), *more], **options)
 
@@ -920,15 +942,28 @@ def test_processes_end_with_the_one_that_started_them(end, background, checkpoin
     wait_for(lambda: not any(map(alive, children)), seconds=10)
 
 
+def children(job, what):
+    """Those of its processes whose command says so."""
+    found = map(int, Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
+    return [pid for pid in found if what in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_the_check_of_a_finished_output_ends_with_the_one_that_started_it(checkpoint, tmp_path):
+    assert start(checkpoint, tmp_path, "--device", "cpu,cpu", texts=4).wait(60) == 0
+    (tmp_path / "o" / "part-00000.npy").unlink()
+    parent = start(checkpoint, tmp_path, "--device", "cpu,cpu", "--resume", texts=4, again=True)
+    wait_for(lambda: children(parent, b"--shard-index"))
+    (child,) = children(parent, b"--shard-index")
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not alive(child), seconds=20)
+    assert not (tmp_path / "o" / "part-00000.npy").exists()
+
+
 def test_tokenizers_end_with_the_job(checkpoint, tmp_path):
     job = start(checkpoint, tmp_path, "--device", "cpu", "--tokenizer-processes", "2")
-
-    def children():
-        found = map(int, Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
-        return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-    wait_for(lambda: len(children()) == 2)
-    found = children()
+    wait_for(lambda: len(children(job, b"spawn_main")) == 2)
+    found = children(job, b"spawn_main")
     job.kill()
     job.wait()
     wait_for(lambda: not any(map(alive, found)), seconds=20)
@@ -1060,11 +1095,10 @@ def test_a_process_a_device(checkpoint, embedder, tmp_path, capfd):
 
 
 def test_a_merge_that_was_killed_goes_on(checkpoint, tmp_path, monkeypatch):
-    from fastdistil.jobs import merge
-
+    merging = sys.modules["fastdistil.jobs.merge"]
     path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS * 3])
     arguments = ["embed", "--model", str(checkpoint), "--input", str(path), "--quiet", "--device", "cpu,cpu"]
-    placed = merge._placed
+    placed = merging._placed
 
     def dying(directory, part, output, number):
         if number:
@@ -1072,12 +1106,31 @@ def test_a_merge_that_was_killed_goes_on(checkpoint, tmp_path, monkeypatch):
         return placed(directory, part, output, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "_placed", dying)
+        patch.setattr(merging, "_placed", dying)
         with pytest.raises(Stop):
             main([*arguments, "--output", str(tmp_path / "o")])
     assert (tmp_path / "o" / "part-00000.npy").exists()
     assert main([*arguments, "--output", str(tmp_path / "o"), "--resume"]) == 0
     assert [part.rows for part in Index(tmp_path / "o").manifest.parts] == [12, 12]
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [1, 3], [0, 1, 2, 3]])
+def test_a_merged_output_that_lost_files(lost, checkpoint, tmp_path, monkeypatch):
+    """Its parts are not those that one job would have cut."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    for i in range(2):
+        job, work = make_job(checkpoint, path, tmp_path / f"s{i}", shard=i, shards=2, part_rows=3)
+        module.run_job(job, work, module.Log(True))
+    merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "o")
+    whole = files(tmp_path / "o")
+    assert [part.rows for part in Index(tmp_path / "o").manifest.parts] == [3, 1, 3, 1]
+    for i in lost:
+        (tmp_path / "o" / f"part-{i:05d}.npy").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Stop):  # killed on its way
+        stop_at(patch, lost[0] + 1)
+        module.run_job(*make_job(checkpoint, path, tmp_path / "o", part_rows=3), module.Log(True))
+    module.run_job(*make_job(checkpoint, path, tmp_path / "o", part_rows=3), module.Log(True))
+    assert files(tmp_path / "o") == whole
 
 
 # --- answers ------------------------------------------------------------------------------------------------------

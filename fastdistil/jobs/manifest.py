@@ -22,6 +22,7 @@ OURS = re.compile(
     rf"(?:{re.escape(MANIFEST)}|part-\d{{5,}}\.(?:npy|safetensors|parquet|jsonl|(?:ids|rejects)\.jsonl|done\.json))"
     r"(?:\.tmp)?"
 )
+SHARD = re.compile(r"shard-\d{5,}-of-\d{5,}")
 VERSION = 2
 SAMPLE = 2**16  # bytes of either end of an input
 
@@ -184,15 +185,24 @@ def _remove_ours(directory: Path, kept: set[str]) -> None:
             path.unlink()
 
 
-def refuse_overlap(given: list[str], inputs: list[str], directory: Path) -> None:
-    """Raise ValueError where what is read and what is written are in one place."""
+def apart(given: list[str], inputs: list[str], directory: Path) -> list[str]:
+    """The inputs, without what the job itself wrote and a pattern matches from then on. Raises ValueError where what is
+    read and what is written are in one place."""
     output = directory.resolve()
+    whole = output.parent if SHARD.fullmatch(output.name) else output
+
+    def is_own(name: str) -> bool:
+        path = Path(name)
+        return name not in given and OURS.fullmatch(path.name) is not None and path.resolve().is_relative_to(whole)
+
+    inputs = [name for name in inputs if not is_own(name)] or inputs
     for name in inputs:
         if name != "-" and Path(name).resolve().parent == output:
             raise ValueError(f"the input {name} lies in the output directory; give another directory")
     for name in given:
         if Path(name).is_dir() and output.is_relative_to(Path(name).resolve()):
             raise ValueError(f"the output {directory} lies in the input directory {name}; give another directory")
+    return inputs
 
 
 # --- fingerprint ----------------------------------------------------------------------------------------------------

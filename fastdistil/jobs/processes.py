@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,11 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastdistil.jobs.manifest import LOCK, MANIFEST, OURS, Lock, read_manifest, remove
+from fastdistil.jobs.manifest import LOCK, MANIFEST, OURS, SHARD, Lock, read_manifest, remove
 from fastdistil.jobs.merge import merge, shard_directory
 
 REJECTED = 3  # a process's status when it is done, but for some rows
-SHARD = re.compile(r"shard-\d{5,}-of-\d{5,}")
 LIFELINE = "FASTDISTIL_LIFELINE"
 
 
@@ -61,12 +59,10 @@ def run_on(
     if resume and shards == 1 and (output / MANIFEST).is_file() and read_manifest(output).finished:
         # merged already: one process sees whether it is this job's, and whole
         alone = [*start, "--device", devices[0], "--output", str(output), "--num-shards", "1", "--shard-index", "0"]
-        ended = subprocess.run(alone, env=environment, stdin=subprocess.DEVNULL)
-        if ended.returncode not in (0, REJECTED):
-            raise Failed(devices[0], ended.returncode)
+        rejected = REJECTED in _together(devices[:1], [alone], environment, output, [], overwrite=False)
         for directory in directories:
             _remove_shard(directory)
-        return ended.returncode == REJECTED
+        return rejected
     with Lock(output):
         if overwrite:
             divided = {shard_directory(output, i, total).name for i in range(total)}

@@ -34,6 +34,7 @@ from fastdistil.jobs.manifest import (
     Lock,
     Manifest,
     Part,
+    apart,
     commit,
     differences,
     fingerprint_of_files,
@@ -41,7 +42,6 @@ from fastdistil.jobs.manifest import (
     is_whole,
     part_name,
     read_manifest,
-    refuse_overlap,
     start_over,
     write_manifest,
     write_text,
@@ -110,7 +110,7 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
     inputs = find_inputs(job.inputs)
     check_format(job.format)
     directory = _directory(job.output)
-    refuse_overlap(job.inputs, inputs, directory)
+    inputs = apart(job.inputs, inputs, directory)
     if not (directory / LOCK).exists():
         _empty(job, directory)  # a refusal leaves no lock behind
     with Lock(directory):
@@ -121,7 +121,8 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
         first, last = _bounds(job, inputs)
         progress = Progress(inputs)
         done = parts[-1].first + parts[-1].read if parts else first
-        reading = _Reading(read_files(inputs, job.columns, skip=done, progress=progress), job, done, last, len(parts))
+        rows = read_files(inputs, job.columns, skip=done, progress=progress)
+        reading = _Reading(rows, job, done, last, len(parts), [part.read for part in manifest.parts[len(parts) :]])
         log.start(progress, work, sum(part.read for part in parts))
         with ThreadPoolExecutor(1) as writer:
             writing: Future | None = None
@@ -179,7 +180,8 @@ def _empty(job: Job, directory: Path) -> bool:
 
 
 def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Part] | None:
-    """The parts that are finished already; None where all of them are."""
+    """The parts that are finished already; None where all of them are. Those of a job that was finished are the
+    manifest's from here on, for the ones to be made again end where they did: a merged one is not cut by its length."""
     if _empty(job, directory):
         return []
     old = read_manifest(directory)
@@ -205,6 +207,7 @@ def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Pa
             path.unlink()
         log.say(f"{directory} is finished: {old.rows:,} rows in {len(old.parts)} parts")
         return None
+    manifest.parts = old.parts
     if parts:
         start_over(directory, manifest, parts)
     damaged = f"; {part_name(len(parts))} is damaged" if old.finished else ""
@@ -223,10 +226,12 @@ def _bounds(job: Job, inputs: list[str]) -> tuple[int, int]:
 
 
 class _Reading:
-    """Parts of the input, until it ends or fails. A failure waits until what came before it is written."""
+    """Parts of the input, until it ends or fails; planned: the sizes of the next ones, where they are known. A failure
+    waits until what came before it is written."""
 
-    def __init__(self, rows: Iterator[Row], job: Job, first: int, last: int, number: int):
+    def __init__(self, rows: Iterator[Row], job: Job, first: int, last: int, number: int, planned: list[int]):
         self.rows, self.job, self.first, self.last, self.number = rows, job, first, last, number
+        self.planned = deque(planned)
         self.failure: Exception | None = None
 
     def __iter__(self) -> Iterator[Rows]:
@@ -244,7 +249,7 @@ class _Reading:
                     part.usable.append(len(part.rows))
                     size += len(row.text) + len(row.question or "")
                 part.rows.append(row)
-                if len(part.rows) >= self.job.part_rows or size >= PART_CHARACTERS:
+                if self._is_full(len(part.rows), size):
                     yield part
                     part, size = Rows(part.number + 1, row.number + 1, [], named), 0
         except (OSError, ValueError) as error:
@@ -252,6 +257,13 @@ class _Reading:
             return
         if part.rows:
             yield part
+
+    def _is_full(self, rows: int, characters: int) -> bool:
+        if not self.planned:
+            return rows >= self.job.part_rows or characters >= PART_CHARACTERS
+        if full := rows >= self.planned[0]:
+            self.planned.popleft()
+        return full
 
 
 def _refused(job: Job, part: Rows) -> str | None:
