@@ -15,6 +15,7 @@ import ast
 import csv
 import datetime
 import hashlib
+import multiprocessing
 import os
 import random
 import re
@@ -203,12 +204,29 @@ def launch_all(full_precision: str) -> None:
             pooling.pool(rand(4_096, dim), cu, mode, normalize)
 
 
+def launch_overlapped() -> None:
+    """Every kernel once as it begins where launches overlap."""
+    cu, half = empty(9), torch.float16
+    x, square, vector = empty(16_896, 768, dtype=half), empty(768, 768, dtype=half), empty(768, dtype=half)
+    ids = empty(16_896, dtype=torch.int64)
+    with patch.object(_configs.modes, "overlap", True):
+        for rows in (x[:64], x[:1_024], x):
+            linear.linear(rows, square, vector, cu)
+        for longest in (16, 128, 512):
+            attention.attention(empty(16_896, 3 * 768, dtype=half), cu, longest, 12)
+        layer_norm.add_layer_norm(x, x, vector, vector, 1e-12, cu)
+        layer_norm.embed_layer_norm(ids, ids, square, square, vector, vector, 1e-12, cu)
+        pooling.pool(x, cu, "mean", True)
+
+
 def entries() -> list[Entry]:
-    """Every distinct kernel that launch_all launches, on every architecture."""
+    """Every distinct kernel that is launched, on every architecture."""
     found: dict[Entry, None] = {}
     for arch, precision in product(_configs.GEMM, ("ieee", "tf32")):
         with recorded(arch) as launches, patch.object(_configs, "matmul_precision", lambda p=precision: p):
             launch_all(precision)
+            if precision == "ieee":
+                launch_overlapped()
         found |= dict.fromkeys(launches)
     return list(found)
 
@@ -216,8 +234,8 @@ def entries() -> list[Entry]:
 # --- compiling and judging ----------------------------------------------------------------------------------------
 
 
-def compiled(entry: Entry) -> dict[str, Any]:
-    """The entry's row of the table."""
+def binary(entry: Entry) -> Any:
+    """What Triton makes of an entry, stage by stage."""
     target = GPUTarget("cuda", entry.arch, 32)
     src = ASTSource(
         entry.kernel,
@@ -226,17 +244,22 @@ def compiled(entry: Entry) -> dict[str, Any]:
         {path: [list(pair) for pair in value] for path, value in entry.attributes},
     )
     backend = make_backend(target)
-    binary = triton.compile(src, target=target, options=backend.parse_options(dict(entry.options)).__dict__)
+    return triton.compile(src, target=target, options=backend.parse_options(dict(entry.options)).__dict__)
+
+
+def compiled(entry: Entry) -> dict[str, Any]:
+    """The entry's row of the table."""
+    made = binary(entry)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = _tool("nvdisasm", "-c", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, f"cuobjdump printed {usage!r}"
     figures = {name: len(pattern.findall(sass)) for name, pattern in INSTRUCTIONS.items()}
-    figures |= {"registers": int(registers[1]), "shared": binary.metadata.shared}
-    figures["offsets64"] = len(re.findall(r"tt\.addptr .*, (?:tensor<[\dx]*)?i64>?", binary.asm["ttir"]))
+    figures |= {"registers": int(registers[1]), "shared": made.metadata.shared}
+    figures["offsets64"] = len(re.findall(r"tt\.addptr .*, (?:tensor<[\dx]*)?i64>?", made.asm["ttir"]))
     return {
         "key": entry.key,
         "sm": entry.arch,
@@ -308,6 +331,15 @@ def _compiled_alone(entry: Entry) -> dict[str, Any] | str:
         return f"{type(error).__name__}: {str(error)[:300]}"
 
 
+def _context() -> Any:
+    """How processes are made: where CUDA has begun, from one in which it has not, for its locks are not for sharing."""
+    if not torch.cuda.is_initialized():
+        return multiprocessing.get_context("fork")
+    clean = multiprocessing.get_context("forkserver")
+    clean.set_forkserver_preload(["benchmarks.compile_gate"])
+    return clean
+
+
 def compile_all(wanted: list[Entry], jobs: int, keep: bool = False) -> Iterator[tuple[Entry, dict[str, Any] | str]]:
     """keep: leave the binaries in Triton's own cache, where a launch finds them."""
     with ExitStack() as stack:
@@ -315,7 +347,8 @@ def compile_all(wanted: list[Entry], jobs: int, keep: bool = False) -> Iterator[
             cache = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(patch.dict(os.environ, TRITON_CACHE_DIR=cache))
         died: list[Entry] = []
-        with ProcessPoolExecutor(jobs) as pool:
+        context = _context()
+        with ProcessPoolExecutor(jobs, context) as pool:
             futures = {pool.submit(_compiled_alone, entry): entry for entry in wanted}
             for done in as_completed(futures):
                 try:
@@ -323,7 +356,7 @@ def compile_all(wanted: list[Entry], jobs: int, keep: bool = False) -> Iterator[
                 except BrokenProcessPool:
                     died.append(futures[done])
         for entry in died:  # one of them ended its process, and with it the others
-            with ProcessPoolExecutor(1) as pool:
+            with ProcessPoolExecutor(1, context) as pool:
                 try:
                     yield entry, pool.submit(_compiled_alone, entry).result()
                 except BrokenProcessPool:

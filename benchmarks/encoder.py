@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from benchmarks.roofline import Shape
 from benchmarks.shapes import Matrix
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, cpu
 from fastdistil.graphs import MOST_TOKENS
+from fastdistil.kernels import _configs
 from fastdistil.testing import cu_seqlens, error_law
 
 MAX_LENGTH = 256  # of docstrings
@@ -85,7 +87,7 @@ def padded(batch: Batch, stack: ExitStack) -> timing.Run:
 @provider("fastdistil, packed call")
 def packed(batch: Batch, stack: ExitStack) -> timing.Run:
     ids, cu, longest = batch.packed
-    return lambda: batch.model.forward_packed(ids, cu, longest)
+    return lambda: batch.model.forward_packed(ids, cu, longest, all_live=True)
 
 
 CAPTURED = "fastdistil, captured graph"
@@ -107,6 +109,15 @@ def captured(batch: Batch, stack: ExitStack) -> timing.Run:
     if graphs is None or not graphs.captured(*batch.ids.shape):
         raise Missing(f"not captured: {said[-1].message if said else 'the model would not be'}"[:200])
     return call
+
+
+@provider("fastdistil, captured graph, overlapped")
+def overlapped(batch: Batch, stack: ExitStack) -> timing.Run:
+    """Each kernel launched while the one before still runs: not the default, for nobody has measured it yet."""
+    if batch.device.type != "cuda" or torch.cuda.get_device_capability(batch.device) < (9, 0):
+        raise Missing("launches overlap from sm_90 on")
+    stack.enter_context(patch.object(_configs.modes, "overlap", True))
+    return captured(batch, stack)
 
 
 def transformers(attention: str) -> Make:

@@ -188,7 +188,7 @@ def _right(results: Results) -> float | None:
     counts = (found or {}).get("counts")
     if not found or not counts or not found.get("whole") or counts["passed"] <= counts["skipped"]:
         return None
-    return float(counts["failed"] + sum(bool(file["ended"]) for file in found["files"].values()))
+    return float(counts["failed"] + sum(bool(run["ended"]) for run in found["runs"].values()))
 
 
 AUTOTUNE = "transformers sdpa, torch.compile max-autotune"

@@ -108,15 +108,31 @@ def ours_pointer(case: Case, stack: ExitStack) -> timing.Run:
     """The family without tensor descriptors, where the other one is what runs."""
     if case.device.type != "cuda":
         raise Missing("no kernel runs on CPU")
-    real, (m, k), n = _configs.gemm, case.rows.shape, case.args[1].shape[0]
-    if real(case.op, m, n, k, case.dtype, case.device, True).config.family == "pointer":
-        raise Missing("it is what runs anyway")
+    real, config = _configs.gemm, _config_of(case)
+    if not isinstance(config, _configs.Gemm) or config.family == "pointer":
+        raise Missing("it runs anyway, or the library's product does")
 
-    def pointer(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> Any:
+    def pointer(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> Any:
         return real(op, m, n, k, dtype, device, False)
 
     stack.enter_context(patch.object(_configs, "gemm", pointer))
     return ours(case, stack)
+
+
+def _config_of(case: Case, whole: bool = False) -> _configs.Gemm | _configs.Library:
+    (m, k), n = case.rows.shape, case.args[1].shape[0]
+    return _configs.gemm(case.op, m, n, k, case.dtype, case.device, True, whole=whole).config
+
+
+@provider("fastdistil, no row dead", *GEMMS)
+def ours_whole(case: Case, stack: ExitStack) -> timing.Run:
+    """As the encoder calls it where the host knows that every row is live: then the library's product can serve."""
+    if case.device.type != "cuda":
+        raise Missing("no kernel runs on CPU")
+    if _config_of(case) == _config_of(case, whole=True):
+        raise Missing("it is what runs anyway")
+    op = getattr(ops, case.op)
+    return lambda: op(*case.args)
 
 
 def of_form(form: str) -> Make:
@@ -129,11 +145,12 @@ def of_form(form: str) -> Make:
         head_size = qkv.shape[1] // 3 // heads
         if _configs.attention(longest, head_size, case.dtype, case.device).form == form:
             raise Missing("it is what runs anyway")
-        serving = _configs.serving(*_configs.attention_class(longest, head_size, case.dtype))
+        class_ = _configs.attention_class(longest, head_size, case.dtype)
+        serving = _configs.serving(*class_, _configs.architecture(case.device))
         config = next((c for c in serving if c.form == form), None)
         if config is None:
             raise Missing(f"there is no {form} form for {longest} tokens of head size {head_size}")
-        stack.enter_context(patch.object(_configs, "attention", lambda *class_: config))
+        stack.enter_context(patch.object(_configs, "attention", lambda *_: config))
         return ours(case, stack)
 
     return run

@@ -151,8 +151,9 @@ class Tile:
         return max(1, min(by_registers, chip.shared // (self.shared + 1_024)))
 
 
-def tile(chip: Chip, op: Op, dtype: str) -> Tile:
-    """The tile that the heuristic of kernels/_configs.py takes for a GEMM, with the compile gate's figures."""
+def tile(chip: Chip, op: Op, dtype: str) -> Tile | None:
+    """The tile that the heuristic of kernels/_configs.py takes for a GEMM, with the compile gate's figures; None where
+    torch's library computes it."""
     from fastdistil.kernels import _configs as configs  # needs Triton
 
     assert op.gemm is not None
@@ -161,7 +162,9 @@ def tile(chip: Chip, op: Op, dtype: str) -> Tile:
     table, size = configs.GEMM[chip.arch], configs.size_class(m, n, k, chip.processors)
     config = table.get((kind, size)) or table[kind, "many"]
     recorded = configs.RECORDED.get((chip.arch, op.name, f"{kind}/{size}"))
-    config = recorded if isinstance(recorded, configs.Gemm) else config
+    config = recorded if isinstance(recorded, (configs.Gemm, configs.Library)) else config
+    if isinstance(config, configs.Library):
+        return None
     row = _binary(chip.arch, f"gemm_{config.family}", config.block_m, config.block_n, config.block_k, dtype)
     return Tile(config.block_m, config.block_n, config.warps, row["registers"], row["shared"])
 
@@ -198,6 +201,8 @@ def seconds(chip: Chip, op: Op, dtype: str = "bfloat16") -> float:
         # exponentials share the work with the products of attention: half of the peak at best
         return max(moving, op.flops / (0.5 * EFFICIENCY * chip.rate(dtype)))
     (m, n, _), used = op.gemm, tile(chip, op, dtype)
+    if used is None:
+        return max(moving, op.flops / (EFFICIENCY * chip.rate(dtype)))
     tiles, room = math.ceil(m / used.m) * math.ceil(n / used.n), chip.processors * used.resident(chip)
     # the last wave occupies the chip for as long as a full one; tiles that hang over an edge compute nothing
     waves = tiles / (math.ceil(tiles / room) * room) * (m * n) / (tiles * used.m * used.n)

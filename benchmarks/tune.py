@@ -7,6 +7,8 @@ A shape class is what kernels/_configs.py looks up. Its candidates are compiled 
 spill or break another rule of the compile gate are not timed. Each of the others is held to the error law at every
 shape of the class, then timed; the best few are timed again for longer. The score is the geometric mean over the
 shapes of the time, relative to what runs without tuning; a candidate is recorded where it wins by more than MARGIN.
+The library's product is one, too. It computes dead rows as well, so it is recorded for where the host knows of none,
+and only of few rows, which wait for the weights, for all.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -29,12 +31,12 @@ from torch import Tensor
 from benchmarks import compile_gate, kernels, record, shapes, timing
 from benchmarks.kernels import Case
 from fastdistil.kernels import _configs
-from fastdistil.kernels._configs import Attention, Gemm, Rows
+from fastdistil.kernels._configs import Attention, Gemm, Library, Rows
 
 MARGIN = 0.03  # what is less is a tie
 FINALISTS, ROUNDS = 4, 3
 CONFIGS = Path(_configs.__file__)
-Config = Gemm | Attention | Rows
+Config = Gemm | Library | Attention | Rows
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,22 @@ def candidates(op: str, name: str, arch: int) -> Iterator[Config]:
         yield from _attentions(kind, rest.partition("/")[2])
     else:
         block = int(rest)
-        for rows, warps in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
+        for rows, warps, stages in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4) if op == "pool" else (1,)):
             if rows * block <= 32_768:
-                yield Rows(rows, block, warps)
+                yield Rows(rows, block, warps, stages)
 
 
-def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm]:
+def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm | Library]:
+    yield Library()
     few, descriptors = size == "few", kind == "half" and arch in (90, 100) and size != "few"
     depths = {"half": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[kind]
     tall = (16, 32) if few else (64, 128) if size == "some" else (128,) if descriptors else (64, 128)
     for m, n, k, stages in product(tall, (32, 64, 128, 256), depths, (2, 3, 5) if few else (3, 4)):
         for warps in {4 if m * n <= 64 * 128 else 8, 8 if m * n >= 64 * 64 else 4}:
-            yield Gemm("pointer", m, n, k, warps, stages, group=1 if few else 8)
+            plain = Gemm("pointer", m, n, k, warps, stages, group=1 if few else 8)
+            yield plain
+            if kind == "ieee":
+                yield from (replace(plain, across=True), replace(plain, split=True))
     if descriptors:
         shapes_of_tiles = ((128, 128), (128, 256), (256, 128), (64, 256), (64, 128))
         for (m, n), k, stages, halves in product(shapes_of_tiles, (64, 128), (2, 3, 4), (1, 2)):
@@ -151,6 +157,9 @@ def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Itera
     launch = _launcher(found.op)
     wanted: dict[compile_gate.Entry, list[Config]] = {}  # some differ in more than their binary
     for config in configs:
+        if isinstance(config, Library):
+            yield config, None
+            continue
         with compile_gate.recorded(arch) as launches, forced(arch, found, config):
             launch(*args)
         wanted.setdefault(launches[-1], []).append(config)
@@ -276,9 +285,19 @@ def tune(
                 broke(name, error)
     again = sorted((median(scores), name) for name, scores in rounds.items() if name not in wrong)
     row["best"] = [{"score": s, "config": name} for s, name in again]
-    if again and again[0][0] < 1 - MARGIN:
-        row["winner"] = again[0][1]
-    return row
+    return row | decided({name: s for s, name in again}, found.name)
+
+
+def decided(scores: dict[str, float], name: str) -> dict[str, str | None]:
+    """What of a class's finalists is recorded: the winner, and of GEMMs what serves where no row is dead."""
+    library, everywhere = _written(Library()), name.endswith("/few")
+    kernels_only = {config: s for config, s in scores.items() if everywhere or config != library}
+    best = min(kernels_only, key=kernels_only.__getitem__, default=None)
+    before = 1.0 if best is None else min(1.0, kernels_only[best])
+    return {
+        "winner": best if before < 1 - MARGIN else None,
+        "whole": library if not everywhere and scores.get(library, 1.0) < before * (1 - MARGIN) else None,
+    }
 
 
 def _written(config: Config) -> str:
@@ -304,11 +323,12 @@ def apply(rows: list[dict[str, Any]], source: str) -> str:
         else source.index("\n}", start) + 2
     )
     known = {key: _written(config) for key, config in _configs.RECORDED.items()}
-    won = {(row["arch"], row["op"], row["class"]) for row in rows if row["winner"]}  # on one of several cards
-    for row in rows:
-        key = row["arch"], row["op"], row["class"]
-        if row["winner"]:
-            known[key] = row["winner"]
+    found = [(row, (row["arch"], row["op"], row["class"]), row["winner"]) for row in rows]
+    found += [(row, (row["arch"], row["op"], f"{row['class']}/whole"), row.get("whole")) for row in rows]
+    won = {key for _, key, winner in found if winner}  # on one of several cards
+    for row, key, winner in found:
+        if winner:
+            known[key] = winner
         elif "stopped" not in row and "missing" not in row and key not in won:
             known.pop(key, None)  # nothing is quicker than the heuristic
     lines = [f'    ({arch}, "{op}", "{name}"): {config},' for (arch, op, name), config in sorted(known.items())]
@@ -368,7 +388,8 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         name = f"sm_{row['arch']} {row['op']} {row['class']}: {row['fit']} of {row['compiled']} fit"
         if row.get("best"):
             best = row["best"][0]
-            verdict = "recorded" if row["winner"] else "kept as it was"
+            recorded = [name for name in (row["winner"], row.get("whole")) if name]
+            verdict = f"recorded {' and '.join(recorded)}" if recorded else "kept as it was"
             yield f"{name}; {best['score']:.3f} of the time before by {best['config']}: {verdict}"
         else:
             yield f"{name}; {row.get('missing') or row.get('stopped') or 'none is right'}"

@@ -231,6 +231,8 @@ class Weights:
             self.dtype = dtype
 
     def _safe(self, path: Path) -> Iterator[tuple]:
+        with open(path, "rb"):  # whose error says why, where the library says that there is no such file
+            pass
         try:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError, ValueError) as error:

@@ -27,7 +27,7 @@ from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import Manifest, apart, fingerprint_of_model
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.predict import Prediction
-from fastdistil.jobs.processes import REJECTED, Failed, end_with_parent, run_on, split_devices
+from fastdistil.jobs.processes import LIFELINE, REJECTED, Failed, end_with_parent, run_on, split_devices
 from fastdistil.jobs.readers import Columns, Row, checked, find_inputs, read_rows
 from fastdistil.jobs.run import ON_ERROR, Embedding, Job, Log, run_job
 from fastdistil.jobs.writers import ANSWERS, EMBEDDINGS
@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     local = os.environ.get("LOCAL_RANK", "")  # torchrun's processes have a GPU each
     if getattr(arguments, "device", "") is None and local.isdecimal() and torch.cuda.device_count() > int(local):
         arguments.device = f"cuda:{local}"
-    end_with_parent()
-    log = Log(as_json=getattr(arguments, "json_logs", False))
+    log, with_others = Log(as_json=getattr(arguments, "json_logs", False)), LIFELINE in os.environ
     try:
+        end_with_parent()
         with log.warnings():
             status = arguments.command(arguments)
         if sys.stdout is not None:
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         wrong_use = isinstance(error, WrongUse) or (isinstance(error, Failed) and error.status == WRONG_USE)
         return WRONG_USE if wrong_use else FAILED
     except KeyboardInterrupt:
-        log.fail("interrupted; finished parts stay, go on with --resume")
+        if not with_others:  # else the one that started this says so
+            log.fail("interrupted; finished parts stay, go on with --resume")
         return FAILED
     return status or DONE
 
@@ -293,7 +294,8 @@ def _run(
 
 
 def _status(manifest: Manifest) -> int:
-    return REJECTED if manifest.rejected else DONE
+    """torchrun takes any status but 0 for a failure, and ends the other processes."""
+    return REJECTED if manifest.rejected and "TORCHELASTIC_RUN_ID" not in os.environ else DONE
 
 
 def _shard(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -412,14 +414,15 @@ def predict(arguments: argparse.Namespace) -> int | None:
         try:
             _print_answers(answer, chunk, arguments.question, options)
         except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
             named = re.search(r"\b(?:inputs|text)\[(\d+)\]", str(error))
             if named is None:
-                raise type(error)(f"of the texts from {chunk[0].where} on, {error}") from error
+                raise kind(f"of the texts from {chunk[0].where} on, {error}") from error
             wrong = int(named[1])
             if wrong:  # what comes before it is answered
                 _print_answers(answer, chunk[:wrong], arguments.question, options)
             message = str(error).replace(named[0], chunk[wrong].where, 1)
-            raise type(error)(message.replace("pass truncation=True", "leave --no-truncate out")) from error
+            raise kind(message.replace("pass truncation=True", "leave --no-truncate out")) from error
     return None
 
 

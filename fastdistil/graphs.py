@@ -6,7 +6,7 @@ read on the device, and what a bucket has more of is padding, which kernels skip
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Graphs:
         self._captured: dict[Any, _Graph | None] = {}
         self._weights: _Weights | None = None
         self._lock = threading.Lock()
-        self._pool: Any = None
+        self._shared: Any = None
         self._done: torch.cuda.Event | None = None
 
     def __reduce__(self) -> tuple:
@@ -67,7 +67,7 @@ class Graphs:
                 # the graphs read memory that the model no longer owns
                 self._captured.clear()
                 self._weights = _Weights(model)
-                self._pool = self._done = None  # they belong to a device, which the model may have left
+                self._shared = self._done = None  # they belong to a device, which the model may have left
             if not self._weights.is_plain():
                 return None
             key = (size, fixed)
@@ -90,7 +90,7 @@ class Graphs:
             ids = torch.zeros(size, dtype=torch.int64, device=device)
             keep = torch.ones(size, dtype=torch.bool, device=device)
             try:
-                replay, out, self._pool = capture(lambda: forward(ids, keep), device, self._pool)
+                replay, out, self._shared = capture(lambda: forward(ids, keep), device, self._shared)
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph of a batch of {size[0]} x {size[1]}: {error}", stacklevel=4)
                 return None
@@ -121,54 +121,57 @@ class _Weights:
     """Where a model's tensors lie and what its modules compute: what a graph has fixed, compared at every call."""
 
     def __init__(self, model: nn.Module):
-        self.parts = [(m, m._parameters, m._modules) for m in model.modules()]
+        self.parts = [(m, m.__dict__, m._parameters, m._modules) for m in model.modules()]
         self.when_captured = self.state()
+        self.known = not any(type(m) not in PLAIN and not type(m).__module__.startswith("fastdistil.")
+                             for m in model.modules())  # fmt: skip
+        self.watched = any(
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own
+            for _, own, _, _ in self.parts
+        )
 
     def is_plain(self) -> bool:
         """Whether state() sees all that the model computes: only known modules, without hooks."""
-        return not torch.nn.modules.module._has_any_global_hook() and not any(
-            (type(m) not in PLAIN and not type(m).__module__.startswith("fastdistil."))
-            or m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or "forward" in m.__dict__
-            for m, _, _ in self.parts
-        )
+        return self.known and not self.watched and not torch.nn.modules.module._has_any_global_hook()
 
-    def state(self) -> tuple:
-        return tuple(self._each())
-
-    def _each(self) -> Iterator[Any]:
-        for module, parameters, children in self.parts:
-            yield len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__
-            yield type(module).forward
-            yield from (getattr(module, name, None) for name in ("eps", "activation", "n_heads"))
-            for child in children.values():
-                yield id(child)
-            for parameter in parameters.values():
-                yield None if parameter is None else (parameter.data_ptr(), parameter.dtype, parameter.stride())
+    def state(self) -> list[Any]:
+        found: list[Any] = []  # in one list, for a graph's replay takes less time than a careless walk
+        for module, own, parameters, children in self.parts:
+            found += (
+                *(type(module).forward, "forward" in own, own.get("eps"), own.get("activation"), own.get("n_heads")),
+                *(len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), len(own["_backward_hooks"])),
+                *map(id, children.values()),
+            )
+            for p in parameters.values():
+                found += (None,) if p is None else (p.data_ptr(), p.dtype, p.stride())
+        return found
 
 
 def state_of(model: nn.Module) -> tuple | None:
     """What a graph of a model would have fixed inside it, or None where that cannot be told."""
     weights = _Weights(model)
-    return weights.when_captured if weights.is_plain() else None
+    return tuple(weights.when_captured) if weights.is_plain() else None
 
 
 def can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
-def capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor, Any]:
-    """-> (what replays `run`, the tensor its result is in, the memory pool its captures share)"""
+def capture(run: Callable[[], Tensor], device: torch.device, shared: Any) -> tuple[Callable[[], None], Tensor, Any]:
+    """-> (what replays `run`, the tensor its result is in, what captures share: a memory pool, and the stream within
+    which alone the allocator uses its memory again). Graphs that share must be replayed one after another."""
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles the kernels and fills the libraries' workspaces, which a capture must not do
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            out = run()
-    return graph.replay, out, graph.pool() if pool is None else pool
+        before = torch.cuda.current_stream()
+        pool, side = shared or (None, torch.cuda.Stream())
+        side.wait_stream(before)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compiles the kernels and fills the libraries' workspaces; a capture must not
+                    run()
+            before.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                out = run()
+        finally:
+            torch.cuda.set_stream(before)  # which a capture that failed leaves at its own
+    return graph.replay, out, (graph.pool() if pool is None else pool, side)

@@ -984,13 +984,15 @@ class DistilBertModel(PreTrainedModel):
         max_seqlen: int,
         position_ids: Tensor | None = None,
         only: Tensor | None = None,
+        all_live: bool | None = None,
     ) -> Tensor:
         """Hidden states of packed sequences, inference only.
 
         input_ids: integers [rows], sequences one after another. cu_seqlens: int32 [batch + 1], where each starts, on
         the same device. max_seqlen: host integer, at least the longest. position_ids: integers [rows], by default
-        each sequence's 0, 1, 2... only: int64 [n], the rows to answer for. Returns [rows, dim] or [n, dim]; rows from
-        cu_seqlens[-1] on are dead and mean nothing.
+        each sequence's 0, 1, 2... only: int64 [n], the rows to answer for. all_live: that no row is dead, or so few
+        that they may be computed, too; by default that is found out on CPU, and on CUDA nothing is looked at. Returns
+        [rows, dim] or [n, dim]; rows from cu_seqlens[-1] on are dead and mean nothing.
         """
         for name, value in (("input_ids", input_ids), ("cu_seqlens", cu_seqlens)):
             if not isinstance(value, Tensor):
@@ -1017,7 +1019,8 @@ class DistilBertModel(PreTrainedModel):
             sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(max=len(cu_seqlens) - 2)
             # dead rows count on from the last sequence and could leave the table
             position_ids = (row - cu_seqlens[sequence]).clamp(max=max(max_seqlen - 1, 0))
-        all_live = can_look(input_ids.device) and int(cu_seqlens[-1]) == len(input_ids)
+        if all_live is None:
+            all_live = can_look(input_ids.device) and int(cu_seqlens[-1]) == len(input_ids)
         live = None if all_live else cu_seqlens
         at = Packing(len(cu_seqlens) - 1, max_seqlen, cu_seqlens, max_seqlen, live=live)
         if not self._can_pack():

@@ -223,7 +223,7 @@ def why_eager(device: torch.device) -> str | None:
 def launch_modes() -> tuple:
     """What decides, beside the arguments, which kernels run: a captured graph has it fixed inside."""
     modes = _configs.modes
-    return modes.exact_gelu, modes.batch_invariant, torch.backends.cuda.matmul.fp32_precision
+    return modes.exact_gelu, modes.batch_invariant, modes.overlap, torch.backends.cuda.matmul.fp32_precision
 
 
 def _check_eps(eps: float) -> None:

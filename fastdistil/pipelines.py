@@ -37,6 +37,14 @@ from fastdistil.tokenizer import DistilBertTokenizer
 logger = logging.getLogger("fastdistil")
 
 
+class BadInputs(ValueError):
+    """Inputs that cannot be answered: what is wrong with each, by its row. The first is the error's own message."""
+
+    def __init__(self, messages: dict[int, str]):
+        super().__init__(messages[min(messages)])
+        self.messages = messages
+
+
 class Pipeline:
     """A model and its tokenizer for one task; call it with a text or a list of texts.
 
@@ -90,12 +98,13 @@ class Pipeline:
         """(row, logits [its tokens, out], on the CPU) of each sequence, as batches are done; without a head, hidden
         states. only: the tokens to answer for. finish: what is made of logits [n, out] on the device, [n, ...]."""
         limit = self.encoder.config.max_position_embeddings
-        for row, sequence in enumerate(sequences):
-            if len(sequence) > limit:
-                raise ValueError(
-                    f"inputs[{row}] is {len(sequence)} tokens long, the model has {limit} positions; "
-                    "pass truncation=True"
-                )
+        long = {
+            row: f"inputs[{row}] is {len(one)} tokens long, the model has {limit} positions; pass truncation=True"
+            for row, one in enumerate(sequences)
+            if len(one) > limit
+        }
+        if long:
+            raise BadInputs(long)
         device, layers = self.encoder.device, self.layers
         # a head of somebody's own may look along the text: it gets one at a time, whole
         along = bool(self.kinds) and not HEADS[self.kind].first and not is_row_wise(layers)
@@ -103,13 +112,16 @@ class Pipeline:
         sizes = window.lengths if only is None else np.array([len(places) for places in only])
 
         @torch.inference_mode()
-        def compute(ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray) -> Tensor:
+        def compute(
+            ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray, full: bool
+        ) -> Tensor:
             lengths, chosen = window.lengths[rows].tolist(), None
             if only is not None and not along:
                 starts = itertools.accumulate(lengths, initial=0)
                 places = [start + i for start, row in zip(starts, rows, strict=False) for i in only[row]]
-                chosen = torch.tensor(places, dtype=torch.int64, device=device)
-            x = self.encoder.forward_packed(ids, cu_seqlens, longest, positions, chosen)  # [tokens or chosen, dim]
+                chosen = _there(places, device)
+            # -> [tokens or chosen, dim]
+            x = self.encoder.forward_packed(ids, cu_seqlens, longest, positions, chosen, all_live=full)
             if not along:
                 return finish(score(layers, x))
             pieces = [score(layers, one[None])[0] for one in x.split(lengths)]
@@ -182,6 +194,12 @@ class Pipeline:
 _PAIR = {"text", "text_pair"}
 
 
+def _there(values: list[int], device: torch.device) -> Tensor:
+    """int64 on the device, without waiting for what it has still to do."""
+    here = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
+
+
 def _with_rows(message: str, rows: Sequence[int]) -> str:
     """A tokenizer's message about text[i] as one about inputs[rows[i]]."""
     return re.sub(r"\btext(_pair)?\[(\d+)\]", lambda m: f"inputs[{rows[int(m[2])]}]", message, count=1)
@@ -235,22 +253,23 @@ class FillMaskPipeline(Pipeline):
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= size:
             raise ValueError(f"top_k is {top_k!r}; it must be from 1 to the vocabulary's {size}")
         wanted = None if targets is None else self._targets([targets] if isinstance(targets, str) else targets)
+        chosen = None if wanted is None else _there(wanted, self.model.device)
         mask = self.tokenizer.mask_token_id
         rows = self.tokenize(texts, truncation, max_length)
         places = [[i for i, token in enumerate(ids) if token == mask] for ids in rows]
-        for row, found in enumerate(places):
-            if not found:
-                raise ValueError(f"inputs[{row}]: No mask_token ({self.tokenizer.mask_token}) found on the input")
+        none = [row for row, found in enumerate(places) if not found]
+        if none:
+            missing = f"No mask_token ({self.tokenizer.mask_token}) found on the input"
+            raise BadInputs({row: f"inputs[{row}]: {missing}" for row in none})
 
         def best_of(logits: Tensor) -> Tensor:
             """Scores and tokens, [n, 2 * top_k]: on the device, for logits are as wide as the vocabulary."""
             probabilities = logits.float().softmax(-1)
-            if wanted is not None:
-                chosen = torch.tensor(wanted, device=logits.device)
+            if chosen is not None:
                 probabilities = probabilities[:, chosen]
             values, tokens = probabilities.topk(min(top_k, probabilities.shape[1]))
             # a float32 holds every token's number: vocabularies end at 2**24
-            return torch.cat([values, (tokens if wanted is None else chosen[tokens]).float()], 1)
+            return torch.cat([values, (tokens if chosen is None else chosen[tokens]).float()], 1)
 
         out: list[Any] = [None] * len(rows)
         for row, both in self.run(rows, places, best_of):
@@ -314,7 +333,8 @@ class FeatureExtractionPipeline(Pipeline):
         rows = self.tokenize(texts, truncation, max_length)
         out: list[Any] = [None] * len(rows)
         for row, hidden in self.run(rows):
-            out[row] = hidden[None].cpu() if return_tensors else hidden[None].tolist()
+            # a copy: a view would hold the page-locked memory of a whole batch
+            out[row] = hidden[None].clone() if return_tensors else hidden[None].tolist()
         return out[0] if single else out
 
 
@@ -604,11 +624,15 @@ class QuestionAnsweringPipeline(Pipeline):
         questions, contexts = ([sample[k] for sample in samples] for k in ("question", "context"))
         asked = self._encodings(questions, add_special_tokens=False)
         told = self._encodings(contexts, add_special_tokens=False)
-        windows = [
-            (row, window)
-            for row in range(len(samples))
-            for window in cut(self.tokenizer, told[row], asked[row], most, stride, row)
-        ]
+        windows: list[tuple[int, Encoding]] = []
+        bad: dict[int, str] = {}
+        for row in range(len(samples)):
+            try:
+                windows += [(row, window) for window in cut(self.tokenizer, told[row], asked[row], most, stride, row)]
+            except ValueError as error:
+                bad[row] = str(error)
+        if bad:
+            raise BadInputs(bad)
         logits: list[Any] = [None] * len(windows)
         for i, tokens in self.run([window.ids for _, window in windows]):
             logits[i] = tokens.cpu().numpy()
@@ -674,14 +698,17 @@ def _samples(inputs: Any, question: Any, context: Any) -> list[dict[str, str]]:
         if len(questions) != len(contexts):
             raise ValueError(f"{len(questions)} questions, but {len(contexts)} contexts")
         samples = [{"question": q, "context": c} for q, c in zip(questions, contexts, strict=True)]
+    bad: dict[int, str] = {}
     for row, sample in enumerate(samples):
         if not isinstance(sample, dict):
             raise TypeError(f"inputs[{row}] must be a dictionary of question and context, got {type(sample).__name__}")
         for name in ("question", "context"):
             if not isinstance(sample.get(name), str):
-                raise ValueError(f"inputs[{row}]: `{name}` must be a string, got {sample.get(name)!r:.80}")
-            if not sample[name]:
-                raise ValueError(f"inputs[{row}]: `{name}` cannot be empty")
+                bad.setdefault(row, f"inputs[{row}]: `{name}` must be a string, got {sample.get(name)!r:.80}")
+            elif not sample[name]:
+                bad.setdefault(row, f"inputs[{row}]: `{name}` cannot be empty")
+    if bad:
+        raise BadInputs(bad)
     return samples
 
 

@@ -21,6 +21,7 @@ FEW = 64  # rows up to which a GEMM waits for its weights
 class Modes:
     exact_gelu: bool = False  # erf in half precision too
     batch_invariant: bool = False  # one configuration an op, whatever the batch
+    overlap: bool = False  # from sm_90 on a kernel is launched while the one before still runs, and waits inside
 
 
 modes = Modes()
@@ -28,7 +29,12 @@ modes = Modes()
 
 @dataclass(frozen=True)
 class Gemm:
-    """block_m x block_n tiles of the result, block_k deep; halves: parts in which the epilogue stores a tile."""
+    """block_m x block_n tiles of the result, block_k deep; halves: parts in which the epilogue stores a tile.
+
+    across, split: of float32 in IEEE precision. The multipliers read their numbers from shared memory one by one, where
+    the rows of two operands that both lie along K would meet in the same banks: across turns the weight over first.
+    split computes by three products of TF32 on the tensor cores instead.
+    """
 
     family: str  # "pointer" or "tma"
     block_m: int
@@ -40,13 +46,20 @@ class Gemm:
     halves: int = 1
     per_sm: int = 1  # programs that share a multiprocessor, for the persistent family
     registers: int | None = None  # at most so many a thread, so that they can
+    across: bool = False
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Library:
+    """The product of torch's library, cuBLAS, in place of a kernel. It does not stop at the live count."""
 
 
 @dataclass(frozen=True)
 class GemmLaunch:
     """A configuration and what the numbers' precision adds to it."""
 
-    config: Gemm
+    config: Gemm | Library
     precision: str
     near_gelu: bool
     programs: int
@@ -57,13 +70,15 @@ class Rows:
     rows: int
     block: int
     warps: int
+    stages: int = 1  # of pooling: rows on their way to shared memory at a time
 
 
 @dataclass(frozen=True)
 class Attention:
     """A form, and for which sequences (up to `longest` rows, None: any) and head sizes (up to `widest`) it serves.
 
-    tile: rows of queries; keys: rows of keys that a looped tile reads at a time.
+    tile: rows of queries; keys: rows of keys that a looped tile reads at a time; only: the architectures it is for, if
+    not for all.
     """
 
     form: str  # "short", "single" or "looped"
@@ -73,22 +88,25 @@ class Attention:
     widest: int = 128
     keys: int = 0
     stages: int = 1
+    only: tuple[int, ...] = ()
 
 
-# (architecture, op, shape class) -> configuration. Shape classes: of GEMMs "half/many" (precision, size), of attention
-# "half/64/128" (head size, or 256 or 512, see below; longest sequence or any), of row kernels "half/1024"
-# (width as a power of two)
-RECORDED: dict[tuple[int, str, str], Gemm | Attention | Rows] = {}
+# (architecture, op, shape class) -> configuration. Shape classes: of GEMMs "half/many" (precision, size), before it
+# "half/many/whole" where the host knows that no row is dead, of attention "half/64/128" (head size, or 256 or 512, see
+# below; longest sequence or any), of row kernels "half/1024" (width as a power of two)
+RECORDED: dict[tuple[int, str, str], Gemm | Library | Attention | Rows] = {}
 
-SMALL = {  # every architecture
+SMALL: dict[tuple[str, str], Gemm | Library] = {  # every architecture
     ("half", "few"): Gemm("pointer", 16, 32, 128, warps=4, stages=5, group=1),
     ("half", "some"): Gemm("pointer", 64, 64, 64, warps=4, stages=4),
     ("tf32", "few"): Gemm("pointer", 16, 32, 64, warps=4, stages=3, group=1),
     ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4),
     ("tf32", "many"): Gemm("pointer", 128, 64, 32, warps=8, stages=3),
-    ("ieee", "few"): Gemm("pointer", 16, 32, 32, warps=4, stages=2, group=1),
-    ("ieee", "some"): Gemm("pointer", 32, 64, 32, warps=8, stages=2),
-    ("ieee", "many"): Gemm("pointer", 64, 64, 16, warps=8, stages=3),
+    # to turn the weight over would cost too much for few rows, and the library's dead rows cost little
+    ("ieee", "few"): Library(),
+    ("ieee", "some"): Library(),
+    ("ieee", "many/whole"): Library(),
+    ("ieee", "many"): Gemm("pointer", 128, 128, 16, warps=8, stages=3, across=True),
 }
 AMPERE = SMALL | {("half", "many"): Gemm("pointer", 128, 128, 32, warps=8, stages=3)}
 # two programs of 128 x 128 share an SM, so one's epilogue overlaps the other's loop; a long K has no need of that
@@ -96,7 +114,7 @@ TMA = SMALL | {
     ("half", "many"): Gemm("tma", 128, 128, 64, warps=8, stages=3, halves=2, per_sm=2, registers=128),
     ("half", "long"): Gemm("tma", 128, 256, 64, warps=8, stages=3, halves=2),
 }
-GEMM: dict[int, dict[tuple[str, str], Gemm]] = {
+GEMM: dict[int, dict[tuple[str, str], Gemm | Library]] = {
     80: AMPERE,
     86: AMPERE,
     89: AMPERE,
@@ -115,6 +133,7 @@ ATTENTION = {
         Attention("short", 64, warps=4, longest=16, widest=64),
         Attention("short", 64, warps=4, longest=32, widest=64),
         Attention("single", 64, warps=4, longest=64),
+        Attention("single", 128, warps=4, longest=128, widest=64, only=(90, 100)),  # two share a multiprocessor
         Attention("single", 128, warps=8, longest=128, widest=64),
         Attention("looped", 128, warps=8, keys=64, stages=3),
         Attention("looped", 32, warps=4, keys=32, widest=ANY_HEAD),
@@ -128,7 +147,8 @@ ATTENTION = {
     ),
     "ieee": (
         Attention("short", 32, warps=4, longest=16, widest=64),
-        Attention("looped", 32, warps=8, keys=16, widest=64),
+        Attention("looped", 64, warps=4, keys=32, widest=32),
+        Attention("looped", 32, warps=4, keys=32, widest=64),
         Attention("looped", 16, warps=8, keys=16, stages=2, widest=ODD_HEAD),
     ),
 }
@@ -139,10 +159,20 @@ def live(cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1)
 
 
+def overlap(device: torch.device) -> dict[str, bool]:
+    """What every launch is given besides its own: whether it overlaps the one before (CUDA's programmatic dependent
+    launch)."""
+    on = modes.overlap and architecture(device) >= 90 and not interpreted()
+    return {"OVERLAP": True, "launch_pdl": True} if on else {"OVERLAP": False}
+
+
 def dense(x: Tensor) -> Tensor:
     """x contiguous, from an address of a multiple of 16 bytes on: what 16-byte accesses and their registers go by."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
+
+
+IN_FLIGHT = 49_152  # bytes of shared memory: four programs a multiprocessor, two on the smallest
 
 
 def row_kernel(op: str, dim: int, dtype: torch.dtype, device: torch.device) -> Rows:
@@ -154,17 +184,24 @@ def _row_kernel(op: str, dim: int, kind: str, arch: int) -> Rows:
     block = power_of_two(dim)
     if found := RECORDED.get((arch, op, f"{kind}/{block}")):
         return cast(Rows, found)
-    rows = 16 if block <= 128 else 8 if block == 256 else 4 if block <= 1_024 else max(1, 4_096 // block)
-    if op == "pool":  # one program reads all of a sequence: more loads in flight
-        return Rows(2 * rows, block, warps=8)
-    return Rows(max(1, rows // 2) if kind == "float32" else rows, block, warps=min(8, max(4, block // 1_024)))
+    rows, size = 16 if block <= 128 else 8 if block == 256 else 4 if block <= 1_024 else max(1, 4_096 // block), 2
+    if kind == "float32":
+        rows, size = max(1, rows // 2), 4
+    if op == "pool":  # one program reads all of a sequence, so that many loads have to be on their way
+        return Rows(2 * rows, block, warps=8, stages=min(4, 1 + IN_FLIGHT // (2 * rows * block * size)))
+    return Rows(rows, block, warps=min(8, max(4, block // 1_024)))
 
 
-def gemm(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> GemmLaunch:
-    """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need."""
+def gemm(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool, whole: bool = False
+) -> GemmLaunch:
+    """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need. whole: no row is
+    dead."""
     size = size_class(m, n, k, processors(device))
     precision = matmul_precision() if dtype is torch.float32 else "half"
-    return _gemm(op, architecture(device), size, precision, aligned, modes.exact_gelu, device)
+    # the library's kernels go by the number of rows, and under the interpreter it is ours that are run
+    library = not modes.batch_invariant and not interpreted()
+    return _gemm(op, architecture(device), size, precision, aligned, whole, library, modes.exact_gelu, device)
 
 
 def size_class(m: int, n: int, k: int, processors: int) -> str:
@@ -180,17 +217,27 @@ def size_class(m: int, n: int, k: int, processors: int) -> str:
 
 @functools.cache
 def _gemm(
-    op: str, arch: int, size: str, precision: str, aligned: bool, exact: bool, device: torch.device
+    op: str,
+    arch: int,
+    size: str,
+    precision: str,
+    aligned: bool,
+    whole: bool,
+    library: bool,
+    exact: bool,
+    device: torch.device,
 ) -> GemmLaunch:
     table = GEMM[arch] if aligned else AMPERE
-    config = table.get((precision, size)) or table[precision, "many"]
-    if aligned:
-        config = cast(Gemm, RECORDED.get((arch, op, f"{precision}/{size}"), config))
+    sizes = [f"{size}/whole", size, "many/whole", "many"] if whole else [size, "many"]
+    found = [RECORDED.get((arch, op, f"{precision}/{s}")) for s in sizes[: len(sizes) // 2]] if aligned else []
+    found += [table.get((precision, s)) for s in sizes]
+    config = next(c for c in found if isinstance(c, Gemm) or (library and isinstance(c, Library)))
+    split = isinstance(config, Gemm) and config.split
     return GemmLaunch(
         config,
-        precision="tf32" if precision == "tf32" else "ieee",
+        precision="tf32x3" if split else "tf32" if precision == "tf32" else "ieee",
         near_gelu=precision == "half" and not exact,
-        programs=processors(device) * config.per_sm,
+        programs=processors(device) * config.per_sm if isinstance(config, Gemm) else 0,
     )
 
 
@@ -212,15 +259,17 @@ def attention_class(max_seqlen: int, head_size: int, dtype: torch.dtype) -> tupl
 def _attention(longest: int | None, block: int, kind: str, arch: int) -> Attention:
     if found := RECORDED.get((arch, "attention", f"{kind}/{block}/{longest or 'any'}")):
         return cast(Attention, found)
-    return serving(longest, block, kind)[0]
+    return serving(longest, block, kind, arch)[0]
 
 
-def serving(longest: int | None, block: int, kind: str) -> list[Attention]:
+def serving(longest: int | None, block: int, kind: str, arch: int) -> list[Attention]:
     """The configurations that can compute a class, the preferred first."""
     return [
         config
         for config in ATTENTION[kind]
-        if block <= config.widest and (config.longest is None or (longest is not None and longest <= config.longest))
+        if block <= config.widest
+        and (config.longest is None or (longest is not None and longest <= config.longest))
+        and (not config.only or arch in config.only)
     ]
 
 

@@ -7,24 +7,30 @@ first row is not below the live count exit at once, so padding costs a compariso
 
 Two families. Pointer: one tile a program, loads through pointers (cp.async pipelined from sm_80 on), any shape. TMA
 (sm_90 on): a grid as large as the chip walks the tiles; operands and result move through tensor descriptors, which
-need strides of 16 bytes.
+need strides of 16 bytes. Where `_configs` says so, torch's library computes the product instead, dead rows and all.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdistil.kernels import _configs
+from fastdistil.kernels._launch import begin
 
 
 @triton.jit
 def accumulate(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b. IEEE float32 products are a chain of additions over K: a chain a block, summed, errs far less than
-    one over all of K. The fma keeps the compiler from joining them again."""
-    if PRECISION == "ieee" and a.dtype == tl.float32:
-        return tl.fma(tl.full(acc.shape, 1.0, tl.float32), tl.dot(a, b, input_precision="ieee"), acc)
+    one over all of K, and of tf32x3 the tensor cores' sums, which are cut off, not rounded. The fma keeps the compiler
+    from joining them again."""
+    if PRECISION != "tf32" and a.dtype == tl.float32:
+        return tl.fma(tl.full(acc.shape, 1.0, tl.float32), tl.dot(a, b, input_precision=PRECISION), acc)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -80,28 +86,33 @@ def gemm_pointer(
     x_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr, batch, M, N, K,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    ACROSS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     live = M if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), M)
     m, n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     if m * BLOCK_M < live:
         row = m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        # rows and columns outside are read from row 0 and column 0, and never stored
+        # rows and columns outside are never stored, and read from row 0 and column 0, or as zeros
         x_at = x_ptr + tl.where(row < live, row, 0).to(tl.int64)[:, None] * K + k[None, :]
-        weight_at = weight_ptr + tl.where(column < N, column, 0).to(tl.int64)[None, :] * K + k[:, None]
+        if ACROSS:  # weight: [K, N]
+            weight_at = weight_ptr + k.to(tl.int64)[:, None] * N + column[None, :]
+        else:
+            weight_at = weight_ptr + tl.where(column < N, column, 0).to(tl.int64)[None, :] * K + k[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(0, tl.cdiv(K, BLOCK_K)):
-            if EVEN_K:
-                x = tl.load(x_at)
-                weight = tl.load(weight_at)
+            left = K - step * BLOCK_K
+            x = tl.load(x_at) if EVEN_K else tl.load(x_at, mask=k[None, :] < left, other=0.0)
+            if ACROSS:
+                weight = tl.load(weight_at, mask=(k[:, None] < left) & (column < N)[None, :], other=0.0)
+                weight_at += BLOCK_K * N
             else:
-                left = K - step * BLOCK_K
-                x = tl.load(x_at, mask=k[None, :] < left, other=0.0)
-                weight = tl.load(weight_at, mask=k[:, None] < left, other=0.0)
+                weight = tl.load(weight_at) if EVEN_K else tl.load(weight_at, mask=k[:, None] < left, other=0.0)
+                weight_at += BLOCK_K
             acc = accumulate(x, weight, acc, PRECISION)
             x_at += BLOCK_K
-            weight_at += BLOCK_K
         bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
         y = activate(acc + bias[None, :], ACTIVATION)
         at = row.to(tl.int64)[:, None] * N + column[None, :]
@@ -113,12 +124,14 @@ def gemm_tma(
     x_desc, weight_desc, y_desc, bias_ptr, cu_seqlens_ptr, batch, M, N, K, programs,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALVES: tl.constexpr,
+    HALVES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     live = M if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), M)
     m_tiles = tl.cdiv(live, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
-    for index in range(tl.program_id(0), m_tiles * n_tiles, programs):
+    # one loop with the one inside, so that the next tile's loads are on their way while this one is stored
+    for index in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, flatten=True):
         m, n = _tile_of(index, m_tiles, n_tiles, GROUP)
         row = m * BLOCK_M
         column = n * BLOCK_N
@@ -144,6 +157,15 @@ def _store(acc, y_desc, bias_ptr, row, first, N, WIDTH: tl.constexpr, ACTIVATION
     y_desc.store([row, first], activate(acc + bias[None, :], ACTIVATION).to(y_desc.dtype))
 
 
+LIBRARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
 def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_seqlens: Tensor | None) -> Tensor:
     """activation(x @ weight.T + bias): [M, K], [N, K], [N] -> [M, N]; op: whose recorded configuration is used"""
     (M, K), N = x.shape, weight.shape[0]
@@ -155,13 +177,15 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
     if _configs.modes.batch_invariant:  # one family, wherever the memory lies
         x, weight = (t.clone() if t.data_ptr() % 16 else t for t in (x, weight))
     aligned = K > 0 and K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight, y))
-    launch = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned)
+    launch = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned, whole=cu_seqlens is None)
     c = launch.config
+    if isinstance(c, _configs.Library):
+        return LIBRARY[activation](F.linear(x, weight, bias))
     common = dict(
         ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,
         PRECISION=launch.precision,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
-        num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers,
+        num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers, **_configs.overlap(x.device),
     )  # fmt: skip
     tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
     if c.family == "tma":
@@ -174,6 +198,16 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
         )  # fmt: skip
     else:
         gemm_pointer[(tiles,)](
-            x, weight, bias, y, *_configs.live(cu_seqlens), M, N, K, EVEN_K=K % c.block_k == 0, **common
+            x,
+            weight.T.contiguous() if c.across else weight,
+            bias,
+            y,
+            *_configs.live(cu_seqlens),
+            M,
+            N,
+            K,
+            EVEN_K=K % c.block_k == 0,
+            ACROSS=c.across,
+            **common,
         )
     return y

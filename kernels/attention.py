@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdistil.kernels import _configs
 from fastdistil.kernels._gemm import accumulate
+from fastdistil.kernels._launch import begin
 
 
 @triton.jit
@@ -53,7 +54,9 @@ def _weights(scores, scale):
 def _short(
     qkv_ptr, cu_seqlens_ptr, head_scale_ptr, o_ptr, batch, rows, heads, steps, scale,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     head = tl.program_id(0) % heads
     first = tl.program_id(0) // heads * STEP
     live = tl.minimum(tl.load(cu_seqlens_ptr + batch), rows)
@@ -93,8 +96,9 @@ def _short(
 @triton.jit(do_not_specialize=["rows", "heads"])
 def _single(
     qkv_ptr, cu_seqlens_ptr, head_scale_ptr, o_ptr, rows, heads, scale,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     head = tl.program_id(0) % heads
     sequence = tl.program_id(0) // heads
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
@@ -122,7 +126,9 @@ def _single(
 def _looped(
     qkv_ptr, cu_seqlens_ptr, head_scale_ptr, o_ptr, batch, rows, heads, steps, scale,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
     sequence = 0
@@ -172,7 +178,7 @@ def attention(
     precision = _configs.matmul_precision() if qkv.dtype is torch.float32 else "ieee"
     common = dict(
         HEAD=head_size, BLOCK_D=_configs.power_of_two(head_size), T=c.tile, PRECISION=precision,
-        num_warps=c.warps, num_stages=c.stages,
+        num_warps=c.warps, num_stages=c.stages, **_configs.overlap(qkv.device),
     )  # fmt: skip
     if c.form == "short":
         assert c.longest is not None

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels import _configs
+from fastdistil.kernels._launch import begin
 
 
 @triton.jit
@@ -31,8 +32,9 @@ def _normalize(s, weight_ptr, bias_ptr, columns, inside, eps, DIM: tl.constexpr)
 @triton.jit(do_not_specialize=["batch", "rows"])
 def _add_layer_norm(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr, batch, rows, eps,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     live = rows if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), rows)
     first = tl.program_id(0) * ROWS
     if first < live:
@@ -51,8 +53,9 @@ def _add_layer_norm(
 def _embed_layer_norm(
     input_ids_ptr, position_ids_ptr, words_ptr, positions_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr,
     batch, rows, vocabulary, positions, eps,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     live = rows if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), rows)
     first = tl.program_id(0) * ROWS
     if first < live:
@@ -82,6 +85,7 @@ def add_layer_norm(
         _add_layer_norm[(_configs.cdiv(rows, c.rows),)](
             x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), y,
             *_configs.live(cu_seqlens), rows, eps, DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
+            **_configs.overlap(y.device),
         )  # fmt: skip
     return y
 
@@ -105,5 +109,6 @@ def embed_layer_norm(
             word_embeddings.contiguous(), position_embeddings.contiguous(), weight.contiguous(), bias.contiguous(), y,
             *_configs.live(cu_seqlens), rows, word_embeddings.shape[0], position_embeddings.shape[0], eps,
             DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
+            **_configs.overlap(y.device),
         )  # fmt: skip
     return y

@@ -14,13 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels import _configs
+from fastdistil.kernels._launch import begin
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _pool(
     x_ptr, cu_seqlens_ptr, y_ptr, rows,
     MEAN: tl.constexpr, NORMALIZE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     sequence = tl.program_id(0)
     start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0)
     told = tl.load(cu_seqlens_ptr + sequence + 1)
@@ -29,7 +32,7 @@ def _pool(
     inside = columns < DIM
     if MEAN:
         total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for first in range(start, end, ROWS):
+        for first in tl.range(start, end, ROWS, num_stages=STAGES):
             row = first + tl.arange(0, ROWS)
             at = row.to(tl.int64)[:, None] * DIM + columns[None, :]
             mask = (row < end)[:, None] & inside[None, :]
@@ -53,6 +56,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
         c = _configs.row_kernel("pool", dim, x.dtype, x.device)
         _pool[(batch,)](
             _configs.dense(x), cu_seqlens.contiguous(), y, rows,
-            MEAN=mode == "mean", NORMALIZE=normalize, DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
+            MEAN=mode == "mean", NORMALIZE=normalize, DIM=dim, BLOCK=c.block, ROWS=c.rows, STAGES=c.stages,
+            num_warps=c.warps, **_configs.overlap(y.device),
         )  # fmt: skip
     return y

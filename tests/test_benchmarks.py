@@ -318,15 +318,56 @@ def test_winners_are_recorded_in_order(monkeypatch):
         {"arch": 90, "op": "pool", "class": "half/1024", "winner": tune._written(Rows(8, 1_024, 4))},
         {"arch": 90, "op": "linear", "class": "half/many", "winner": tune._written(Gemm("tma", 128, 256, 64, 8, 3))},
         {"arch": 80, "op": "linear", "class": "half/many", "winner": None},
+        {"arch": 90, "op": "linear", "class": "half/long", "winner": None, "whole": "Library()"},
     ]
     once = tune.apply(rows, path.read_text())
     module = types.ModuleType("configs")
     monkeypatch.setitem(sys.modules, "configs", module)  # where its dataclasses look for their module
     exec(compile(once, "configs", "exec"), module.__dict__)
-    assert list(module.RECORDED) == [(90, "linear", "half/many"), (90, "pool", "half/1024")]
+    library, many = (90, "linear", "half/long/whole"), (90, "linear", "half/many")
+    assert list(module.RECORDED) == [library, many, (90, "pool", "half/1024")]
+    assert module.RECORDED[library] == module.Library()
+    with monkeypatch.context() as patch:  # another search that finds it no quicker
+        patch.setitem(_configs.RECORDED, library, _configs.Library())
+        given = '"half/long/whole"): Library()'
+        assert given in tune.apply([], once) and given not in tune.apply([rows[-1] | {"whole": None}], once)
     assert module.RECORDED[90, "linear", "half/many"] == module.Gemm("tma", 128, 256, 64, 8, 3)
     assert module.GEMM.keys() == _configs.GEMM.keys()
     assert tune.apply([], path.read_text()) == path.read_text()
+
+
+LIBRARY, TILES = "Library()", "Gemm(family='tma', block_m=128)"
+
+
+@pytest.mark.parametrize(
+    ("scores", "name", "winner", "whole"),
+    [
+        ({}, "half/many", None, None),
+        ({TILES: 0.99, LIBRARY: 0.98}, "half/many", None, None),
+        ({TILES: 0.9, LIBRARY: 0.89}, "half/many", TILES, None),
+        ({TILES: 0.9, LIBRARY: 0.8}, "half/many", TILES, LIBRARY),
+        ({TILES: 1.1, LIBRARY: 0.96}, "half/long", None, LIBRARY),
+        ({LIBRARY: 0.9}, "ieee/some", None, LIBRARY),
+        ({TILES: 0.9, LIBRARY: 0.8}, "half/few", LIBRARY, None),
+        ({TILES: 0.8, LIBRARY: 1.0}, "ieee/few", TILES, None),
+    ],
+)
+def test_where_the_library_is_recorded(scores, name, winner, whole):
+    assert tune.decided(scores, name) == {"winner": winner, "whole": whole}
+
+
+def test_the_library_is_a_candidate_that_nobody_compiles(monkeypatch):
+    case = next(
+        kernels.cases("linear", shapes.with_dtypes(shapes.FULL, ["float32"]), torch.float32, torch.device("meta"))
+    )
+    found = tune.Class("linear", "ieee/few", (case,))
+    every = list(tune.candidates("linear", "ieee/few", 90))
+    assert _configs.Library() in every and {(c.across, c.split) for c in every[1:]} == {
+        (False, False),
+        (True, False),
+        (False, True),
+    }
+    assert list(tune.compiled(found, [_configs.Library()], 90, 1)) == [(_configs.Library(), None)]
 
 
 def test_what_spills_is_not_timed():
@@ -745,6 +786,32 @@ def test_outcomes_of_tests_whole_and_cut_off():
     assert gpu.outcomes(several)["failures"] == ["FAILED tests/a.py::test_y"] and gpu.outcomes(several)["passed"] == 1
     broken = gpu.outcomes("ERROR tests/b.py - ImportError: no\n")
     assert broken["failed"] == 1 and broken["passed"] == 0 and gpu.outcomes("")["failed"] == 0
+    assert gpu.outcomes("SKIPPED [2] tests/c.py:9: no device\n")["skips"] == ["SKIPPED [2] tests/c.py:9: no device"]
+
+
+def test_what_failed_among_others_is_looked_at_again(tmp_path, monkeypatch):
+    """One that breaks the device takes others along, which are right by themselves."""
+    asked = []
+
+    def pytest_(tests, processes, seconds, dry):
+        asked.append(tests)
+        failed = "FAILED tests/a.py::test_x[every other row] - cuda\nFAILED tests/a.py::test_y - cuda\n"
+        together = failed + "ERROR tests/b.py::test_z - cuda\ntests/c.py::test SKIPPED (no)\n"
+        together += "SKIPPED [1] tests/c.py:3: no\n"
+        output = {1: "FAILED tests/a.py::test_x[every other row] - max error\n", 2: "tests/b.py::test_z PASSED [1%]\n"}
+        found = together if tests == list(gpu.WITH_GPU) else output.get(len(asked) - 2, "tests/m.py::test PASSED [1%]")
+        return gpu.outcomes(found) | {"ended": "", "output": found}
+
+    monkeypatch.setattr(gpu, "_pytest", pytest_)
+    stage = gpu.Stage(tmp_path, 1, dry=False)
+    found, lines, right = gpu.correctness(stage, lambda rows: None)
+    assert asked[2:] == [["a.py::test_x[every other row]", "a.py::test_y"], ["b.py::test_z"]] and not right
+    assert found["counts"] == {"passed": 1, "skipped": 1, "failed": 1}
+    assert lines[1:] == [
+        "WRONG FAILED tests/a.py::test_x[every other row] - max error",
+        "SKIPPED [1] tests/c.py:3: no",
+        "2 failed among others and passed by themselves",
+    ]
 
 
 def test_wrong_use(tmp_path, capsys):
@@ -806,11 +873,11 @@ def test_right_means_that_tests_ran_to_their_end(tmp_path):
 
     ended, died = {"a.py": {"ended": ""}}, {"a.py": {"ended": ""}, "b.py": {"ended": "pytest ended with status 4"}}
     assert verdict(rows=[], whole=False) == ["-", "unmeasured"]
-    assert verdict(counts={"passed": 0, "failed": 0, "skipped": 3}, files=ended) == ["-", "unmeasured"]
-    assert verdict(counts={"passed": 1, "failed": 0, "skipped": 499}, files=ended) == ["-", "unmeasured"]
-    assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, files=ended) == ["0", "met"]
-    assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, files=died) == ["1", "missed"]
-    assert verdict(counts={"passed": 9, "failed": 2, "skipped": 3}, files=ended) == ["2", "missed"]
+    assert verdict(counts={"passed": 0, "failed": 0, "skipped": 3}, runs=ended) == ["-", "unmeasured"]
+    assert verdict(counts={"passed": 1, "failed": 0, "skipped": 499}, runs=ended) == ["-", "unmeasured"]
+    assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, runs=ended) == ["0", "met"]
+    assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, runs=died) == ["1", "missed"]
+    assert verdict(counts={"passed": 9, "failed": 2, "skipped": 3}, runs=ended) == ["2", "missed"]
 
 
 def test_the_suite_for_pytest_benchmark(tmp_path):

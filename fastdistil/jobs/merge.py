@@ -27,12 +27,12 @@ def shard_directory(output: Path, shard: int, shards: int) -> Path:
 
 
 def find_shards(directories: Iterable[str | Path]) -> list[Path]:
-    """The directories, and of one that holds shards these."""
+    """The directories, and of one that only holds shards these."""
     found: list[Path] = []
     for given in map(Path, directories):
         if not given.is_dir():
             raise FileNotFoundError(f"there is no directory {given}")
-        inside = sorted(path for path in given.glob("shard-*-of-*") if path.is_dir())
+        inside = sorted(p for p in given.iterdir() if p.is_dir() and (_is_shard(p) or (p / MANIFEST).is_file()))
         found += [given] if (given / MANIFEST).is_file() or not inside else find_shards(inside)
     return found
 

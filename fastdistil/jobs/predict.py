@@ -1,6 +1,7 @@
 """Answers of a pipeline as columns: labels and scores, entities, spans, guesses."""
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def _floats(entity: dict[str, Any]) -> dict[str, Any]:
     return entity | {"score": float(entity["score"])}
 
 
+def _of_a_job(message: str) -> str:
+    """A pipeline's words about an input, as ones about a row."""
+    reason = re.sub(r"\binputs\[\d+\]:? ?", "", message, count=1)
+    for ours, theirs in OF_A_JOB.items():
+        reason = reason.replace(ours, theirs)
+    return reason.strip()
+
+
 class Prediction:
     """Texts to what a pipeline says of them."""
 
@@ -59,11 +68,12 @@ class Prediction:
     def __init__(self, answer: Any, task: str, form: str, options: dict[str, Any], question: str | None = None):
         self.answer, self.form, self.options, self.question = answer, form, options, question
         self.kinds, self.values = columns_of(task, options)
+        self._rows = self._tokens = 0
         self.of_spans = task == "question-answering"
         self.alone = task in ("question-answering", "fill-mask")  # whose pipelines do not wrap a single answer
 
-    def tokens(self) -> int:
-        return self.answer.stages.tokens
+    def answered(self) -> tuple[int, int | None]:
+        return self._rows, self._tokens
 
     def bottleneck(self) -> str | None:
         return self.answer.stages.bottleneck()
@@ -73,11 +83,17 @@ class Prediction:
             part.answers = []
             for first in range(0, len(part.usable), AT_ONCE):
                 part.answers += self._answers(part, part.usable[first : first + AT_ONCE])
+                self._rows, self._tokens = (
+                    self._rows + len(part.usable[first : first + AT_ONCE]),
+                    self.answer.stages.tokens,
+                )
             yield part
 
     def _answers(self, part: Rows, positions: list[int]) -> list[Any]:
-        """Answers of rows. Where one cannot be answered both halves are tried, down to the row: so many bad rows cost
-        their number times its logarithm."""
+        """Answers of rows, None for those that have none. Where the pipeline names one row that it cannot answer both
+        halves are tried, down to the row; mostly it names all."""
+        if not positions:
+            return []
         inputs = [self._input(part, p) for p in positions]
         try:
             results = self.answer(inputs, **self.options)
@@ -85,14 +101,13 @@ class Prediction:
             named = re.search(r"\binputs\[(\d+)\]:?", str(error))
             if named is None:
                 raise
-            if len(positions) == 1:
-                reason = str(error).replace(named[0], "", 1).strip()
-                for ours, theirs in OF_A_JOB.items():
-                    reason = reason.replace(ours, theirs)
-                part.errors[positions[0]] = reason
-                return [None]
-            half = len(positions) // 2
-            return self._answers(part, positions[:half]) + self._answers(part, positions[half:])
+            messages = {0: str(error)} if len(positions) == 1 else getattr(error, "messages", {})
+            if not messages:
+                half = len(positions) // 2
+                return self._answers(part, positions[:half]) + self._answers(part, positions[half:])
+            part.errors |= {positions[row]: _of_a_job(message) for row, message in messages.items()}
+            left = deque(self._answers(part, [p for row, p in enumerate(positions) if row not in messages]))
+            return [None if row in messages else left.popleft() for row in range(len(positions))]
         return [results] if self.alone and len(inputs) == 1 else results
 
     def _input(self, part: Rows, position: int) -> Any:

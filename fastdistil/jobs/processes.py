@@ -37,7 +37,8 @@ class Failed(ChildProcessError):
     """A device's process ended with `status`."""
 
     def __init__(self, device: str, status: int):
-        hint = "" if status == 2 else "; what is finished stays, go on with --resume"
+        # with 1 and 2 it has said itself what is wrong, and what to do
+        hint = "" if status in (1, 2) else "; what is finished stays, go on with --resume"
         super().__init__(f"the process on {device} ended with status {status}{hint}")
         self.status = status
 
@@ -59,17 +60,16 @@ def run_on(
     if resume and shards == 1 and (output / MANIFEST).is_file() and read_manifest(output).finished:
         # merged already: one process sees whether it is this job's, and whole
         alone = [*start, "--device", devices[0], "--output", str(output), "--num-shards", "1", "--shard-index", "0"]
-        rejected = REJECTED in _together(devices[:1], [alone], environment, output, [], overwrite=False)
+        rejected = REJECTED in _together(devices[:1], [alone], environment, [], [])
         for directory in directories:
             _remove_shard(directory)
         return rejected
-    with Lock(output):
-        if overwrite:
-            divided = {shard_directory(output, i, total).name for i in range(total)}
-            for path in output.iterdir():
-                if SHARD.fullmatch(path.name) and path.name not in divided:  # of another division
-                    with Lock(path):
-                        _remove_shard(path)
+    divided = {shard_directory(output, i, total).name for i in range(total)}
+    with contextlib.ExitStack() as held:
+        held.enter_context(Lock(output))
+        others = [p for p in output.iterdir() if SHARD.fullmatch(p.name) and p.name not in divided] if overwrite else []
+        for path in others:  # of another division, which nobody may be at
+            held.enter_context(Lock(path))
         commands = [
             [
                 *(*start, "--device", device, "--output", str(directory)),
@@ -77,7 +77,8 @@ def run_on(
             ]
             for i, (device, directory) in enumerate(zip(devices, directories, strict=True))
         ]
-        rejected = REJECTED in _together(devices, commands, environment, output, directories, overwrite)
+        replaced = [output, *others] if overwrite else []
+        rejected = REJECTED in _together(devices, commands, environment, directories, replaced)
         if shards > 1:
             return rejected
         merge(directories, output, overwrite=True, locked=True)
@@ -118,12 +119,12 @@ def _together(
     devices: list[str],
     commands: list[list[str]],
     environment: dict[str, str],
-    output: Path,
     directories: list[Path],
-    overwrite: bool,
+    replaced: list[Path],
 ) -> list[int]:
-    """The status of each command. An earlier job goes from the output when there is something to put in its place."""
-    began, cleared = time.time() - 0.1, not overwrite
+    """The status of each command. What earlier jobs wrote goes from `replaced` when one of the directories holds
+    something to put in its place."""
+    began, cleared = time.time() - 0.1, False
     with _lifeline() as (line, stop):
         children = [
             subprocess.Popen(
@@ -145,7 +146,8 @@ def _together(
                     if state not in (None, 0, REJECTED):
                         raise Failed(device, state)
                 if not cleared and any(_since(directory / MANIFEST, began) for directory in directories):
-                    remove(output)
+                    for path in replaced:
+                        _remove_shard(path) if SHARD.fullmatch(path.name) else remove(path)
                     cleared = True
                 if None not in states:
                     return [child.returncode for child in children]

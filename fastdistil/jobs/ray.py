@@ -42,6 +42,8 @@ class EmbedBatches:
         self.text_column, self.output_column, self.max_batch_tokens = text_column, output_column, max_batch_tokens
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if not isinstance(batch, dict):
+            raise TypeError(f"the batch is a {type(batch).__name__}; give map_batches batch_format='numpy'")
         if self.text_column not in batch:
             raise ValueError(f"the batch has no column {self.text_column!r} among {', '.join(map(repr, batch))}")
         texts = list(batch[self.text_column])
@@ -106,19 +108,19 @@ class RayEmbedding(Embedding):
         count = actors or gpus or int(resources.get("CPU", 1))
         on_gpu = gpus > 0
         model_dtype = torch.float16 if on_gpu and embedder.model.dtype is torch.float32 else embedder.model.dtype
-        shipped = ray.put(embedder)
+        self._shipped = ray.put(embedder)  # held here: an actor that is started again asks for it again
         # endless restarts and retries: a job outlives its machines
         worker = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=1, num_gpus=int(on_gpu))(_Worker)
         self.actors = [
-            worker.remote(shipped, "cuda" if on_gpu else "cpu", model_dtype, max_batch_tokens) for _ in range(count)
+            worker.remote(self._shipped, "cuda" if on_gpu else "cpu", model_dtype, max_batch_tokens)
+            for _ in range(count)
         ]
-        self._tokens = 0
 
     def bottleneck(self) -> str | None:
         return "actors"
 
-    def tokens(self) -> int:
-        return self._tokens
+    def answered(self) -> tuple[int, int | None]:
+        return self._rows, None  # the actors keep their tokens to themselves
 
     def run(self, parts: Iterable[Rows]) -> Iterator[Rows]:
         """Chunks go to the actors in turn, and come back in their order."""
@@ -130,8 +132,8 @@ class RayEmbedding(Embedding):
             while len(flying) > most:
                 part, first, answer = flying.popleft()
                 found = self.ray.get(answer)
-                part.answers[first : first + len(found)] = found
-                part.left -= len(found)
+                self._put(part, np.arange(first, first + len(found)), found)
+                part.left, self._rows = part.left - len(found), self._rows + len(found)
                 while waiting and not waiting[0].left:
                     yield waiting.popleft()
 

@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -76,17 +77,32 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
             matches = sorted(glob.glob(name, recursive=True))
             if not matches:
                 raise FileNotFoundError(f"there is no input file {name}")
-            # of ** both a directory and its files match
+            # of ** both a directory and its files match; what is neither, such as a pipe, is passed over
             files = [f for match in matches for f in (_files_in(match) if Path(match).is_dir() else [match])]
+            files = [f for f in files if Path(f).is_file()]
+            if not files:
+                raise ValueError(f"{matches[0]} is no regular file")
             found += dict.fromkeys(files)
     return found
 
 
 def _files_in(directory: str) -> list[str]:
-    found = sorted(str(path) for path in Path(directory).rglob("*") if path.is_file() and _kind(str(path)))
+    names = (Path(there, name) for there, inside in _walk(Path(directory)) for name in inside)
+    found = sorted(str(path) for path in names if path.is_file() and _kind(str(path)))
     if not found:
         raise FileNotFoundError(f"the directory {directory} holds no {', '.join(SUFFIXES)} file")
     return found
+
+
+def _walk(directory: Path) -> Iterator[tuple[str, list[str]]]:
+    """Directories and the names in them, links followed as patterns do, but not in a circle."""
+    seen: set[Path] = set()
+    for there, below, inside in os.walk(directory, followlinks=True):
+        if (real := Path(there).resolve()) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield there, inside
 
 
 def read_rows(inputs: Iterable[str | Path], columns: Columns = Columns()) -> Iterator[Row]:  # noqa: B008  (immutable)
@@ -107,7 +123,11 @@ def read_files(
         number += source.skip(skip - number) if number < skip else 0
         if number < skip:
             continue
+        if progress is not None:
+            progress.begin()
         for row in source.rows():
+            if progress is not None:
+                progress.rows += 1
             yield row._replace(number=number, id=number if columns.id is None else row.id)
             number += 1
 
@@ -132,12 +152,26 @@ class Progress:
         self.total = sum(sizes.values()) if len(sizes) == len(set(inputs)) else 0
         self.before = 0
         self.file: Any = None
+        self.rows = 0  # that were read
+        self.began: float | None = None
 
     def at(self, file: Any) -> None:
         self.file = file
 
     def passed(self, size: int) -> None:
         self.before, self.file = self.before + size, None
+
+    def begin(self) -> None:
+        """What was passed over by now is not part of the work."""
+        if self.began is None:
+            self.began = self.fraction()
+
+    def rows_expected(self) -> float | None:
+        """How many rows there are from where the work began, as far as the bytes tell."""
+        fraction = self.fraction()
+        if fraction is None or self.began is None or fraction <= self.began:
+            return None
+        return self.rows * (1 - self.began) / (fraction - self.began)
 
     def fraction(self) -> float | None:
         """None where it cannot be told: of standard input."""
@@ -212,10 +246,7 @@ class Lines(Source):
     def __init__(self, name: str, columns: Columns, progress: Progress | None, is_json: bool | None):
         super().__init__(name, columns, progress)
         self._lines = _raw_lines(name, progress)
-        self.is_json = is_json if is_json is not None or name != STDIN else None
-        if is_json is None and name != STDIN:
-            self.is_json = False  # a file of another name is plain text
-        self.line = 0
+        self.is_json, self.line = is_json, 0
 
     def _numbered(self) -> Iterator[bytes]:
         """Lines that are rows: in JSON a blank one is none."""

@@ -8,13 +8,14 @@ import errno
 import itertools
 import json
 import logging
+import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdistil.engine import Embedder
+from fastdistil.engine.embedder import is_terminal
 from fastdistil.engine.runner import Engine
 from fastdistil.engine.scheduler import Window, cuts
 from fastdistil.engine.tokens import TextWindows
@@ -52,6 +54,7 @@ from fastdistil.jobs.writers import check_format, write_embeddings
 PART_ROWS = 50_000  # two row groups of a parquet file
 PART_CHARACTERS = 2**27  # of all its texts: what bounds the memory of long ones
 ON_ERROR = ("fail", "skip", "null")
+FLOAT16 = float(np.finfo(np.float16).max)
 EVERY, SELDOM = 10.0, 60.0  # seconds between two JSON lines of progress, and two that a log file keeps
 
 
@@ -99,7 +102,8 @@ class Work(Protocol):
     def write(self, directory: Path, name: str, part: Rows, keep: list[int]) -> list[str]:
         """The answers of the rows at positions `keep` -> names of the files."""
 
-    def tokens(self) -> int: ...
+    def answered(self) -> tuple[int, int | None]:
+        """(rows, tokens) so far, in parts that are not whole, too; tokens None where nobody counts them."""
 
     def bottleneck(self) -> str | None: ...
 
@@ -123,7 +127,7 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
         done = parts[-1].first + parts[-1].read if parts else first
         rows = read_files(inputs, job.columns, skip=done, progress=progress)
         reading = _Reading(rows, job, done, last, len(parts), [part.read for part in manifest.parts[len(parts) :]])
-        log.start(progress, work, sum(part.read for part in parts))
+        log.start(progress, work, sum(part.read for part in parts), None if last == sys.maxsize else last - done)
         with ThreadPoolExecutor(1) as writer:
             writing: Future | None = None
             for part in work.run(reading):
@@ -138,6 +142,7 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
                 parts.append(writing.result())
         if reading.failure is not None:
             raise reading.failure
+        _check_unchanged(manifest.settings["inputs"], inputs)
         if not parts:
             start_over(directory, manifest, [])
         _finish(directory, manifest, parts)
@@ -164,6 +169,16 @@ def _settings(job: Job, inputs: list[str]) -> dict[str, Any]:
     }
 
 
+def _check_unchanged(before: list[list[Any]], inputs: list[str]) -> None:
+    """Raise ValueError for an input that is another than when the job began; one that is gone was read to its end."""
+    for (name, size, _, digest), path in zip(before, inputs, strict=True):
+        with suppress(FileNotFoundError):
+            _, size_now, _, digest_now = fingerprint_of_files([path])[0]
+            if (size, digest) != (size_now, digest_now):
+                what = f"size: was {size}, now {size_now}" if size != size_now else "content"
+                raise ValueError(f"the input {name} changed while it was read ({what}); start over with --overwrite")
+
+
 def _empty(job: Job, directory: Path) -> bool:
     """Whether the job begins with its first part. Raises FileExistsError where that would lose what lies there."""
     present = sorted(p.name for p in directory.iterdir() if p.name != LOCK)
@@ -184,7 +199,10 @@ def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Pa
     manifest's from here on, for the ones to be made again end where they did: a merged one is not cut by its length."""
     if _empty(job, directory):
         return []
-    old = read_manifest(directory)
+    try:
+        old = read_manifest(directory)
+    except ValueError as error:
+        raise ValueError(f"{error}; give another directory, or --overwrite to start over") from error
     parts = finished_parts(directory)
     if old.finished:
         parts = list(itertools.takewhile(lambda part: is_whole(directory, part), old.parts))
@@ -332,9 +350,10 @@ class Embedding:
         if not truncate:
             self.source.max_length = None
         self.dim: int | None = embedder.dim
+        self._rows = self._tokens = 0
 
-    def tokens(self) -> int:
-        return self.engine.stages.tokens
+    def answered(self) -> tuple[int, int | None]:
+        return self._rows, self._tokens
 
     def bottleneck(self) -> str | None:
         return self.engine.stages.bottleneck()
@@ -359,13 +378,24 @@ class Embedding:
                 if done.error is not None:
                     part.errors |= {part.usable[i]: done.error for i in at}
                 elif done.result is not None:
-                    part.answers[at] = done.result.numpy()[which]
+                    self._put(part, at, done.result.numpy()[which])
                 part.left -= len(at)
+                self._rows, self._tokens = (
+                    self._rows + len(at),
+                    self._tokens + int(done.window.lengths[done.rows].sum()),
+                )
                 while waiting and not waiting[0].left:
                     yield waiting.popleft()
             yield from waiting
         finally:
             self.source.close()
+
+    def _put(self, part: Rows, at: np.ndarray, found: np.ndarray) -> None:
+        with np.errstate(over="ignore"):
+            part.answers[at] = found
+        if self.dtype == np.float16 and np.abs(found).max(initial=0) > FLOAT16:
+            for i in at[(np.abs(found) > FLOAT16).any(1)]:
+                part.errors[part.usable[i]] = "its embedding is beyond float16's range; leave --output-dtype float32"
 
     def _window(self, part: Rows, texts: list[Any], first: int) -> Window:
         if self.of_tokens:
@@ -373,10 +403,14 @@ class Embedding:
             ids = np.concatenate([np.empty(0, np.int32), *texts])
             window = Window(ids, lengths, first=first)
             size = self.embedder.model.config.vocab_size
-            outside = np.repeat(np.arange(len(texts)), lengths)[(ids < 0) | (ids >= size)]
+            bad = np.flatnonzero((ids < 0) | (ids >= size))
+            outside, which = np.unique(np.repeat(np.arange(len(texts)), lengths)[bad], return_index=True)
+            first_bad = dict(zip(outside.tolist(), ids[bad[which]].tolist(), strict=True))
             wrong = np.zeros(len(texts), bool)
             wrong[outside] = True
-            window = self._without(part, window, wrong, lambda row: f"an id outside the vocabulary of {size}")
+            window = self._without(
+                part, window, wrong, lambda row: f"the id {first_bad[row]} is outside the vocabulary of {size}"
+            )
         else:
             window = self.source.window(texts, first)
         most = self.embedder.max_length
@@ -417,7 +451,6 @@ class Log:
 
     def __init__(self, quiet: bool = False, as_json: bool = False):
         self.quiet, self.as_json = quiet, as_json
-        self.rows = 0
         self._bar: Any = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -451,10 +484,11 @@ class Log:
     def _json(self, event: str, **values: Any) -> None:
         _line(json.dumps({"event": event, "time": round(time.time(), 3)} | values))
 
-    def start(self, progress: Progress, work: Work, rows: int) -> None:
-        self._progress, self._work, self._before = progress, work, rows
-        self._started, self._at_start = time.perf_counter(), progress.fraction()
-        if not self.quiet and not self.as_json and sys.stderr.isatty():
+    def start(self, progress: Progress, work: Work, before: int, total: int | None) -> None:
+        """before: rows of parts that are finished already; total: rows that are left, where that is known."""
+        self._progress, self._work, self._before, self._total = progress, work, before, total
+        self._started = time.perf_counter()
+        if not self.quiet and not self.as_json and is_terminal(sys.stderr):
             self._bar = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
         if self.as_json or not self.quiet:
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -469,12 +503,10 @@ class Log:
         if self.as_json:
             self._json("progress", **found)
             return
-        eta = found["eta_s"]
+        eta, tokens = found["eta_s"], found["tokens_per_s"]
         left = "" if eta is None else f", {int(eta) // 3600}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d} left"
-        line = (
-            f"{found['rows']:,} rows, {found['rows_per_s']:,.0f} rows/s, {found['tokens_per_s']:,.0f} tokens/s"
-            f"{left}, waiting for the {found['bottleneck'] or 'first batch'}"
-        )
+        line = f"{found['rows']:,} rows, {found['rows_per_s']:,.0f} rows/s{_rate(tokens)}{left}"
+        line += f", waiting for the {found['bottleneck'] or 'first batch'}"
         if self._bar is not None:
             self._bar.set_description_str(line)
         else:
@@ -482,20 +514,17 @@ class Log:
 
     def figures(self) -> dict[str, Any]:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
-        fraction = self._progress.fraction()
-        eta = None
-        if fraction is not None and self._at_start is not None and fraction > self._at_start and self.rows:
-            eta = round(elapsed * (1 - fraction) / (fraction - self._at_start), 1)
+        rows, tokens = self._work.answered()
+        total = self._progress.rows_expected() if self._total is None else self._total
         return {
-            "rows": self._before + self.rows,
-            "rows_per_s": round(self.rows / elapsed, 1),
-            "tokens_per_s": round(self._work.tokens() / elapsed, 1),
-            "eta_s": eta,
+            "rows": self._before + rows,
+            "rows_per_s": round(rows / elapsed, 1),
+            "tokens_per_s": None if tokens is None else round(tokens / elapsed, 1),
+            "eta_s": None if total is None or not rows else round(elapsed * max(0.0, total / rows - 1), 1),
             "bottleneck": self._work.bottleneck(),
         }
 
     def part(self, part: Rows) -> None:
-        self.rows += len(part.rows)
         if self.as_json:
             self._json("part", number=part.number, rows=len(part.rows), rejected=len(part.errors))
 
@@ -509,8 +538,9 @@ class Log:
         seconds = time.perf_counter() - self._started
         rejected = f", {manifest.rejected:,} rejected" if manifest.rejected else ""
         self.say(
-            f"{manifest.rows:,} rows in {parts}{rejected}; {seconds:.1f} s, {found['rows_per_s']:,.0f} rows/s, "
-            f"{found['tokens_per_s']:,.0f} tokens/s, mostly waiting for the {found['bottleneck'] or 'input'}"
+            f"{manifest.rows:,} rows in {parts}{rejected}; {seconds:.1f} s, {found['rows_per_s']:,.0f} rows/s"
+            f"{_rate(found['tokens_per_s'])}, "
+            f"mostly waiting for the {found['bottleneck'] or 'input'}"
         )
 
     def close(self) -> None:
@@ -521,11 +551,19 @@ class Log:
             self._bar.close()
 
 
+def _rate(tokens_per_s: float | None) -> str:
+    return "" if tokens_per_s is None else f", {tokens_per_s:,.0f} tokens/s"
+
+
 def _line(text: str) -> None:
-    """In one piece, for other processes may write there, too."""
-    if sys.stderr is not None:
+    """In one piece, for other processes may write there, too. Where nobody can read it the work goes on."""
+    if sys.stderr is None:
+        return
+    try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+    except OSError:  # the reader is gone, or the disk is full
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 class _Handler(logging.Handler):

@@ -3,6 +3,8 @@
 Launches on the meta device are recorded instead of run, by the compile gate's machinery, so no GPU is needed.
 """
 
+import collections
+import dataclasses
 import os
 import re
 import subprocess
@@ -14,8 +16,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdistil import ops
 from fastdistil.kernels import _configs
 from fastdistil.kernels._target import interpreted
+from fastdistil.testing import cu_seqlens, hold_to_definition
 
 if interpreted():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -53,8 +57,8 @@ def test_every_form_is_launched(entries):
         odd = [e for e in entries if e.arch == arch and "HEAD=96" in e.describe()]
         assert {e.name for e in odd} == {"_looped"}
     text = " ".join(e.describe() for e in entries if e.arch == 90)
-    tiles = {f"BLOCK_M={c.block_m} BLOCK_N={c.block_n} BLOCK_K={c.block_k}" for c in _configs.GEMM[90].values()}
-    assert all(tile in text for tile in tiles)
+    tiles = [c for c in _configs.GEMM[90].values() if isinstance(c, _configs.Gemm)]
+    assert all(f"BLOCK_M={c.block_m} BLOCK_N={c.block_n} BLOCK_K={c.block_k}" in text for c in tiles)
 
 
 class Allocations(TorchDispatchMode):
@@ -160,8 +164,8 @@ def test_precision_and_gelu_are_those_asked_for(modes):
 
     def launched(dtype):
         with compile_gate.recorded(90) as launches:
-            x, w, b = e(300, 768, dtype=dtype), e(768, 768, dtype=dtype), e(768, dtype=dtype)
-            compile_gate.bias_gelu.bias_gelu(x, w, b, "gelu")
+            x, w, b = e(16_896, 768, dtype=dtype), e(768, 768, dtype=dtype), e(768, dtype=dtype)
+            compile_gate.bias_gelu.bias_gelu(x, w, b, "gelu", e(9))
             compile_gate.attention.attention(e(300, 2304, dtype=dtype), e(9), 512, 12)
         return [entry.describe() for entry in launches]
 
@@ -186,6 +190,98 @@ def test_recorded_configurations_come_first():
         assert _configs.gemm("bias_gelu", 4096, 768, 768, torch.float16, device, True).config is not mine
     with compile_gate.recorded(80):
         assert _configs.gemm("linear", 4096, 768, 768, torch.float16, device, True).config.family == "pointer"
+
+
+def test_launches_that_overlap_wait_for_the_one_before(modes):
+    """In this order: whoever let the next one begin first would let it write where the last but one still reads."""
+    with compile_gate.recorded(90) as launches:
+        compile_gate.launch_overlapped()
+    assert {e.name for e in launches} == {e.name for e in compile_gate.entries() if e.arch == 90}
+    for entry in launches:
+        text = compile_gate.binary(entry).asm["ptx"]
+        first = re.search(r"griddepcontrol|(?<!param)\b(?:ld|st|cp)\.(?:global|async)", text)
+        assert first and first[0] == "griddepcontrol", entry.describe()
+        assert re.findall(r"griddepcontrol\.\w+", text) == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    modes.overlap = True
+    with compile_gate.recorded(80) as launches:
+        x, w, b = (compile_gate.empty(*s, dtype=torch.float16) for s in ((64, 768), (768, 768), (768,)))
+        compile_gate.linear.linear(x, w, b)
+    assert dict(launches[0].constants)[(len(launches[0].kernel.params) - 1,)] is False  # sm_80 cannot
+
+
+def test_where_the_library_serves(modes):
+    """In IEEE float32, wherever dead rows cost little; else where a measurement says so and none is dead."""
+    device, library, mine = torch.device("meta"), _configs.Library(), _configs.Gemm("pointer", 32, 32, 32, 2, 2)
+
+    def config(rows, dtype, whole, aligned=True):
+        return _configs.gemm("linear", rows, 768, 768, dtype, device, aligned, whole=whole).config
+
+    with compile_gate.recorded(90):
+        for rows, whole, found in ((8, False, True), (300, False, True), (16_896, False, False), (16_896, True, True)):
+            assert isinstance(config(rows, torch.float32, whole), _configs.Library) is found
+        assert not any(isinstance(config(rows, torch.float16, True), _configs.Library) for rows in (8, 300, 16_896))
+        with patch.dict(
+            _configs.RECORDED, {(90, "linear", "half/many/whole"): library, (90, "linear", "half/many"): mine}
+        ):
+            _configs._gemm.cache_clear()
+            assert config(16_896, torch.float16, True) == library and config(16_896, torch.float16, False) is mine
+            modes.batch_invariant = True
+            assert config(16_896, torch.float16, True) is mine
+            assert not any(isinstance(config(r, torch.float32, True), _configs.Library) for r in (8, 300, 16_896))
+        modes.batch_invariant = False
+        with patch.dict(
+            _configs.RECORDED, {(90, "linear", "ieee/many"): mine}
+        ):  # the library was not quicker than this
+            _configs._gemm.cache_clear()
+            assert config(16_896, torch.float32, True) is mine
+    _configs._gemm.cache_clear()
+
+
+@pytest.mark.parametrize("op", ["qkv_projection", "linear", "bias_gelu"])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_the_librarys_product(op, activation, monkeypatch):
+    launch = _configs.GemmLaunch(_configs.Library(), precision="ieee", near_gelu=False, programs=0)
+    monkeypatch.setattr(_configs, "gemm", lambda *a, **k: launch)
+    x, w, b = torch.randn(9, 12), torch.randn(24, 12), torch.randn(24)
+    more = (activation,) if op == "bias_gelu" else ()
+    form = getattr(getattr(compile_gate, op), op)
+    hold_to_definition(op, x, w, b, *more, cu_seqlens([4, 5]), live=9, dead=3, form=form)
+    hold_to_definition(op, x, w, b, *more, form=form)
+
+
+def wavefronts(ttgir, warps):
+    """(cycles that a multiprocessor's shared memory is busy for an IEEE product's operands, those of its multipliers),
+    each a step of the loop. Of 32 lanes 16 bytes each, those that lie in the same banks wait for one another."""
+    layout = r"(#\w+) = #ttg.blocked<{sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\], warpsPerCTA = \[(.*?)\]"
+    blocked = {m[0]: [[int(n) for n in part.split(",")] for part in m[1:]] for m in re.findall(layout, ttgir)}
+    shared = dict(re.findall(r"(#\w+) = #ttg.swizzled_shared<{.*?maxPhase = 1, order = \[(.*?)\]", ttgir))
+    loads = r"local_load .*memdesc<(\d+)x(\d+)xf32, (#\w+),.*opIdx = (\d), parent = (#\w+)}"
+    busy = 0
+    for *sizes, memory, operand, parent in re.findall(loads, ttgir):
+        free = int(operand)  # the dimension that is not summed over
+        length, depth = int(sizes[free]), int(sizes[1 - free])
+        each, lanes, across = (part[free] for part in blocked[parent])
+        along_free = shared[memory].startswith(str(free))
+        starts = {lane * each * 4 * (1 if along_free else depth) // 16 for lane in range(lanes)}
+        conflicts = max(collections.Counter(start % 8 for start in starts).values())
+        busy += warps * each * max(1, length // (each * lanes * across)) * depth // 4 * conflicts
+    m, k, n = map(int, re.search(r"tt.dot .*: tensor<(\d+)x(\d+)xf32.* -> tensor<\d+x(\d+)xf32", ttgir).groups())
+    return busy, m * k * n // 128
+
+
+def test_ieee_products_do_not_wait_for_shared_memory():
+    """With both operands along K they would: 16 lanes in the same banks, four times the multipliers' cycles."""
+    e, found = compile_gate.empty, {}
+    for across in (True, False):
+        config = dataclasses.replace(_configs.GEMM[90]["ieee", "many"], across=across)
+        with (
+            patch.dict(_configs.RECORDED, {(90, "linear", "ieee/many"): config}),
+            compile_gate.recorded(90) as launches,
+        ):
+            x, w, b = (e(*shape, dtype=torch.float32) for shape in ((16_896, 768), (768, 768), (768,)))
+            compile_gate.linear.linear(x, w, b, e(9))
+        found[across] = wavefronts(compile_gate.binary(launches[-1]).asm["ttgir"], config.warps)
+    assert found[True][0] < found[True][1] and found[False][0] > 2 * found[False][1]
 
 
 COMPILE = """

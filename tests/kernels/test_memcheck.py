@@ -41,11 +41,14 @@ def test_no_illegal_access():
     if not Path(tool).exists():
         pytest.skip("compute-sanitizer is not installed")
     done = subprocess.run(
-        [tool, "--tool", "memcheck", "--error-exitcode", "7", sys.executable, "-c", PASS],
+        # an API call that fails is no wrong access: torch's first one, before there is a context, may
+        [tool, "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=7", sys.executable, "-c", PASS],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": "."},
         cwd=Path(__file__).resolve().parent.parent.parent,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=180,
     )
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
