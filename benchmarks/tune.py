@@ -105,14 +105,12 @@ def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm | Library]:
                 yield from (replace(plain, across=True), replace(plain, split=True))
     if descriptors:
         shapes_of_tiles = ((128, 128), (128, 256), (256, 128), (64, 256), (64, 128))
-        for (m, n), k, stages, halves in product(shapes_of_tiles, (64, 128), (2, 3, 4), (1, 2)):
-            warps = 8 if m > 64 else 4
-            yield Gemm("tma", m, n, k, warps, stages, halves=halves)
+        for (m, n), k, stages, halves, flat in product(shapes_of_tiles, (64, 128), (2, 3, 4), (1, 2), (True, False)):
+            one = Gemm("tma", m, n, k, 8 if m > 64 else 4, stages, halves=halves, flatten=flat)
+            yield one
             if m * n <= 128 * 128:  # two a multiprocessor
-                most = min(255, 65_536 // (2 * warps * 32))
-                yield Gemm(
-                    "tma", m, n, k, warps, stages, halves=halves, per_sm=2, registers=most if most < 255 else None
-                )
+                most = min(255, 65_536 // (2 * one.warps * 32))
+                yield replace(one, per_sm=2, registers=most if most < 255 else None)
 
 
 def _attentions(kind: str, longest: str) -> Iterator[Attention]:

@@ -124,14 +124,13 @@ def gemm_tma(
     x_desc, weight_desc, y_desc, bias_ptr, cu_seqlens_ptr, batch, M, N, K, programs,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALVES: tl.constexpr, OVERLAP: tl.constexpr,
+    HALVES: tl.constexpr, FLATTEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     live = M if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), M)
     m_tiles = tl.cdiv(live, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
-    # one loop with the one inside, so that the next tile's loads are on their way while this one is stored
-    for index in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, flatten=True):
+    for index in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, flatten=FLATTEN):
         m, n = _tile_of(index, m_tiles, n_tiles, GROUP)
         row = m * BLOCK_M
         column = n * BLOCK_N
@@ -194,7 +193,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
             TensorDescriptor(x, [M, K], [K, 1], [c.block_m, c.block_k]),
             TensorDescriptor(weight, [N, K], [K, 1], [c.block_n, c.block_k]),
             TensorDescriptor(y, [M, N], [N, 1], [c.block_m, c.block_n // c.halves]),
-            bias, *_configs.live(cu_seqlens), M, N, K, programs, HALVES=c.halves, **common,
+            bias, *_configs.live(cu_seqlens), M, N, K, programs, HALVES=c.halves, FLATTEN=c.flatten, **common,
         )  # fmt: skip
     else:
         gemm_pointer[(tiles,)](
