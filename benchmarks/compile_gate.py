@@ -283,6 +283,13 @@ def unusable(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['shared']} bytes of shared memory, sm_{sm} has {SHARED_LIMIT[sm]}"
 
 
+def resident(row: dict[str, Any]) -> int:
+    """Programs that a multiprocessor of sm_90 holds at a time."""
+    registers = -(-int(row["registers"]) // 8) * 8
+    warps = int(re.findall(r"\bwarps=(\d+)", row["launch"])[0])
+    return min(65_536 // (registers * 32 * warps), 233_472 // (int(row["shared"]) + 1_024))
+
+
 def complaints(row: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a row of the table, whose configurations are shipped untimed."""
     yield from unusable(row)
@@ -293,6 +300,8 @@ def complaints(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['offsets64']} pointers have 64-bit offsets, not {OFFSETS64[row['kernel']]}"
     if "BLOCK_M=128 BLOCK_N=128" in launch and row["kernel"] == "gemm_tma" and int(row["registers"]) > 128:
         yield "two programs of 256 threads do not fit a multiprocessor's registers"
+    if half and sm == 90 and re.search(r"\bHEAD=(?:32|64)\b", launch) and resident(row) < 2:
+        yield "a program alone on a multiprocessor, with nothing to do while it loads"
     if matrix and half and not int(row["hgmma"]) + int(row["hmma"]):
         yield "no matrix instruction"
     if matrix and half and sm == 90 and tile and int(tile[1]) >= 64 and not int(row["hgmma"]):

@@ -51,8 +51,14 @@ MUTANTS = {
     "gemm: persistent program stops early": (
         "_gemm",
         "gemm::configuration",
-        "range(tl.program_id(0), m_tiles * n_tiles, programs)",
-        "range(tl.program_id(0), m_tiles * n_tiles - 1, programs)",
+        "range(tl.program_id(0), m_tiles * n_tiles, programs,",
+        "range(tl.program_id(0), m_tiles * n_tiles - 1, programs,",
+    ),
+    "gemm: turned weight walked like the other": (
+        "_gemm",
+        "gemm::tries",
+        "weight_at += BLOCK_K * N",
+        "weight_at += BLOCK_K",
     ),
     "gelu: tanh for erf": (
         "_gemm",
