@@ -366,13 +366,16 @@ def test_graphs_serve_in_every_mode(embedder, texts, captured):
 def test_memory_that_graphs_hold_is_freed_before_the_budget_is_halved(most, budget, embedder, texts, captured):
     engine = Engine(torch.device("cpu"), 700, GraphCache())
 
-    def hungry(ids, *args):  # 700 tokens fit where no graph holds memory
-        if len(ids) > (300 if engine.graphs._graphs else most):
+    cleared = []
+
+    def hungry(ids, *args):  # beside one graph there is room for 700 tokens
+        if len(ids) > (300 if len(engine.graphs._graphs) > 1 else most):
+            cleared.append(len(engine.graphs._graphs) > 1)
             raise MEMORY[0]
         return embedder._compute(ids, *args)
 
     np.testing.assert_allclose(staged(embedder, engine, texts, hungry), alone(embedder, texts), atol=1e-6)
-    assert engine.budget == budget if most == 700 else engine.budget <= budget
+    assert any(cleared) is (most == 700) and (engine.budget == budget if most == 700 else engine.budget <= budget)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
