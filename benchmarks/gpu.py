@@ -8,6 +8,7 @@ Exit status 1 where a stage failed or something measured was wrong.
 """
 
 import argparse
+import faulthandler
 import importlib.util
 import os
 import re
@@ -349,6 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.stage:
         signal.signal(signal.SIGTERM, _terminated)
+        faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)  # says where it was, also within a library
         return run_stage(args.stage, Stage(args.out, args.minutes, args.dry))
     names = args.stages.split(",")
     if unknown := set(names) - set(STAGES):

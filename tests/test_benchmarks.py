@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -1082,6 +1083,30 @@ def test_stopped_from_outside(tmp_path):
     process.terminate()
     out, _ = process.communicate(timeout=30)  # which waits for all who hold the pipe
     assert process.returncode == 1 and "kernels: STOPPED from outside" in out
+
+
+HANGS = """
+import sys, time
+from benchmarks import gpu, kernels
+
+def hanging_provider(case, stack):
+    print("here", flush=True)
+    time.sleep(60)
+
+kernels.PROVIDERS["qkv_projection"].insert(1, ("hangs", hanging_provider))
+gpu.main(["--stage", "kernels", "--dry", "--out", sys.argv[1]])
+"""
+
+
+def test_a_stage_that_is_stopped_says_where_it_was(tmp_path):
+    command = [sys.executable, "-c", HANGS, str(tmp_path)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=record.ROOT, **pipes)
+    assert process.stdout.readline() == "here\n"
+    process.terminate()
+    _, error = process.communicate(timeout=30)
+    assert "in hanging_provider" in error and process.returncode == 128 + signal.SIGTERM
+    assert record.read(tmp_path / "kernels.json")["rows"]  # of what came before it
 
 
 def test_no_minutes_and_no_commit(tmp_path, monkeypatch, capsys):
