@@ -105,7 +105,10 @@ def fill(ax: Any, result: dict[str, Any]) -> bool:
     rows = [row for row in rows if row["texts"] == most and row["length"] == length]
     best: dict[float, dict[str, Any]] = {}
     for row in rows:
-        if _ours(row["provider"]) and row["median_us"] < best.get(row["fill"], {"median_us": math.inf})["median_us"]:
+        if (
+            timing.is_ours(row["provider"])
+            and row["median_us"] < best.get(row["fill"], {"median_us": math.inf})["median_us"]
+        ):
             best[row["fill"]] = row
     peers = [row for row in rows if not _ours(row["provider"]) and row["fill"] in best]
     lines = _lines(peers, "fill", lambda row: timing.ratio(row, best[row["fill"]]))

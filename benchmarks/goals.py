@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, record, shapes
+from benchmarks import kernels, record, shapes, timing
 
 RESULTS = record.ROOT / "benchmarks" / "results"
 GPUS = ("h200", "h100")  # the first that has results is judged
@@ -124,7 +124,7 @@ def encoder(batch: str, figure: str, peer: str = "", dtype: str = "bfloat16") ->
                 by_batch.setdefault(row["batch"], {})[row["provider"]] = row
         found = []
         for case in by_batch.values():
-            ours = [row for name, row in case.items() if name.startswith("fastdistil")]
+            ours = [row for name, row in case.items() if timing.is_ours(name)]
             if any("wrong" in row for row in ours):
                 return WRONG
             best = min((row for row in ours if "median_us" in row), key=lambda row: row["median_us"], default=None)

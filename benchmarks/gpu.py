@@ -35,7 +35,6 @@ WITH_GPU = (  # what the most hangs on first
 )
 ALONE = "kernels/test_memcheck.py"  # it is slow, and checks the memory of a process of its own
 # "tests/x.py::test_y PASSED [ 1%]", or by several processes "[gw0] [ 1%] PASSED tests/x.py::test_y"
-FAILURE = re.compile(r"(?:FAILED|ERROR) (.+?\.py(?:::.+?)?)(?: - .*)?$")
 OUTCOME = re.compile(
     r"(?:\[gw\d+\] \[ *\d+%\] (?P<reported>PASSED|FAILED|ERROR|SKIPPED) (?P<tested>.+?) *$)"
     r"|(?:(?P<test>\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b)"
@@ -100,21 +99,23 @@ def correctness(stage: Stage, keep: Keep) -> Result:
         run("together", list(WITH_GPU), 8)
         run("memory", [ALONE], 0)
     first = list(runs.values())
-    by_file: dict[str, list[str]] = {}
-    for line in [line for found in first for line in found["failures"]]:
-        one = FAILURE.match(line)
-        by_file.setdefault(one[1].partition("::")[0] if one else "", []).append(one[1] if one else line)
-    failures = by_file.pop("", [])  # that name no test
-    for file, tests in by_file.items():
-        run(f"{file} again", [test.removeprefix("tests/") for test in tests], 0)
-        failures += runs[f"{file} again"]["failures"]
+    among = runs["together"]["failed_tests"]
+    for file in dict.fromkeys(test.partition("::")[0] for test in among):
+        tests = [test.removeprefix("tests/") for test in among if test.partition("::")[0] == file]
+        run(f"{file} again", tests, 0)
+    passed = {test for name, found in runs.items() if name.endswith(" again") for test in found["passed_tests"]}
+    failures = [line for found in first for line in found["failures"] if not any(_is_of(line, test) for test in passed)]
     counts = {what: sum(found[what] for found in first) for what in ("passed", "skipped")} | {"failed": len(failures)}
     lines = [", ".join(f"{n} {what}" for what, n in counts.items())]
     told = [f"{name}: {found['ended']}" for name, found in runs.items() if found["ended"]] + failures
     lines += [f"WRONG {line}" for line in told] + [line for found in first for line in found["skips"]]
-    if (flaky := sum(map(len, by_file.values())) - len(failures)) > 0:
-        lines.append(f"{flaky} failed among others and passed by themselves")
+    lines += [f"failed among others and passed by itself: {test}" for test in among if test in passed]
     return {"counts": counts, "runs": runs}, lines, counts["passed"] > 0 and not told
+
+
+def _is_of(line: str, test: str) -> bool:
+    """Whether a line of pytest's summary is about a test."""
+    return line.partition(" ")[2] == test or line.partition(" ")[2].startswith(f"{test} - ")
 
 
 def _pytest(tests: list[str], processes: int, seconds: float, dry: bool) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def _pytest(tests: list[str], processes: int, seconds: float, dry: bool) -> dict
     if seconds < 5:
         return outcomes("") | {"ended": "not run: no time was left", "output": ""}
     chosen = ["-k", "what_is_no_tensor"] if dry else ["-m", "gpu"]
-    command = [sys.executable, "-m", "pytest", "-v", "-rs", "--no-header", "--tb=short", "-p", "no:randomly", *chosen]
+    command = [sys.executable, "-m", "pytest", "-v", "-rfEs", "--no-header", "--tb=short", "-p", "no:randomly", *chosen]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(processes)]
     with tempfile.TemporaryFile("w+") as log:
@@ -140,12 +141,15 @@ def _pytest(tests: list[str], processes: int, seconds: float, dry: bool) -> dict
             ended = "stopped: no time was left"
         log.seek(0)
         output = log.read()
-    return outcomes(output) | {"ended": ended, "output": output[-100_000:]}
+    found = outcomes(output)
+    if not ended and done.returncode == 1 and not found["failures"]:
+        ended = "pytest failed, and named no test"
+    return found | {"ended": ended, "output": output[-100_000:]}
 
 
 def outcomes(output: str) -> dict[str, Any]:
-    """Of pytest -v -rs, whole or cut off: how many passed, failed and were skipped, and a line a failure or a reason to
-    skip."""
+    """Of pytest -v -rfEs, whole or cut off: how many passed, failed and were skipped, which passed and failed, and a
+    line a failure or a reason to skip."""
     found: dict[str, str] = {}
     for line in output.splitlines():
         if (one := OUTCOME.match(line)) is not None:
@@ -157,7 +161,8 @@ def outcomes(output: str) -> dict[str, Any]:
     counts = {what: list(found.values()).count(what) for what in ("passed", "failed", "skipped")}
     counts["failed"] = max(counts["failed"], len(failures))  # a file that cannot be collected has no line of its own
     skips = [line[:300] for line in output.splitlines() if re.match(r"SKIPPED \[\d+\] ", line)]
-    return counts | {"failures": failures, "skips": skips}
+    tests = {f"{what}_tests": [t for t, outcome in found.items() if outcome == what] for what in ("passed", "failed")}
+    return counts | tests | {"failures": failures, "skips": skips}
 
 
 def ceilings(stage: Stage, keep: Keep) -> Result:

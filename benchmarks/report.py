@@ -75,7 +75,7 @@ def encoder_table() -> str:
     lines = [f"| batch | precision | fastdistil, tokens/s | ms (p99) | {' | '.join(f'{n}, ratio' for n in head)} |"]
     lines.append("|---|---|--:|--:|" + "--:|" * len(peers))
     for (batch, dtype), case in sorted(timed.items(), key=_by_size):
-        ours = [row for name, row in case.items() if name.startswith("fastdistil")]
+        ours = [row for name, row in case.items() if timing.is_ours(name)]
         if not ours:
             continue
         best = min(ours, key=lambda row: row["median_us"])

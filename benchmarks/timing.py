@@ -41,6 +41,14 @@ class Timing:
         return {"median_us": middle * 1e6, "iqr_us": (high - low) * 1e6, "samples_us": [s * 1e6 for s in self.samples]}
 
 
+OVERLAPPED = "fastdistil, captured graph, overlapped"  # a trial: no user gets it
+
+
+def is_ours(provider: str) -> bool:
+    """Whether it is a way in which a user runs fastdistil."""
+    return provider.startswith("fastdistil") and provider != OVERLAPPED
+
+
 POISONED = 4  # blocks of a size, for an allocator may hold several
 TURNS = 3  # that each provider gets on CPU; a GPU that is ours alone gives the same again
 

@@ -71,6 +71,7 @@ class Graphs:
             if not self._weights.is_plain():
                 return None
             key = (size, fixed)
+            after(self._done, input_ids)
             if key not in self._captured:
                 if len(self._captured) >= self.most:
                     return None
@@ -98,18 +99,21 @@ class Graphs:
 
     def _replay(self, graph: "_Graph", input_ids: Tensor, keep: Tensor | None) -> Tensor:
         batch, length = input_ids.shape
-        stream = torch.cuda.current_stream(input_ids.device) if input_ids.is_cuda else None
-        if stream is not None and self._done is not None:
-            stream.wait_event(self._done)  # another stream may still read what the last replay left
         graph.ids[:batch, :length] = input_ids
         if graph.keep.shape != input_ids.shape:
             graph.keep.zero_()
         graph.keep[:batch, :length] = True if keep is None else keep
         graph.replay()
         out = graph.out[:batch, :length].clone()
-        if stream is not None:
-            self._done = stream.record_event(self._done)
+        if input_ids.is_cuda:
+            self._done = torch.cuda.current_stream(input_ids.device).record_event(self._done)
         return out
+
+
+def after(done: "torch.cuda.Event | None", ids: Tensor) -> None:
+    """Lets the current stream wait: another may still use the memory that graphs share, or read what one left."""
+    if done is not None and ids.is_cuda:
+        torch.cuda.current_stream(ids.device).wait_event(done)
 
 
 class _Graph:
@@ -143,7 +147,7 @@ class _Weights:
                 *map(id, children.values()),
             )
             for p in parameters.values():
-                found += (None,) if p is None else (p.data_ptr(), p.dtype, p.stride())
+                found += (None,) if p is None else (p.data_ptr(), p.dtype, p.stride(), p.numel())
         return found
 
 
@@ -166,12 +170,17 @@ def capture(run: Callable[[], Tensor], device: torch.device, shared: Any) -> tup
         side.wait_stream(before)
         try:
             with torch.cuda.stream(side):
-                for _ in range(2):  # compiles the kernels and fills the libraries' workspaces; a capture must not
+                for _ in range(2):  # compiles the kernels and starts the libraries, which a capture must not
                     run()
+        finally:
             before.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
+        # a library's workspace belongs to the graph, which goes on using it, and to nobody else
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 out = run()
         finally:
             torch.cuda.set_stream(before)  # which a capture that failed leaves at its own
+            torch._C._cuda_clearCublasWorkspaces()
     return graph.replay, out, (graph.pool() if pool is None else pool, side)

@@ -222,8 +222,11 @@ def why_eager(device: torch.device) -> str | None:
 
 def launch_modes() -> tuple:
     """What decides, beside the arguments, which kernels run: a captured graph has it fixed inside."""
-    modes = _configs.modes
-    return modes.exact_gelu, modes.batch_invariant, modes.overlap, torch.backends.cuda.matmul.fp32_precision
+    modes, library = _configs.modes, torch.backends.cuda.matmul
+    return (
+        *(modes.exact_gelu, modes.batch_invariant, modes.overlap, library.fp32_precision),
+        *(library.allow_fp16_reduced_precision_reduction, library.allow_bf16_reduced_precision_reduction),
+    )
 
 
 def _check_eps(eps: float) -> None:

@@ -701,6 +701,8 @@ def _samples(inputs: Any, question: Any, context: Any) -> list[dict[str, str]]:
     bad: dict[int, str] = {}
     for row, sample in enumerate(samples):
         if not isinstance(sample, dict):
+            if bad:  # whose turn is first
+                break
             raise TypeError(f"inputs[{row}] must be a dictionary of question and context, got {type(sample).__name__}")
         for name in ("question", "context"):
             if not isinstance(sample.get(name), str):

@@ -168,18 +168,19 @@ LIBRARY: dict[str, Callable[[Tensor], Tensor]] = {
 def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_seqlens: Tensor | None) -> Tensor:
     """activation(x @ weight.T + bias): [M, K], [N, K], [N] -> [M, N]; op: whose recorded configuration is used"""
     (M, K), N = x.shape, weight.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if M == 0 or N == 0:
-        return y
+        return x.new_empty(M, N)
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     size = x.element_size()
     if _configs.modes.batch_invariant:  # one family, wherever the memory lies
         x, weight = (t.clone() if t.data_ptr() % 16 else t for t in (x, weight))
-    aligned = K > 0 and K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight, y))
+    # what torch allocates, as it will the result, is aligned
+    aligned = K > 0 and K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight))
     launch = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned, whole=cu_seqlens is None)
     c = launch.config
     if isinstance(c, _configs.Library):
         return LIBRARY[activation](F.linear(x, weight, bias))
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     common = dict(
         ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,
         PRECISION=launch.precision,

@@ -790,29 +790,71 @@ def test_outcomes_of_tests_whole_and_cut_off():
     assert gpu.outcomes("SKIPPED [2] tests/c.py:9: no device\n")["skips"] == ["SKIPPED [2] tests/c.py:9: no device"]
 
 
-def test_what_failed_among_others_is_looked_at_again(tmp_path, monkeypatch):
-    """One that breaks the device takes others along, which are right by themselves."""
+def among_others(tmp_path, monkeypatch, together, alone):
+    """correctness() where pytest prints this of all tests together, and of each further call by its tests."""
     asked = []
 
     def pytest_(tests, processes, seconds, dry):
         asked.append(tests)
-        failed = "FAILED tests/a.py::test_x[every other row] - cuda\nFAILED tests/a.py::test_y - cuda\n"
-        together = failed + "ERROR tests/b.py::test_z - cuda\ntests/c.py::test SKIPPED (no)\n"
-        together += "SKIPPED [1] tests/c.py:3: no\n"
-        output = {1: "FAILED tests/a.py::test_x[every other row] - max error\n", 2: "tests/b.py::test_z PASSED [1%]\n"}
-        found = together if tests == list(gpu.WITH_GPU) else output.get(len(asked) - 2, "tests/m.py::test PASSED [1%]")
-        return gpu.outcomes(found) | {"ended": "", "output": found}
+        output, ended = (
+            together if tests == list(gpu.WITH_GPU) else alone.get(tests[0], ("tests/m.py::t PASSED [1%]", ""))
+        )
+        return gpu.outcomes(output) | {"ended": ended, "output": output}
 
     monkeypatch.setattr(gpu, "_pytest", pytest_)
-    stage = gpu.Stage(tmp_path, 1, dry=False)
-    found, lines, right = gpu.correctness(stage, lambda rows: None)
-    assert asked[2:] == [["a.py::test_x[every other row]", "a.py::test_y"], ["b.py::test_z"]] and not right
-    assert found["counts"] == {"passed": 1, "skipped": 1, "failed": 1}
-    assert lines[1:] == [
-        "WRONG FAILED tests/a.py::test_x[every other row] - max error",
+    found, lines, right = gpu.correctness(gpu.Stage(tmp_path, 1, dry=False), lambda rows: None)
+    return asked[2:], found["counts"], lines[1:], right
+
+
+FAILING = """tests/a.py::test_x[every other row] FAILED [1%]
+[gw1] [ 50%] FAILED tests/a.py::test_y[a - b]\x20
+tests/b.py::test_z FAILED [3%]
+tests/c.py::test SKIPPED (no) [4%]
+FAILED tests/a.py::test_x[every other row] - cuda
+FAILED tests/a.py::test_y[a - b] - cuda
+FAILED tests/b.py::test_z - cuda
+SKIPPED [1] tests/c.py:3: no
+"""
+
+
+def test_what_failed_among_others_is_looked_at_again(tmp_path, monkeypatch):
+    """One that breaks the device takes others along, which are right by themselves."""
+    alone = {
+        "a.py::test_x[every other row]": (
+            "tests/a.py::test_x[every other row] FAILED [1%]\ntests/a.py::test_y[a - b] PASSED [2%]\n"
+            "FAILED tests/a.py::test_x[every other row] - max error\n",
+            "",
+        ),
+        "b.py::test_z": ("tests/b.py::test_z PASSED [1%]", ""),
+    }
+    asked, counts, lines, right = among_others(tmp_path, monkeypatch, (FAILING, ""), alone)
+    assert asked == [["a.py::test_x[every other row]", "a.py::test_y[a - b]"], ["b.py::test_z"]] and not right
+    assert counts == {"passed": 1, "skipped": 1, "failed": 1}
+    assert lines == [
+        "WRONG FAILED tests/a.py::test_x[every other row] - cuda",
         "SKIPPED [1] tests/c.py:3: no",
-        "2 failed among others and passed by themselves",
+        "failed among others and passed by itself: tests/a.py::test_y[a - b]",
+        "failed among others and passed by itself: tests/b.py::test_z",
     ]
+
+
+def test_what_failed_and_could_not_be_looked_at_again_has_failed(tmp_path, monkeypatch):
+    late = dict.fromkeys(("a.py::test_x[every other row]", "b.py::test_z"), ("", "not run: no time was left"))
+    _, counts, lines, right = among_others(tmp_path, monkeypatch, (FAILING, "stopped: no time was left"), late)
+    assert counts["failed"] == 3 and not right and not any("passed by itself" in line for line in lines)
+    assert "WRONG FAILED tests/b.py::test_z - cuda" in lines and "WRONG together: stopped: no time was left" in lines
+    memory = {gpu.ALONE: ("FAILED tests/kernels/test_memcheck.py::test_no - leak\n", "")}
+    asked, counts, _, right = among_others(tmp_path, monkeypatch, ("tests/a.py::t PASSED [1%]", ""), memory)
+    assert counts["failed"] == 1 and not right and asked == []  # it was alone already
+
+
+def test_a_file_that_cannot_be_imported_is_wrong(tmp_path):
+    """As pytest reports it, of one process and of several."""
+    (tmp_path / "test_broken.py").write_text("import there_is_no_such_module\n")
+    (tmp_path / "test_right.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_right():\n    pass\n")
+    for processes in (0, 2):
+        found = gpu._pytest([str(tmp_path / "test_broken.py"), str(tmp_path / "test_right.py")], processes, 60, False)
+        assert found["failures"] or found["ended"], found["output"]
 
 
 def test_wrong_use(tmp_path, capsys):

@@ -714,6 +714,8 @@ def test_pipes_and_links_below_an_input(checkpoint, tmp_path, capsys):
     os.mkfifo(tmp_path / "in" / "a" / "p.txt")
     found = [str(tmp_path / "in" / "a" / "x.txt"), str(tmp_path / "in" / "b" / "y.txt")]
     assert find_inputs([tmp_path / "in"]) == found == find_inputs([tmp_path / "in" / "[ab]" / "*.txt"])
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "in" / "a")  # the same again
+    assert find_inputs([tmp_path / "in"]) == found
     with pytest.raises(ValueError, match=r"p.txt is no regular file"):
         find_inputs([tmp_path / "in" / "a" / "p*"])
 
@@ -722,24 +724,25 @@ def test_lines_in_a_file_of_another_name(checkpoint, tmp_path):
     """JSON or text, told apart as on standard input."""
     path = jsonl(tmp_path / "in.dat", [{"text": "a"}, {"text": "b"}])
     assert [row.text for row in read_rows([path])] == ["a", "b"]
-    (tmp_path / "plain").write_text("a\n{b\n")
-    assert [row.text for row in read_rows([tmp_path / "plain"])] == ["a", "{b"]
+    for text in ("a\n{b\n", "{{cite}} a\nb\n"):
+        (tmp_path / "plain").write_text(text)
+        assert [row.text for row in read_rows([tmp_path / "plain"])] == text.splitlines()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: path.write_text(path.read_text()[: -len("text 7\n")]), r"\(size: was \d+, now \d+\); start over"),
-        (lambda path: path.write_text(path.read_text() + "more\n"), r"\(size: was"),
-        (lambda path: path.write_text(path.read_text().replace("text 0", "tXxt 0")), r"\(content\)"),
-        (lambda path: os.utime(path, (1, 1)), None),
+        (lambda path: path.write_text(path.read_text()[: -len("text 7\n")]), "truncated"),
+        (lambda path: path.write_text(path.read_text() + "more\n"), "grown"),
+        (lambda path: path.write_text(path.read_text().replace("text 0", "tXxt 0")), "edited"),
+        (lambda path: os.utime(path, (1, 1)), "touched"),
         (lambda path: path.unlink(), None),
     ],
 )
 def test_an_input_that_changes_while_it_is_read(change, message, checkpoint, tmp_path, monkeypatch):
     path = tmp_path / "in.txt"
     path.write_text("".join(f"text {i}\n" for i in range(8)))
-    real = module._write
+    content, times, real = path.read_bytes(), path.stat(), module._write
 
     def write_(job, directory, manifest, work, part):
         if part.number == 2:
@@ -751,20 +754,35 @@ def test_an_input_that_changes_while_it_is_read(change, message, checkpoint, tmp
     if message is None:
         assert module.run_job(job, work, module.Log(True)).finished
         return
-    with pytest.raises(ValueError, match=f"the input in.txt changed while it was read {message}"):
+    with pytest.raises(ValueError, match=r"the input in.txt changed while it was read; start over with --overwrite"):
         module.run_job(job, work, module.Log(True))
+    path.write_bytes(content)  # as it was, which nobody can tell of what was read
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr(module, "_write", real)
+    with pytest.raises(ValueError, match=r"changed_while_read was 'in.txt', now None.*--overwrite"):
+        module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
     assert not read_manifest(tmp_path / "o").finished and len(manifests.finished_parts(tmp_path / "o")) >= 4
 
 
-def test_embeddings_beyond_float16(minilm, tmp_path, capsys):
+def _with_a_nan(compute):
+    def computed(*args):
+        out = compute(*args).clone()
+        out[-1, 0] = float("nan")  # as of a text that the model cannot bear
+        return out
+
+    return computed
+
+
+def test_embeddings_beyond_float16(minilm, tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     model = fastdistil.DistilBertModel(DistilBertConfig(**TINY))
     with torch.no_grad():
         model.transformer.layer[-1].output_layer_norm.weight.mul_(1e6)
     model.save_pretrained(tmp_path / "m")
     DistilBertTokenizer.from_pretrained(minilm).save_pretrained(tmp_path / "m")
-    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}, {"text": "c"}])
     given = ["--input", path, "--output", tmp_path / "o", "--no-normalize", "--output-dtype"]
+    monkeypatch.setattr(Embedder, "_compute", _with_a_nan(Embedder._compute))
     assert embed(tmp_path / "m", *given, "float16") == 1
     assert "in.jsonl, line 1: its embedding is beyond float16's range" in capsys.readouterr().err
     assert embed(tmp_path / "m", *given, "float32") == 0
@@ -947,6 +965,8 @@ def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkey
     for i in range(3):
         shutil.copytree(tmp_path / f"s{i}", tmp_path / "deep" / "shard-0-of-1" / f"shard-{i}-of-3")
     assert main(["merge", str(tmp_path / "deep"), "--output", str(tmp_path / "all"), "--quiet"]) == 3
+    # the directory that they lie in, beside what is merged already
+    assert main(["merge", str(tmp_path), "--output", str(tmp_path / "again"), "--quiet"]) == 3
     # what cannot be merged
     (tmp_path / "nothing").mkdir()
     for given, message in [
@@ -955,7 +975,6 @@ def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkey
         ([shards[0], str(tmp_path / "ranks" / "shard-00000-of-00002")], "of another job"),
         ([str(tmp_path / "none")], "there is no directory"),
         ([str(tmp_path / "nothing")], "is no shard"),
-        ([str(tmp_path)], "far is shard 0, as"),  # every directory of a job in it
     ]:
         assert main(["merge", *given, "--output", str(tmp_path / "x")]) == 1
         assert message in capsys.readouterr().err
@@ -1219,6 +1238,32 @@ def test_a_merge_that_was_killed_goes_on(checkpoint, tmp_path, monkeypatch):
     assert (tmp_path / "o" / "part-00000.npy").exists()
     assert main([*arguments, "--output", str(tmp_path / "o"), "--resume"]) == 0
     assert [part.rows for part in Index(tmp_path / "o").manifest.parts] == [12, 12]
+
+
+def test_a_repair_of_several_devices_output_that_is_stopped_goes_on(checkpoint, tmp_path, capfd, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS * 2])
+    given = ["embed", "--model", str(checkpoint), "--input", str(path), "--output", str(tmp_path / "o")]
+    given += ["--quiet", "--device", "cpu,cpu"]
+    assert main(given) == 0
+    whole = files(tmp_path / "o")
+    (tmp_path / "o" / "part-00000.npy").unlink()
+    settings = read_manifest(tmp_path / "o").settings
+    with monkeypatch.context() as patch, pytest.raises(Stop):  # what the process that makes it whole leaves when killed
+        stop_at(patch, 1)
+        patch.setattr(module, "_settings", lambda job, inputs: settings)
+        module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
+    assert not read_manifest(tmp_path / "o").finished
+    assert main([*given, "--resume"]) == 0 and files(tmp_path / "o").keys() == whole.keys()
+    assert Index(tmp_path / "o").manifest.rows == 16
+
+
+def test_a_pattern_that_matches_the_output(checkpoint, tmp_path):
+    """Its directory has nothing to read, or only what the job wrote."""
+    write("txt", tmp_path / "in.txt", LINES)
+    for devices in ("cpu", "cpu,cpu"):
+        given = ["--input", tmp_path / "*", "--output", tmp_path / "o", "--device", devices, "--overwrite"]
+        for _ in range(2):
+            assert embed(checkpoint, *given) == 0 and Index(tmp_path / "o").manifest.rows == len(LINES)
 
 
 @pytest.mark.parametrize("lost", [[0], [1], [1, 3], [0, 1, 2, 3]])

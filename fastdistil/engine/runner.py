@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdistil import ops
 from fastdistil.engine.scheduler import CPU_BUDGET, Batch, Window, batches, cuda_budget
-from fastdistil.graphs import can_capture, capture
+from fastdistil.graphs import after, can_capture, capture
 
 logger = logging.getLogger("fastdistil")
 
@@ -273,8 +273,8 @@ class _Slot:
         size = 2 * step + ends
         if len(self.host) < size:
             room = 1 << (size - 1).bit_length()  # so that it seldom grows again
-            self.host = torch.empty(room, dtype=torch.int32, pin_memory=lanes.pinned)
-            self.there = torch.empty(room, dtype=torch.int32, device=lanes.device)
+            there = torch.empty(room, dtype=torch.int32, device=lanes.device)  # for which there may be no memory
+            self.host, self.there = torch.empty(room, dtype=torch.int32, pin_memory=lanes.pinned), there
             if lanes.copying is not None:
                 # the memory was the computing stream's: what that still does there comes first, now and after us
                 lanes.copying.wait_stream(torch.cuda.current_stream(lanes.device))
@@ -355,6 +355,7 @@ class GraphCache:
             if key != self._key:  # they read memory that the model no longer owns
                 self._clear()
                 self._key = key
+            after(self._done, ids)
             at = size, full, ops.launch_modes()
             if at not in self._graphs:
                 if len(self._graphs) >= MOST_GRAPHS:
@@ -363,17 +364,14 @@ class GraphCache:
             graph = self._graphs[at]
             if graph is None:
                 return None
-            stream = torch.cuda.current_stream(ids.device) if ids.is_cuda else None
-            if stream is not None and self._done is not None:
-                stream.wait_event(self._done)  # another stream may still read what the last replay left
             graph.ids[: len(ids)].copy_(ids)
             graph.positions[: len(ids)].copy_(positions)
             graph.cu_seqlens[: len(cu_seqlens)].copy_(cu_seqlens)
             graph.cu_seqlens[len(cu_seqlens) :].fill_(len(ids))
             graph.replay()
             result = graph.result[:sequences].clone()
-            if stream is not None:
-                self._done = stream.record_event(self._done)
+            if ids.is_cuda:
+                self._done = torch.cuda.current_stream(ids.device).record_event(self._done)
             return result
 
     def _capture(self, size: tuple[int, ...], device: torch.device, compute: Compute, full: bool) -> "_Graph | None":

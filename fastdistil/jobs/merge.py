@@ -32,7 +32,8 @@ def find_shards(directories: Iterable[str | Path]) -> list[Path]:
     for given in map(Path, directories):
         if not given.is_dir():
             raise FileNotFoundError(f"there is no directory {given}")
-        inside = sorted(p for p in given.iterdir() if p.is_dir() and (_is_shard(p) or (p / MANIFEST).is_file()))
+        below = sorted(path for path in given.iterdir() if path.is_dir())
+        inside = [path for path in below if _is_shard(path)] or [path for path in below if _is_one_of_many(path)]
         found += [given] if (given / MANIFEST).is_file() or not inside else find_shards(inside)
     return found
 
@@ -96,6 +97,10 @@ def _meaning(manifest: Manifest) -> dict[str, Any]:
 
 def _is_shard(path: Path) -> bool:
     return path.is_dir() and path.name.startswith("shard-")
+
+
+def _is_one_of_many(path: Path) -> bool:
+    return (path / MANIFEST).is_file() and read_manifest(path).settings.get("shards", 1) != 1
 
 
 def _placed(directory: Path, part: Part, output: Path, number: int) -> Part:

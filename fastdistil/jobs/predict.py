@@ -87,6 +87,7 @@ class Prediction:
                     self._rows + len(part.usable[first : first + AT_ONCE]),
                     self.answer.stages.tokens,
                 )
+            self._rows += len(part.rows) - len(part.usable)  # which needed no answer
             yield part
 
     def _answers(self, part: Rows, positions: list[int]) -> list[Any]:

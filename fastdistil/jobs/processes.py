@@ -57,8 +57,8 @@ def run_on(
     _refuse(output, directories, total, resume=resume, overwrite=overwrite)
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(devices)))}
     start = [sys.executable, "-m", "fastdistil.cli", *command]
-    if resume and shards == 1 and (output / MANIFEST).is_file() and read_manifest(output).finished:
-        # merged already: one process sees whether it is this job's, and whole
+    if resume and shards == 1 and _is_merged(output):
+        # one process sees whether it is this job's, and whole
         alone = [*start, "--device", devices[0], "--output", str(output), "--num-shards", "1", "--shard-index", "0"]
         rejected = REJECTED in _together(devices[:1], [alone], environment, [], [])
         for directory in directories:
@@ -105,10 +105,18 @@ def _refuse(output: Path, directories: list[Path], total: int, *, resume: bool, 
         )
     if (output / MANIFEST).is_file():
         # an unfinished one is a merge that was interrupted, or the work of a job on one device
-        if not (read_manifest(output).finished or all(map(_is_finished, directories))):
+        if not (_is_merged(output) or all(map(_is_finished, directories))):
             raise FileExistsError(f"{output} holds an unfinished job on one device; go on with one{hint}")
     elif theirs := [name for name in others if OURS.fullmatch(name)]:
         raise FileExistsError(f"{output} is not empty ({theirs[0]}); give another directory{hint}")
+
+
+def _is_merged(output: Path) -> bool:
+    """Whether the output was finished once; what is unfinished and has parts is being made whole again."""
+    if not (output / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(output)
+    return manifest.finished or bool(manifest.parts)
 
 
 def _is_finished(directory: Path) -> bool:

@@ -135,7 +135,7 @@ class RayEmbedding(Embedding):
                 self._put(part, np.arange(first, first + len(found)), found)
                 part.left, self._rows = part.left - len(found), self._rows + len(found)
                 while waiting and not waiting[0].left:
-                    yield waiting.popleft()
+                    yield self._whole(waiting.popleft())
 
         try:
             for part in parts:
@@ -148,7 +148,7 @@ class RayEmbedding(Embedding):
                     flying.append((part, first, actor.encode.remote(texts[first : first + CHUNK])))
                     turn += 1
             yield from land(0)
-            yield from waiting
+            yield from map(self._whole, waiting)
         finally:
             self.close()
 

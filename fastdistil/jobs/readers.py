@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ import numpy as np
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # what is taken from a directory
 PACKED = (".gz", ".zst")
 STDIN = "-"
+OBJECT = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*(?:["}]|$)')  # how an object begins
 MARKS = {  # that a file begins with; the longer ones first
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -68,7 +70,10 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
                 raise OSError("the input is standard input, which is closed")
             found.append(name)
         elif Path(name).is_dir():
-            found += _files_in(name)
+            inside = _files_in(name)
+            if not inside:
+                raise FileNotFoundError(f"the directory {name} holds no {', '.join(SUFFIXES)} file")
+            found += inside
         elif Path(name).is_file():
             found.append(name)
         elif Path(name).exists():
@@ -81,17 +86,15 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
             files = [f for match in matches for f in (_files_in(match) if Path(match).is_dir() else [match])]
             files = [f for f in files if Path(f).is_file()]
             if not files:
-                raise ValueError(f"{matches[0]} is no regular file")
+                what = "a directory without such files" if Path(matches[0]).is_dir() else "no regular file"
+                raise ValueError(f"{matches[0]} is {what}")
             found += dict.fromkeys(files)
     return found
 
 
 def _files_in(directory: str) -> list[str]:
     names = (Path(there, name) for there, inside in _walk(Path(directory)) for name in inside)
-    found = sorted(str(path) for path in names if path.is_file() and _kind(str(path)))
-    if not found:
-        raise FileNotFoundError(f"the directory {directory} holds no {', '.join(SUFFIXES)} file")
-    return found
+    return sorted(str(path) for path in names if path.is_file() and _kind(str(path)))
 
 
 def _walk(directory: Path) -> Iterator[tuple[str, list[str]]]:
@@ -102,6 +105,7 @@ def _walk(directory: Path) -> Iterator[tuple[str, list[str]]]:
             below.clear()
             continue
         seen.add(real)
+        below.sort()  # which of two links to one directory counts is not to be chance
         yield there, inside
 
 
@@ -257,7 +261,7 @@ class Lines(Source):
                 if raw.strip():
                     break
             # no matter whether it can be read: a damaged object is an object
-            self.is_json = bool(head) and head[-1].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+            self.is_json = bool(head) and OBJECT.match(head[-1]) is not None
             self._lines = _chain(head, self._lines)
         for raw in self._lines:
             self.line += 1

@@ -142,7 +142,10 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
                 parts.append(writing.result())
         if reading.failure is not None:
             raise reading.failure
-        _check_unchanged(manifest.settings["inputs"], inputs)
+        if (changed := _changed(manifest.settings["inputs"], inputs)) is not None:
+            manifest.settings["changed_while_read"] = changed  # what is written is of no one input: never to be resumed
+            write_manifest(directory, manifest)
+            raise ValueError(f"the input {changed} changed while it was read; start over with --overwrite")
         if not parts:
             start_over(directory, manifest, [])
         _finish(directory, manifest, parts)
@@ -169,14 +172,13 @@ def _settings(job: Job, inputs: list[str]) -> dict[str, Any]:
     }
 
 
-def _check_unchanged(before: list[list[Any]], inputs: list[str]) -> None:
-    """Raise ValueError for an input that is another than when the job began; one that is gone was read to its end."""
-    for (name, size, _, digest), path in zip(before, inputs, strict=True):
+def _changed(before: list[list[Any]], inputs: list[str]) -> str | None:
+    """The first input that is another than when the job began; one that is gone was read to its end."""
+    for then, path in zip(before, inputs, strict=True):
         with suppress(FileNotFoundError):
-            _, size_now, _, digest_now = fingerprint_of_files([path])[0]
-            if (size, digest) != (size_now, digest_now):
-                what = f"size: was {size}, now {size_now}" if size != size_now else "content"
-                raise ValueError(f"the input {name} changed while it was read ({what}); start over with --overwrite")
+            if fingerprint_of_files([path])[0] != then:
+                return str(then[0])
+    return None
 
 
 def _empty(job: Job, directory: Path) -> bool:
@@ -385,15 +387,19 @@ class Embedding:
                     self._tokens + int(done.window.lengths[done.rows].sum()),
                 )
                 while waiting and not waiting[0].left:
-                    yield waiting.popleft()
-            yield from waiting
+                    yield self._whole(waiting.popleft())
+            yield from map(self._whole, waiting)
         finally:
             self.source.close()
+
+    def _whole(self, part: Rows) -> Rows:
+        self._rows += len(part.rows) - len(part.usable)  # which needed no answer
+        return part
 
     def _put(self, part: Rows, at: np.ndarray, found: np.ndarray) -> None:
         with np.errstate(over="ignore"):
             part.answers[at] = found
-        if self.dtype == np.float16 and np.abs(found).max(initial=0) > FLOAT16:
+        if self.dtype == np.float16:
             for i in at[(np.abs(found) > FLOAT16).any(1)]:
                 part.errors[part.usable[i]] = "its embedding is beyond float16's range; leave --output-dtype float32"
 

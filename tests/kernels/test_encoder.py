@@ -158,7 +158,25 @@ def test_base_size_against_float64(dtype, lengths):
         ours = model(ids, keep)[0][keep]
         replayed = model.cuda_graphs()(ids, keep)[0][keep]
     error_law(ours, eager, truth)
-    assert torch.equal(ours, replayed) or (ours - replayed).abs().max() <= (ours - truth).abs().max()
+    error_law(replayed, eager, truth)  # not bit for bit: a bucket has more rows, and so perhaps other tiles
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_overlapping_launches_give_the_same_bits(graphs, modes):
+    """Every kernel, with torch's own in between, and again and again over the same memory."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("launches overlap from sm_90 on")
+    model, (ids, keep) = model_on("cuda").half(), batch("cuda")
+    model.cuda_graphs(graphs)
+    with torch.inference_mode():
+        expected = model(ids, keep)[0].clone()
+        modes.overlap = True
+        for _ in range(20):
+            hidden = model(ids, keep)[0]
+            rows = (hidden * 2 - hidden).contiguous()
+            assert torch.equal(rows, expected * 2 - expected)
 
 
 @pytest.mark.gpu
