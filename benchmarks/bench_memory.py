@@ -51,7 +51,7 @@ class Counting(Log):
     def part(self, part):
         super().part(part)
         status = Path("/proc/self/status").read_text()
-        samples.append((self.rows, int(status.split("VmRSS:")[1].split()[0]) * 1024))
+        samples.append((self.figures()["rows"], int(status.split("VmRSS:")[1].split()[0]) * 1024))
 
 log = Counting(quiet=True)
 start = time.perf_counter()
