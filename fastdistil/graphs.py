@@ -127,8 +127,8 @@ class _Weights:
     def __init__(self, model: nn.Module):
         self.parts = [(m, m.__dict__, m._parameters, m._modules) for m in model.modules()]
         self.when_captured = self.state()
-        self.known = not any(type(m) not in PLAIN and not type(m).__module__.startswith("fastdistil.")
-                             for m in model.modules())  # fmt: skip
+        kinds = {type(module) for module in model.modules()}
+        self.known = all(kind in PLAIN or kind.__module__.startswith("fastdistil.") for kind in kinds)
         self.watched = any(
             own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own
             for _, own, _, _ in self.parts
@@ -176,11 +176,12 @@ def capture(run: Callable[[], Tensor], device: torch.device, shared: Any) -> tup
             before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # a library's workspace belongs to the graph, which goes on using it, and to nobody else
-        torch._C._cuda_clearCublasWorkspaces()
+        forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+        forget()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 out = run()
         finally:
             torch.cuda.set_stream(before)  # which a capture that failed leaves at its own
-            torch._C._cuda_clearCublasWorkspaces()
+            forget()
     return graph.replay, out, (graph.pool() if pool is None else pool, side)
