@@ -724,7 +724,9 @@ def test_lines_in_a_file_of_another_name(checkpoint, tmp_path):
     """JSON or text, told apart as on standard input."""
     path = jsonl(tmp_path / "in.dat", [{"text": "a"}, {"text": "b"}])
     assert [row.text for row in read_rows([path])] == ["a", "b"]
-    for text in ("a\n{b\n", "{{cite}} a\nb\n"):
+    (tmp_path / "damaged").write_text('{text: "a"}\n{"text": "b"}\n')
+    assert [(row.text, row.error is None) for row in read_rows([tmp_path / "damaged"])] == [(None, False), ("b", True)]
+    for text in ("a\n{b\n", "{{cite}} a\nb\n", "{% if %}\n"):
         (tmp_path / "plain").write_text(text)
         assert [row.text for row in read_rows([tmp_path / "plain"])] == text.splitlines()
 
@@ -756,12 +758,14 @@ def test_an_input_that_changes_while_it_is_read(change, message, checkpoint, tmp
         return
     with pytest.raises(ValueError, match=r"the input in.txt changed while it was read; start over with --overwrite"):
         module.run_job(job, work, module.Log(True))
-    path.write_bytes(content)  # as it was, which nobody can tell of what was read
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     monkeypatch.setattr(module, "_write", real)
-    with pytest.raises(ValueError, match=r"changed_while_read was 'in.txt', now None.*--overwrite"):
+    with pytest.raises(ValueError, match="the input in.txt"):
         module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
-    assert not read_manifest(tmp_path / "o").finished and len(manifests.finished_parts(tmp_path / "o")) >= 4
+    path.write_bytes(content)  # as it was: what is written is of that
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for output in ("o", "whole"):
+        module.run_job(*make_job(checkpoint, path, tmp_path / output), module.Log(True))
+    assert files(tmp_path / "o") == files(tmp_path / "whole")
 
 
 def _with_a_nan(compute):
@@ -967,6 +971,12 @@ def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkey
     assert main(["merge", str(tmp_path / "deep"), "--output", str(tmp_path / "all"), "--quiet"]) == 3
     # the directory that they lie in, beside what is merged already
     assert main(["merge", str(tmp_path), "--output", str(tmp_path / "again"), "--quiet"]) == 3
+    (tmp_path / "s0" / "site").mkdir()  # somebody else's, beside and below
+    for place in (tmp_path / "s0" / "site", tmp_path / "theirs"):
+        place.mkdir(exist_ok=True)
+        (place / "manifest.json").write_text('{"name": "x"}')
+    assert main(["merge", str(tmp_path), "--output", str(tmp_path / "once more"), "--quiet"]) == 3
+    assert main(["merge", *shards, "--output", str(tmp_path / "each"), "--quiet"]) == 3
     # what cannot be merged
     (tmp_path / "nothing").mkdir()
     for given, message in [

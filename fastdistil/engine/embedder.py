@@ -131,7 +131,7 @@ class Embedder:
             return self.encode([texts], max_batch_tokens, show_progress=False)[0]
         if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a string or an iterable of strings, got {type(texts).__name__}")
-        if isinstance(dimensions := getattr(texts, "ndim", 1), int) and dimensions != 1:
+        if isinstance(dimensions := getattr(texts, "ndim", 1), (int, np.integer)) and dimensions != 1:
             raise TypeError(
                 f"texts must be one column of strings, got {dimensions} dimensions in a {type(texts).__name__}"
             )

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ def find_shards(directories: Iterable[str | Path]) -> list[Path]:
     for given in map(Path, directories):
         if not given.is_dir():
             raise FileNotFoundError(f"there is no directory {given}")
-        below = sorted(path for path in given.iterdir() if path.is_dir())
+        below = [] if (given / MANIFEST).is_file() else sorted(path for path in given.iterdir() if path.is_dir())
         inside = [path for path in below if _is_shard(path)] or [path for path in below if _is_one_of_many(path)]
-        found += [given] if (given / MANIFEST).is_file() or not inside else find_shards(inside)
+        found += find_shards(inside) if inside else [given]
     return found
 
 
@@ -100,7 +100,9 @@ def _is_shard(path: Path) -> bool:
 
 
 def _is_one_of_many(path: Path) -> bool:
-    return (path / MANIFEST).is_file() and read_manifest(path).settings.get("shards", 1) != 1
+    with suppress(ValueError):  # somebody else's manifest
+        return (path / MANIFEST).is_file() and read_manifest(path).settings.get("shards", 1) != 1
+    return False
 
 
 def _placed(directory: Path, part: Part, output: Path, number: int) -> Part:

@@ -25,7 +25,7 @@ import numpy as np
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # what is taken from a directory
 PACKED = (".gz", ".zst")
 STDIN = "-"
-OBJECT = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*(?:["}]|$)')  # how an object begins
+OBJECT = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{(?![{%#])")  # how an object begins, and no template
 MARKS = {  # that a file begins with; the longer ones first
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",

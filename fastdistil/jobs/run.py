@@ -131,7 +131,8 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
         with ThreadPoolExecutor(1) as writer:
             writing: Future | None = None
             for part in work.run(reading):
-                if (refused := _refused(job, part)) is not None:
+                # what a part holds was read by now: those that are written are of the input as it was
+                if (refused := _refused(job, part) or _changed(manifest, inputs)) is not None:
                     reading.failure = ValueError(refused)
                     break
                 if writing is not None:
@@ -142,10 +143,8 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
                 parts.append(writing.result())
         if reading.failure is not None:
             raise reading.failure
-        if (changed := _changed(manifest.settings["inputs"], inputs)) is not None:
-            manifest.settings["changed_while_read"] = changed  # what is written is of no one input: never to be resumed
-            write_manifest(directory, manifest)
-            raise ValueError(f"the input {changed} changed while it was read; start over with --overwrite")
+        if (changed := _changed(manifest, inputs)) is not None:
+            raise ValueError(changed)
         if not parts:
             start_over(directory, manifest, [])
         _finish(directory, manifest, parts)
@@ -172,12 +171,12 @@ def _settings(job: Job, inputs: list[str]) -> dict[str, Any]:
     }
 
 
-def _changed(before: list[list[Any]], inputs: list[str]) -> str | None:
-    """The first input that is another than when the job began; one that is gone was read to its end."""
-    for then, path in zip(before, inputs, strict=True):
+def _changed(manifest: Manifest, inputs: list[str]) -> str | None:
+    """What is wrong where an input is another than when the job began; one that is gone was opened before."""
+    for (name, size, moment, _), path in zip(manifest.settings["inputs"], inputs, strict=True):
         with suppress(FileNotFoundError):
-            if fingerprint_of_files([path])[0] != then:
-                return str(then[0])
+            if path != "-" and ((stat := os.stat(path)).st_size, stat.st_mtime_ns) != (size, moment):
+                return f"the input {name} changed while it was read; start over with --overwrite"
     return None
 
 
