@@ -23,6 +23,7 @@ from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
 from fastdistil.cli import main
 from fastdistil.engine.runner import Engine
 from fastdistil.jobs import manifest as manifests
+from fastdistil.jobs import processes
 from fastdistil.jobs import run as module
 from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import Lock, read_manifest, write_manifest
@@ -1111,6 +1112,19 @@ def test_other_shards_stay_until_there_is_something_in_their_place(checkpoint, t
     assert "is writing to" in capfd.readouterr().err
     assert main([*given, *several]) == 0
     assert sorted(p.name for p in (tmp_path / "o").iterdir() if p.is_dir()) == []
+
+
+def test_the_lock_of_a_shard_on_several_devices_stays(checkpoint, tmp_path, monkeypatch):
+    """What it overwrites is in the directory that it holds."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    given = ["embed", "--model", str(checkpoint), "--input", str(path), "--quiet", "--output", str(tmp_path / "o")]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lock, seen = shard_directory(tmp_path / "o", 0, 2) / ".lock", []
+    together = processes._together
+    monkeypatch.setattr(processes, "_together", lambda *a: [together(*a), seen.append(lock.is_file())][0])
+    assert main([*given, "--device", "cpu,cpu"]) == 0 and main([*given, "--device", "cpu,cpu", "--overwrite"]) == 0
+    assert seen == [True, True]
 
 
 def test_several_devices_lose_nothing(checkpoint, tmp_path, capfd):

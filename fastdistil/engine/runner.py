@@ -88,9 +88,8 @@ class Engine:
 
         compute: (ids int32 [tokens], cu_seqlens int32 [batch + 1], longest, positions int32 [tokens], numbers of the
         sequences, whether no token is dead or hardly any) to a tensor, all on the device; longest may be more than the
-        model has positions. key: what else than
-        shapes decides what is computed, hashable; with it CUDA graphs may be replayed, so that compute must then give a
-        row a sequence and not look at their numbers.
+        model has positions. key: what else than shapes decides what is computed, hashable; with it CUDA graphs may be
+        replayed, so that compute must then give a row a sequence and not look at their numbers.
         """
         windows = self._timed(windows)
         if self.device.type == "cpu":

@@ -82,11 +82,9 @@ class Prediction:
         for part in parts:
             part.answers = []
             for first in range(0, len(part.usable), AT_ONCE):
-                part.answers += self._answers(part, part.usable[first : first + AT_ONCE])
-                self._rows, self._tokens = (
-                    self._rows + len(part.usable[first : first + AT_ONCE]),
-                    self.answer.stages.tokens,
-                )
+                positions = part.usable[first : first + AT_ONCE]
+                part.answers += self._answers(part, positions)
+                self._rows, self._tokens = self._rows + len(positions), self.answer.stages.tokens
             self._rows += len(part.rows) - len(part.usable)  # which needed no answer
             yield part
 

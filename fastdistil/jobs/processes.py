@@ -15,6 +15,7 @@ from fastdistil.jobs.merge import merge, shard_directory
 
 REJECTED = 3  # a process's status when it is done, but for some rows
 LIFELINE = "FASTDISTIL_LIFELINE"
+Replaced = tuple[Path, Callable[[Path], None]]  # a directory, and what removes from it what a job wrote
 
 
 def split_devices(device: str | None) -> list[str]:
@@ -77,7 +78,8 @@ def run_on(
             ]
             for i, (device, directory) in enumerate(zip(devices, directories, strict=True))
         ]
-        replaced = [output, *others] if overwrite else []
+        replaced: list[Replaced] = [(path, _remove_shard) for path in others]
+        replaced += [(output, remove)] if overwrite else []
         rejected = REJECTED in _together(devices, commands, environment, directories, replaced)
         if shards > 1:
             return rejected
@@ -128,10 +130,10 @@ def _together(
     commands: list[list[str]],
     environment: dict[str, str],
     directories: list[Path],
-    replaced: list[Path],
+    replaced: list[Replaced],
 ) -> list[int]:
-    """The status of each command. What earlier jobs wrote goes from `replaced` when one of the directories holds
-    something to put in its place."""
+    """The status of each command. What earlier jobs wrote is removed, each in its way, when one of the directories
+    holds something to put in its place."""
     began, cleared = time.time() - 0.1, False
     with _lifeline() as (line, stop):
         children = [
@@ -154,8 +156,8 @@ def _together(
                     if state not in (None, 0, REJECTED):
                         raise Failed(device, state)
                 if not cleared and any(_since(directory / MANIFEST, began) for directory in directories):
-                    for path in replaced:
-                        _remove_shard(path) if SHARD.fullmatch(path.name) else remove(path)
+                    for path, clear in replaced:
+                        clear(path)
                     cleared = True
                 if None not in states:
                     return [child.returncode for child in children]

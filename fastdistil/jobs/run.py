@@ -381,10 +381,8 @@ class Embedding:
                 elif done.result is not None:
                     self._put(part, at, done.result.numpy()[which])
                 part.left -= len(at)
-                self._rows, self._tokens = (
-                    self._rows + len(at),
-                    self._tokens + int(done.window.lengths[done.rows].sum()),
-                )
+                self._rows += len(at)
+                self._tokens += int(done.window.lengths[done.rows].sum())
                 while waiting and not waiting[0].left:
                     yield self._whole(waiting.popleft())
             yield from map(self._whole, waiting)
