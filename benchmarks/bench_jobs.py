@@ -82,6 +82,37 @@ def bench_start_to_end_of_one_text(benchmark, path, tmp_path):
     print(f"\n{benchmark.stats.stats.median:.2f} s")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def bench_less_precision(benchmark, embedder, texts, path, dtype):
+    """The same texts by the same library in less precision, and the cosine it costs."""
+    rounded = Embedder.from_pretrained(path, device="cpu", dtype=dtype, max_length=MAX_LENGTH)
+    check_texts(embedder, embedder.encode(texts[:64]), texts)
+    rounded.encode(texts[:64])
+    times, exact, found = [], [], []
+
+    def setup():
+        start = time.perf_counter()
+        exact.append(embedder.encode(texts))
+        times.append(time.perf_counter() - start)
+
+    benchmark.pedantic(lambda: found.append(rounded.encode(texts)), setup=setup, rounds=ROUNDS)
+    cosine = [(a * b).sum(1) for a, b in zip(found, exact, strict=True)]
+    assert min(c.mean() for c in cosine) >= {"bfloat16": 0.9999, "int8": 0.997}[dtype]
+    ours = benchmark.stats.stats.data
+    ratios = [e / o for e, o in zip(times, ours, strict=True)]
+    tokens = len(embedder.tokenize(texts).ids)
+    benchmark.extra_info.update(
+        peer=f"{dtype} against its own float32",
+        ratio=median(ratios),
+        ratios=ratios,
+        tokens_per_second=tokens / median(ours),
+        peer_tokens_per_second=tokens / median(times),
+        least_cosine=float(min(c.min() for c in cosine)),
+        mean_cosine=float(np.mean([c.mean() for c in cosine])),
+    )
+    show(benchmark.extra_info)
+
+
 class CTranslate2:
     """CTranslate2's encoder, mean-pooled: texts sorted by tokens, batches of as many padded tokens as ours have."""
 

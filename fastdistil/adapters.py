@@ -283,6 +283,7 @@ class WithAdapters(nn.Module):
 
     config: Any
     base_model: Any
+    precision: Any
 
     def _blocks(self) -> Iterator[tuple[int, Any]]:
         yield from enumerate(self.base_model.transformer.layer)
@@ -354,6 +355,8 @@ class WithAdapters(nn.Module):
         self.set_active_adapters(adapter_name if set_active else active)
 
     def _insert(self, name: str, settings: dict[str, Any]) -> None:
+        if self.precision == "int8":
+            raise ValueError("a model in int8 takes no adapters; load it in float32")
         dim, like = self.config.dim, next(self.parameters())
 
         def placed(module: nn.Module) -> nn.Module:

@@ -197,7 +197,7 @@ def _job(command: argparse.ArgumentParser, formats: tuple[str, ...], default: st
 
 def _placement(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:N; cuda:0,1 for a process each (default: cuda if there)")
-    command.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+    command.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16", "int8"), default="auto")
     command.add_argument("--quiet", action="store_true", help="nothing on standard error but errors")
 
 
@@ -268,7 +268,7 @@ def _run(
         "fastdistil": fastdistil.__version__,
         "torch": torch.__version__,
         "tokenizers": importlib.metadata.version("tokenizers"),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads() if on_cpu else None,
         "truncate": arguments.truncate,

@@ -24,10 +24,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
-from fastdistil import graphs, ops, reference
+from fastdistil import graphs, int8, ops, reference
 from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, is_merged, low_rank
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
+from fastdistil.int8 import Int8Linear
 from fastdistil.outputs import BaseModelOutput
 from fastdistil.packing import Packing, can_look, find_rows
 
@@ -226,6 +227,8 @@ class MultiHeadSelfAttention(nn.Module):
     def project(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, 3 * dim]
         parts = (self.q_lin, self.k_lin, self.v_lin)
         if not all(map(is_plain, parts)):
+            if all(is_plain(part, Int8Linear) for part in parts):
+                return int8.apply(parts, x)  # type: ignore[arg-type]
             return torch.cat([part(x) for part in parts], dim=-1)
         if self._qkv is not None and type(x) is Tensor and not torch.compiler.is_compiling() and self._still_fits():
             return ops.qkv_projection(x, *self._qkv, live)
@@ -320,6 +323,8 @@ class FFN(nn.Module):
     def packed(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, dim]
         if is_plain(self.lin1) and isinstance(self.activation, str):
             x = ops.bias_gelu(x, self.lin1.weight, self.lin1.bias, self.activation, live)  # [rows, hidden_dim]
+        elif is_plain(self.lin1, Int8Linear) and isinstance(self.activation, str):
+            x = int8.apply([self.lin1], x, self.activation)  # type: ignore[list-item]
         else:
             x = self._activate(self.lin1(x))
         return apply_linear(self.lin2, x, live)
@@ -482,8 +487,9 @@ class PreTrainedModel(WithAdapters):
     ) -> Any:
         """Load a DistilBERT or BERT checkpoint from a directory or a hub id, in eval mode.
 
-        dtype: "auto" is the checkpoint's own; else a torch dtype or its name. A local directory is read without any
-        network access. use_safetensors=False reads pytorch_model.bin (with weights_only=True) instead.
+        dtype: "auto" is the checkpoint's own; else a torch dtype or its name, or "int8" for inference on CPU: the
+        encoder's linear layers in int8, the rest in float32. A local directory is read without any network access.
+        use_safetensors=False reads pytorch_model.bin (with weights_only=True) instead.
         output_loading_info: also return a dictionary of missing_keys, unexpected_keys and mismatched_keys.
         cache_dir and token are the hub's. device_map: one device, or "auto"; attn_implementation, low_cpu_mem_usage and
         what else transformers' callers pass to its loader (trust_remote_code, an empty variant) mean nothing here.
@@ -519,10 +525,18 @@ class PreTrainedModel(WithAdapters):
             with torch.device("meta"), _WithoutInit():
                 model = cls(config)
             wanted = torch_dtype if torch_dtype is not None else dtype
+            if to_int8 := wanted == "int8" or wanted is torch.int8:
+                wanted = "float32"
+                if as_device(device or "cpu").type != "cpu":
+                    raise ValueError(f"dtype int8 is for CPU, not for {device}; use float16 there")
             model = model.to(_dtype(wanted, config, weights))
             model.__dict__["_load_device"] = as_device(device or "cpu")
             report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
+        if to_int8:
+            if model.adapters_config:
+                raise ValueError("dtype int8 takes no adapters; use float32, or save the model with one merged")
+            int8.convert(model, model.base_model.transformer.layer)
         model.eval()
         return (model, report.as_dict()) if output_loading_info else model
 
@@ -564,6 +578,8 @@ class PreTrainedModel(WithAdapters):
             raise ValueError("safe_serialization=False asks for a pickle; only safetensors are written")
         if not is_main_process:
             return
+        if self.precision == "int8":
+            raise ValueError("the weights were rounded to int8 and cannot be saved; save the model they came from")
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         config, merged = copy.deepcopy(self.config), self._merged_adapter()
@@ -616,6 +632,13 @@ class PreTrainedModel(WithAdapters):
     @property
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def precision(self) -> str:
+        """The dtype's name, or "int8" where the linear layers are."""
+        if any(isinstance(m, Int8Linear) for m in self.modules()):
+            return "int8"
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def base_model(self) -> Any:
@@ -1239,7 +1262,7 @@ def _dtype(wanted: str | torch.dtype | None, config: DistilBertConfig, weights: 
         wanted = config.dtype or weights.dtype or torch.float32
     found = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
     if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"dtype {wanted!r} is not one of auto, float32, float16, bfloat16, float64")
+        raise ValueError(f"dtype {wanted!r} is not one of auto, float32, float16, bfloat16, float64, int8")
     return found
 
 

@@ -741,8 +741,8 @@ def pipeline(
 
     model: a directory, a hub id or a loaded model, with flexible heads the active one; tokenizer: likewise, by default
     the model's directory. device: by default cuda when there is one. dtype: "auto" is float32 on CPU and float16 on
-    CUDA. A loaded model stays where and as it is. options: top_k and the like, for every call. Raises OSError for
-    files, ValueError for what is in them.
+    CUDA; "int8" is for CPU. A loaded model stays where and as it is. options: top_k and the like, for every call.
+    Raises OSError for files, ValueError for what is in them.
     """
     task = ALIASES.get(task, task)
     if task not in TASKS:

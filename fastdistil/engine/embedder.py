@@ -86,8 +86,8 @@ class Embedder:
         """From a directory or a hub id. What sentence-transformers' files say (modules.json, the pooling and sentence
         configurations) holds unless given here; without them: mean pooling, no normalisation.
 
-        device: by default cuda when there is one. dtype: "auto" is float32 on CPU and float16 on CUDA.
-        Raises OSError for files, ValueError for what is in them.
+        device: by default cuda when there is one. dtype: "auto" is float32 on CPU and float16 on CUDA; "int8"
+        is for CPU, see DistilBertModel.from_pretrained. Raises OSError for files, ValueError for what is in them.
         """
         directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
         settings = read_settings(directory)
@@ -260,7 +260,7 @@ def describe(model: DistilBertModel) -> str:
         runs = f"Triton kernels ({', '.join(kernels)})"
     else:
         runs = f"eager torch ops ({why if kernels else ', '.join(modules)})"
-    return f"{device}{name}, {str(model.dtype).removeprefix('torch.')}, {runs}"
+    return f"{device}{name}, {model.precision}, {runs}"
 
 
 def _threads() -> str:

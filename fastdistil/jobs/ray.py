@@ -107,6 +107,8 @@ class RayEmbedding(Embedding):
         gpus = int(resources.get("GPU", 0))
         count = actors or gpus or int(resources.get("CPU", 1))
         on_gpu = gpus > 0
+        if on_gpu and embedder.model.precision == "int8":
+            raise ValueError("dtype int8 is for CPU, and the cluster has GPUs; use float16")
         model_dtype = torch.float16 if on_gpu and embedder.model.dtype is torch.float32 else embedder.model.dtype
         self._shipped = ray.put(embedder)  # held here: an actor that is started again asks for it again
         # endless restarts and retries: a job outlives its machines

@@ -1,0 +1,171 @@
+"""int8 linear layers: the fast form against the definition, what rounding costs, and what such a model refuses."""
+
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastdistil
+from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, Embedder, cli, int8
+from fastdistil.int8 import Int8Linear, apply
+
+TEXTS = ["a cat sat", "temporary directory", "", "word " * 400, "it's 3.14, isn't it?", "the weather is lovely today"]
+TINY = dict(vocab_size=60, dim=24, n_heads=2, hidden_dim=33, n_layers=2, max_position_embeddings=20)
+needs_vnni = pytest.mark.skipif(not int8.has_vnni(), reason="this processor has no VNNI")
+
+
+@pytest.fixture(params=["definition", pytest.param("in blocks", marks=needs_vnni)])
+def form(request, monkeypatch):
+    monkeypatch.setattr(int8, "has_vnni", lambda: request.param == "in blocks")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    DistilBertForSequenceClassification(DistilBertConfig(**TINY)).save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+def layers(*widths, terms=100):
+    return [Int8Linear(nn.Linear(terms, width)) for width in widths]
+
+
+def bound(x, linear):
+    """|y - exact y| where each factor is off by at most half a step."""
+    steps = [(t.abs().amax(1, keepdim=True) / 254).double() for t in (x, linear.weight)]
+    sizes = [t.abs().double() for t in (x, linear.weight)]
+    return (sizes[0] + steps[0]) @ (sizes[1] + steps[1]).T - sizes[0] @ sizes[1].T
+
+
+@pytest.mark.parametrize("rows", [1, 5, 511, 512, 1_300])
+@torch.inference_mode()
+def test_is_no_further_off_than_half_a_step_a_factor(form, rows):
+    linear = nn.Linear(100, 37)
+    linear.weight[3] = 0
+    x = torch.randn(rows, 100) * torch.logspace(-4, 4, rows)[:, None]
+    x[rows // 2] = 0
+    y = Int8Linear(linear)(x)
+    exact = x.double() @ linear.weight.double().T + linear.bias.double()
+    off = (y - exact).abs()
+    assert bool((off <= bound(x, linear) + 1e-6 * exact.abs().amax(1, keepdim=True)).all())
+    assert torch.equal(y[:, 3], linear.bias[3].expand(rows)) and torch.equal(y[rows // 2], linear.bias)
+    if rows > 1:
+        assert off.mean() > 0.01 * bound(x, linear).mean()  # it is int8
+
+
+@needs_vnni
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_new", "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_blocks_are_the_definition(monkeypatch, activation, dtype):
+    made, x = layers(24, 7, 64), torch.randn(1_300, 100).to(dtype)
+    fast = apply(made, x, activation)
+    monkeypatch.setattr(int8, "has_vnni", lambda: False)
+    expected = apply(made, x, activation)
+    assert fast.shape == (1_300, 95) and fast.dtype is expected.dtype is dtype
+    torch.testing.assert_close(fast, expected, rtol=2**-8 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@needs_vnni
+def test_sums_are_exact():
+    q, w = (torch.randint(-127, 128, size, dtype=torch.int8) for size in ((40, 3_072), (50, 3_072)))
+    q[0], w[0] = 127, 127  # instructions before VNNI would saturate
+    q[1], w[1] = -127, 127
+    assert torch.equal(torch._int_mm(q, w.T).long(), q.long() @ w.long().T)
+
+
+def test_values_that_are_not_finite_stay_in_their_row(form):
+    (layer,) = layers(10)
+    x = torch.randn(5, 100)
+    expected = layer(x)
+    x[1, 3], x[3, 0] = torch.nan, torch.inf
+    y = layer(x)
+    assert not y[[1, 3]].isfinite().any() and torch.equal(y[[0, 2, 4]], expected[[0, 2, 4]])
+
+
+def test_a_model_in_int8(saved, form):
+    """Packed, dense, in a batch or alone: one result, near that of float32."""
+    whole = DistilBertModel.from_pretrained(saved)
+    model = DistilBertModel.from_pretrained(saved, dtype="int8")
+    kinds = [type(m) for m in model.modules()]
+    assert kinds.count(Int8Linear) == 12 and nn.Linear not in kinds and model.precision == "int8"
+    assert model.dtype is torch.float32 and not any(p.requires_grad for p in model.parameters())
+    ids, mask = torch.randint(1, 60, (4, 15)), torch.arange(15) < torch.tensor([15, 9, 1, 0])[:, None]
+    expected, packed = whole(ids, mask)[0], model(ids, mask)[0]  # no gradient to be asked for
+    dense = model(ids, mask, output_attentions=True)
+    assert len(dense.attentions) == 2
+    torch.testing.assert_close(dense[0], packed, rtol=0, atol=0.05)  # a rounding may fall to the other side
+    off = (packed - expected).abs()
+    assert off.mean() > 1e-5 and off.max() < 0.1
+    assert bool((packed[~mask] == 0).all())
+    torch.testing.assert_close(model(ids[1:2], mask[1:2])[0][0, :9], packed[1, :9], rtol=0, atol=0.05)
+
+
+def test_copies_compute_the_same(saved):
+    model = DistilBertModel.from_pretrained(saved, dtype=torch.int8)
+    ids = torch.randint(1, 60, (3, 9))
+    expected = model(ids)[0]
+    other = DistilBertModel.from_pretrained(saved, dtype="int8")
+    for layer in (m for m in other.modules() if isinstance(m, Int8Linear)):
+        layer.weight.zero_()
+    other.load_state_dict(model.state_dict())
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
+        assert torch.equal(again(ids)[0], expected)
+    seen = []
+    handle = model.transformer.layer[0].attention.q_lin.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(ids)[0], expected, rtol=0, atol=0.05)
+    handle.remove()
+    assert seen
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids)[0], expected, rtol=0, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(ids)[0].float(), expected, rtol=0, atol=0.1)
+
+
+def test_what_an_int8_model_refuses(saved, tmp_path, monkeypatch):
+    model = DistilBertForSequenceClassification.from_pretrained(saved, dtype="int8")
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 2)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="takes no adapters; load it in float32"):
+        model.add_adapter("a")
+    embeds = torch.randn(1, 3, 24, requires_grad=True)
+    with pytest.raises(RuntimeError, match="int8 weights pass no gradient on; load the model in float32"):
+        model(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="verify the checkpoint in float32"):
+        fastdistil.verify.verify(saved, dtype="int8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="int8 is for CPU, not for cuda:0"):
+        DistilBertModel.from_pretrained(saved, dtype="int8", device="cuda:0")
+    adapted = DistilBertModel(DistilBertConfig(**TINY))
+    adapted.add_adapter("a")
+    adapted.save_pretrained(tmp_path / "adapted")
+    with pytest.raises(ValueError, match="dtype int8 takes no adapters"):
+        DistilBertModel.from_pretrained(tmp_path / "adapted", dtype="int8")
+
+
+def test_embeddings_and_what_they_lose(minilm, form):
+    """MiniLM's own: CTranslate2's int8 loses as much."""
+    plain, rounded = (Embedder.from_pretrained(minilm, "cpu", dtype) for dtype in ("float32", "int8"))
+    cosine = (plain.encode(TEXTS) * rounded.encode(TEXTS)).sum(1)
+    assert cosine.min() > 0.98 and 0.99 < cosine.mean() < 0.9999
+    assert "int8" in rounded.describe()
+
+
+def test_a_job_in_int8(minilm, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("a cat sat\ntemporary directory\n")
+    job = ["embed", "--model", str(minilm), "--device", "cpu", "--input", str(tmp_path / "in.txt")]
+    job += ["--output", str(tmp_path / "out"), "--quiet"]
+    assert cli.main([*job, "--dtype", "int8"]) == 0
+    found = np.load(tmp_path / "out" / "part-00000.npy")
+    np.testing.assert_allclose(
+        found, Embedder.from_pretrained(minilm, "cpu", "int8").encode(["a cat sat", "temporary directory"]), atol=1e-3
+    )
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["dtype"] == "int8"
+    capsys.readouterr()
+    assert cli.main([*job, "--resume"]) == 1
+    assert "dtype" in capsys.readouterr().err
