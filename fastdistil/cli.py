@@ -8,8 +8,12 @@ import logging
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     log, with_others = Log(as_json=getattr(arguments, "json_logs", False)), LIFELINE in os.environ
     try:
         end_with_parent()
-        with log.warnings():
+        with log.warnings(), nullcontext() if with_others else _sigterm_as_interrupt():
             status = arguments.command(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -72,11 +76,29 @@ def main(argv: list[str] | None = None) -> int:
         log.fail(str(error))
         wrong_use = isinstance(error, WrongUse) or (isinstance(error, Failed) and error.status == WRONG_USE)
         return WRONG_USE if wrong_use else FAILED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not with_others:  # else the one that started this says so
-            log.fail("interrupted; finished parts stay, go on with --resume")
+            log.fail(f"{str(error) or 'interrupted'}; finished parts stay, go on with --resume")
         return FAILED
     return status or DONE
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """What schedulers send ends this as Ctrl-C does; a second one at once."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt("ended by SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -505,6 +527,8 @@ def doctor(arguments: argparse.Namespace) -> None:
         ("triton", _target.triton_version() or "not installed"),
         ("cpu threads", str(torch.get_num_threads())),
         ("cpu products", f"by torch ({kept})" if (kept := cpu.why_not_onednn()) else "float32 by oneDNN"),
+        ("cpu bfloat16", "multiplied by the processor" if cpu.has("avx512_bf16") else "slower than float32 here"),
+        ("cpu int8", "multiplied by the processor (VNNI)" if cpu.has("vnni") else "by float32 products: no VNNI"),
         ("cuda", str(torch.version.cuda or "this torch is built without it")),
         ("C compiler", _target.missing_compiler() or "found, with Python's headers"),
         ("kernel cache", str(_target.cache_directory())),

@@ -26,6 +26,8 @@ ONEDNN_ACTIVATIONS = {
 }
 # Scores in work at a time, 4 MiB: the quickest of 2**17 to 2**20 at 128 to 512 tokens, 12 heads of 32 and of 64.
 SCORE_ELEMENTS = 2**20
+# A row that fills no vector register of AVX-512 takes torch's softmax up to twelve times as long as one that does.
+LANES, WORTH_WIDENING = 16, 2**10
 
 
 def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., Tensor]:
@@ -118,6 +120,13 @@ def why_not_onednn() -> str:
     except OSError:
         vendor = platform.processor()
     return "" if "AuthenticAMD" in vendor else "MKL is quicker on processors that are not AMD's"
+
+
+@functools.cache
+def has(instructions: str) -> bool:
+    """Whether this processor has the instructions, vnni or avx512_bf16, and torch a oneDNN that makes use of them."""
+    supported = getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
+    return bool(supported()) and torch.backends.mkldnn.is_available()
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -255,13 +264,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, heads, m, d = q.shape
     if n == 1:  # as below, in fewer steps: of a single query they are what takes time
         scores = torch.baddbmm(q.new_empty(heads, m, k.shape[2]), q[0], k[0].mT, beta=0, alpha=d**-0.5)
-        return torch.bmm(torch.softmax(scores, -1, out=scores), v[0])[None]
+        return torch.bmm(softmax_(scores), v[0])[None]
     axis = 0 if n < heads else 1
     scores = q.new_empty(*((n, heads) if axis == 0 else (heads, n)), m, k.shape[2])
     out = q.new_empty(*scores.shape[:3], d)
     for i, (qi, ki) in enumerate(zip(q.unbind(axis), k.unbind(axis), strict=True)):
         torch.baddbmm(scores[i], qi, ki.mT, beta=0, alpha=d**-0.5, out=scores[i])
-    torch.softmax(scores, -1, out=scores)
+    softmax_(scores)
     for i, vi in enumerate(v.unbind(axis)):
         torch.bmm(scores[i], vi, out=out[i])
     return out if axis == 0 else out.transpose(0, 1)
+
+
+def softmax_(scores: Tensor) -> Tensor:
+    """softmax over the last dimension, in place."""
+    columns = scores.shape[-1]
+    if columns >= LANES or scores.numel() < WORTH_WIDENING:
+        return torch.softmax(scores, -1, out=scores)
+    wide = scores.new_full((*scores.shape[:-1], LANES), -torch.inf)
+    wide[..., :columns] = scores
+    return scores.copy_(torch.softmax(wide, -1, out=wide)[..., :columns])

@@ -5,7 +5,6 @@ weights. For inference only; other devices and processors compute the same numbe
 """
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +53,7 @@ def apply(layers: Sequence[Int8Linear], x: Tensor, activation: str | None = None
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError("int8 weights pass no gradient on; load the model in float32 to train it")
     rows = x.float()
-    if not torch.compiler.is_compiling() and x.is_cpu and has_vnni():
+    if not torch.compiler.is_compiling() and x.is_cpu and cpu.has("vnni"):
         return _in_blocks(layers, rows, activation).to(x.dtype)
     q, scale = quantize(rows)
     y = torch.cat([F.linear(q, layer.weight.float()) * scale * layer.scale + layer.bias for layer in layers], dim=1)
@@ -74,13 +73,6 @@ def _in_blocks(layers: Sequence[Int8Linear], x: Tensor, activation: str | None) 
         if activation is not None:
             cpu.activate_(y, activation)
     return out
-
-
-@cache
-def has_vnni() -> bool:
-    """Whether this processor multiplies int8 in AVX-512 and torch's oneDNN makes use of it: four times float32."""
-    supported = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    return bool(supported()) and torch.backends.mkldnn.is_available()
 
 
 def convert(model: nn.Module, blocks: Iterable[nn.Module]) -> None:

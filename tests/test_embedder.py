@@ -166,7 +166,7 @@ def test_bad_options(checkpoint):
         ({"max_length": 513}, "max_length is 513"),
         ({"max_length": 2}, "max_length is 2"),
         ({"device": "mps"}, "device 'mps' is not supported"),
-        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"dtype": "int4"}, "dtype 'int4'"),
     ):
         with pytest.raises(ValueError, match=message):
             Embedder.from_pretrained(checkpoint, **({"device": "cpu"} | options))

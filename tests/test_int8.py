@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 import fastdistil
-from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, Embedder, cli, int8
+from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, Embedder, cli, cpu
 from fastdistil.int8 import Int8Linear, apply
 
 TEXTS = ["a cat sat", "temporary directory", "", "word " * 400, "it's 3.14, isn't it?", "the weather is lovely today"]
 TINY = dict(vocab_size=60, dim=24, n_heads=2, hidden_dim=33, n_layers=2, max_position_embeddings=20)
-needs_vnni = pytest.mark.skipif(not int8.has_vnni(), reason="this processor has no VNNI")
+needs_vnni = pytest.mark.skipif(not cpu.has("vnni"), reason="this processor has no VNNI")
 
 
 @pytest.fixture(params=["definition", pytest.param("in blocks", marks=needs_vnni)])
 def form(request, monkeypatch):
-    monkeypatch.setattr(int8, "has_vnni", lambda: request.param == "in blocks")
+    monkeypatch.setattr(cpu, "has", lambda name: request.param == "in blocks")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_is_no_further_off_than_half_a_step_a_factor(form, rows):
 def test_blocks_are_the_definition(monkeypatch, activation, dtype):
     made, x = layers(24, 7, 64), torch.randn(1_300, 100).to(dtype)
     fast = apply(made, x, activation)
-    monkeypatch.setattr(int8, "has_vnni", lambda: False)
+    monkeypatch.setattr(cpu, "has", lambda name: False)
     expected = apply(made, x, activation)
     assert fast.shape == (1_300, 95) and fast.dtype is expected.dtype is dtype
     torch.testing.assert_close(fast, expected, rtol=2**-8 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)

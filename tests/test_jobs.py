@@ -1081,6 +1081,18 @@ def test_tokenizers_end_with_the_job(checkpoint, tmp_path):
     wait_for(lambda: not any(map(alive, found)), seconds=20)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu,cpu"])
+def test_sigterm_is_one_line(device, checkpoint, tmp_path):
+    """What a scheduler sends to take a machine back."""
+    job = start(checkpoint, tmp_path, "--device", device, stderr=subprocess.PIPE)
+    lock = tmp_path / "o" / ".lock"
+    wait_for(lambda: lock.is_file() and lock.read_text()) if device == "cpu" else holders(tmp_path)
+    job.send_signal(signal.SIGTERM)
+    error = job.communicate(timeout=30)[1].decode()
+    assert job.returncode == 1
+    assert error.splitlines() == ["fastdistil: ended by SIGTERM; finished parts stay, go on with --resume"]
+
+
 def test_ctrl_c_is_one_line(checkpoint, tmp_path):
     """The terminal sends it to the whole group."""
 

@@ -146,10 +146,7 @@ def _together(
             )
             for command in commands
         ]
-        before = signal.getsignal(signal.SIGTERM)
         try:
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(signal.SIGTERM, _interrupt)  # so that the children end, too
             while True:
                 states = [child.poll() for child in children]
                 for device, state in zip(devices, states, strict=True):
@@ -166,8 +163,6 @@ def _together(
             stop()
             for child in children:
                 child.wait()
-            with contextlib.suppress(ValueError):
-                signal.signal(signal.SIGTERM, before)
 
 
 def _since(path: Path, moment: float) -> bool:
@@ -213,7 +208,3 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
