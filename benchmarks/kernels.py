@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -383,16 +383,22 @@ def measure(
     """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take. late: only
     those that compile for long, or only the others. keep: gets the rows so far after each provider."""
     about = {"op": case.op, "shape": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
-    known: list[tuple[Tensor, Tensor]] = []
+    known: list[tuple[Tensor, Tensor]] = []  # of the case, and of the case negated
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> tuple[timing.Timing, timing.Timing]:
         run = make(case, stack)
         if not known:  # only where a provider runs at all
             known.append(expected(case))
+            with negated(case):
+                known.append(expected(case))
         if turn == 0:
             row["error"] = hold(run, case, *known[0])
         took = _time(run, case.device, seconds)
         hold(run, case, *known[0])
+        with negated(case):  # a result that was remembered is of the rows as they were
+            hold(make(case, stack) if isinstance(run, _Unpacked) else run, case, *known[1])
+        if case.device.type == "cuda":
+            hold(run, case, *known[0], call=lambda: timing.replayed(run, case.device))
         return took
 
     providers = [one for one in PROVIDERS[case.op] if late is None or (one[1] in LATE) == late]
@@ -472,6 +478,16 @@ def expected(case: Case) -> tuple[Tensor, Tensor]:
     return definition(*wide), definition(*case.args)
 
 
+@contextmanager
+def negated(case: Case) -> Iterator[None]:
+    """The case with other rows in the same place."""
+    case.rows.neg_()
+    try:
+        yield
+    finally:
+        case.rows.neg_()
+
+
 def checked(
     case: Case, make: Make, stack: ExitStack, truth: Tensor, plain: Tensor
 ) -> tuple[timing.Run, dict[str, float]]:
@@ -481,10 +497,11 @@ def checked(
     return run, hold(run, case, truth, plain)
 
 
-def hold(run: timing.Run, case: Case, truth: Tensor, plain: Tensor) -> dict[str, float]:
-    """The errors of what a call computes now; raises AssertionError where it breaks the error law."""
+def hold(run: timing.Run, case: Case, truth: Tensor, plain: Tensor, call: timing.Run | None = None) -> dict[str, float]:
+    """The errors of what a run computes now, or gives by another call; raises AssertionError where it breaks the error
+    law."""
     timing.poison(plain)
-    result = run()
+    result = (call or run)()
     result = run.packed(result) if isinstance(run, _Unpacked) else result
     error_law(result, plain, truth, largest=4 if _by_onednn(case) else 2)
     return errors(result, truth)

@@ -60,11 +60,14 @@ def in_turns(device: torch.device, providers: Sequence[Item]) -> Iterator[tuple[
 
 
 def joined(turns: list["Timing"], keep: int) -> dict[str, Any]:
-    """Figures of all rounds. turns_us: each turn's median; drift: how far these differ; at most `keep` samples."""
+    """Figures of all rounds. turns_us: each turn's median; drift: how far these differ; rounds: how many there were, of
+    which samples_us has at most `keep`, from all over each turn."""
     found = Timing([s for turn in turns for s in turn.samples]).figures()
     medians = [turn.median * 1e6 for turn in turns]
     share = max(1, keep // len(turns))
-    found["samples_us"] = [round(s * 1e6, 3) for turn in turns for s in turn.samples[:share]]
+    steps = [-(-len(turn.samples) // share) for turn in turns]
+    found["samples_us"] = [round(s * 1e6, 3) for turn, n in zip(turns, steps, strict=True) for s in turn.samples[::n]]
+    found["rounds"] = sum(len(turn.samples) for turn in turns)
     return found | {"turns_us": medians, "drift": max(medians) / min(medians) - 1}
 
 
@@ -107,6 +110,19 @@ def in_graph(run: Run, device: torch.device, seconds: float = 0.05) -> Timing:
     with torch.cuda.stream(torch.cuda.Stream(device)):  # as many calls as take `rep` are replayed ten times
         found = do_bench_cudagraph(run, rep=max(1, int(seconds * 1e2)), return_mode="all")
     return Timing([ms / 1e3 for ms in found])
+
+
+def replayed(run: Run, device: torch.device) -> Any:
+    """What a captured graph of the call computes when it is replayed."""
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    result.fill_(float("nan"))
+    graph.replay()
+    synchronize(device)
+    return result
 
 
 def wall(run: Run, device: torch.device, seconds: float = 0.2, least: int = 5, most: int = 1_000) -> Timing:

@@ -996,6 +996,32 @@ def test_a_provider_that_computes_nothing_has_no_speed(quick, monkeypatch):
         assert len(found) > 20 and all("wrong" in row and "cold" not in row for row in found)
 
 
+def test_a_provider_that_remembers_its_result_has_no_speed(quick, monkeypatch):
+    """Right for the arguments as they were when it was first asked."""
+
+    def kernel(case, stack):
+        kept = []
+        return lambda: kept[0].clone() if kept else kept.append(kernels.eager(case, stack)()) or kept[0].clone()
+
+    def whole(batch, stack):
+        kept, run = [], encoder.padded(batch, stack)
+        return lambda: kept[0].clone() if kept else kept.append(run()) or kept[0].clone()
+
+    for op in kernels.OPS:
+        monkeypatch.setitem(kernels.PROVIDERS, op, [*kernels.PROVIDERS[op], ("remembers", kernel)])
+    monkeypatch.setattr(encoder, "PROVIDERS", [*encoder.PROVIDERS[:2], ("remembers", whole)])
+    for rows in (kernels.run(shapes.TOY, CPU, CEILINGS), encoder.run(shapes.TOY, CPU)):
+        found = [row for row in rows if row["provider"] == "remembers"]
+        assert len(found) >= 4 and all("wrong" in row and "median_us" not in row for row in found)
+        assert not any("wrong" in row for row in rows if row["provider"] != "remembers")
+
+
+def test_samples_are_kept_from_all_over_a_turn():
+    turns = [timing.Timing([i / 1e6 for i in range(1, 1_001)]), timing.Timing([1e-6, 2e-6, 3e-6])]
+    found = timing.joined(turns, 64)
+    assert found["samples_us"] == [*range(1, 1_001, 32), 1, 2, 3] and found["rounds"] == 1_003
+
+
 def test_memory_is_poisoned_before_a_result_is_looked_at(monkeypatch):
     """In the sizes that results have: a GPU's allocator gives the same block again, with what lay there."""
     order, full_like = [], torch.full_like
