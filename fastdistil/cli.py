@@ -32,7 +32,7 @@ from fastdistil.jobs.manifest import Manifest, apart, fingerprint_of_model
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.predict import Prediction
 from fastdistil.jobs.processes import LIFELINE, REJECTED, Failed, end_with_parent, run_on, split_devices
-from fastdistil.jobs.readers import Columns, Row, checked, find_inputs, read_rows
+from fastdistil.jobs.readers import KINDS, Columns, Row, checked, find_inputs, read_rows
 from fastdistil.jobs.run import ON_ERROR, Embedding, Job, Log, run_job
 from fastdistil.jobs.writers import ANSWERS, EMBEDDINGS
 from fastdistil.kernels import _target
@@ -198,6 +198,7 @@ def _job(command: argparse.ArgumentParser, formats: tuple[str, ...], default: st
         nargs="+",
         help="files (.txt, a text a line; .jsonl, .csv, .tsv, also .gz, .zst; .parquet), directories, patterns, or -",
     )
+    command.add_argument("--input-format", choices=KINDS, help="of standard input and files of other names")
     command.add_argument("--text-column", default="text", help="column of the text (default: text)")
     command.add_argument("--id-column", help="column of the id (default: the row's number)")
     command.add_argument("--format", choices=formats, default=default, help=f"of the parts (default: {default})")
@@ -238,7 +239,7 @@ def embed(arguments: argparse.Namespace) -> int | None:
         arguments.max_length,
     )
     log.say(f"{arguments.model} on {embedder.describe()}")
-    columns = Columns(arguments.text_column, arguments.id_column, tokens=arguments.tokens_column)
+    columns = _columns(arguments, tokens=arguments.tokens_column)
     work: Any
     if arguments.engine == "ray":
         from fastdistil.jobs.ray import RayEmbedding
@@ -274,6 +275,10 @@ def embed(arguments: argparse.Namespace) -> int | None:
         "engine": arguments.engine,
     }
     return _run(arguments, "embed", columns, work, embedder.model, settings, log)
+
+
+def _columns(arguments: argparse.Namespace, **more: str | None) -> Columns:
+    return Columns(arguments.text_column, arguments.id_column, kind=arguments.input_format, **more)
 
 
 def _run(
@@ -421,7 +426,7 @@ def predict(arguments: argparse.Namespace) -> int | None:
     answer = _pipeline(arguments, task)
     if task == "token-classification" and not arguments.truncate:
         options["stride"] = min(SHARED, answer._limit() // 4)
-    columns = Columns(arguments.text_column, arguments.id_column, arguments.question_column)
+    columns = _columns(arguments, question=arguments.question_column)
     if arguments.output is not None:
         work = Prediction(answer, task, arguments.format, options, arguments.question)
         settings = {

@@ -15,7 +15,7 @@ import fastdistil
 from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
 from fastdistil.cli import main
 from fastdistil.jobs.index import Index
-from fastdistil.jobs.readers import checked, read_rows
+from fastdistil.jobs.readers import Columns, checked, read_rows
 
 ROWS = [
     {"name": f"row {i}", "text": t}
@@ -92,6 +92,30 @@ def test_standard_input(lines, minilm, tmp_path, monkeypatch):
     assert embed(minilm, "--input", "-", "--output", tmp_path / "o", "--quiet") == 0
     ((_, got),) = Index(tmp_path / "o").parts()
     np.testing.assert_allclose(got, Embedder.from_pretrained(minilm, "cpu").encode(["one", "two"]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        ("csv", 'n,text\na,"one, or 1"\nb,two\n'),
+        ("tsv", "n\ttext\na\tone, or 1\nb\ttwo\n"),
+        ("txt", "one, or 1\ntwo\n"),
+    ],
+)
+def test_the_format_of_standard_input_and_of_files_of_other_names(kind, lines, minilm, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").write_text(lines)
+    named = [] if kind == "txt" else ["--id-column", "n"]
+    for given in ("-", tmp_path / "data"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        out = tmp_path / f"o{given == '-'}"
+        assert embed(minilm, "--input", given, "--input-format", kind, *named, "--output", out, "--quiet") == 0
+        ((ids, got),) = Index(out).parts()
+        assert list(ids) == ([0, 1] if kind == "txt" else ["a", "b"])
+        np.testing.assert_allclose(got, Embedder.from_pretrained(minilm, "cpu").encode(["one, or 1", "two"]), atol=1e-6)
+    assert embed(minilm, "--input", tmp_path / "data", "--output", out, "--quiet", "--resume") == 1
+    assert "columns" in capsys.readouterr().err
+    (tmp_path / "own.jsonl").write_text('{"text": "one"}\n')  # its name tells
+    assert [r.text for r in read_rows([tmp_path / "own.jsonl"], Columns(kind=kind))] == ["one"]
 
 
 def test_blank_lines_of_plain_text_stay_rows(monkeypatch):

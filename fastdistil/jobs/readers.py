@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+KINDS = ("txt", "jsonl", "csv", "tsv")
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # what is taken from a directory
 PACKED = (".gz", ".zst")
 STDIN = "-"
@@ -47,12 +48,14 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Names of the columns. question: beside the text, for question answering. tokens: token ids instead of a text."""
+    """Names of the columns. question: beside the text, for question answering. tokens: token ids instead of a text.
+    kind: txt, jsonl, csv or tsv, for inputs whose names do not tell, such as standard input."""
 
     text: str = "text"
     id: str | None = None
     question: str | None = None
     tokens: str | None = None
+    kind: str | None = None
 
     def names(self) -> list[str]:
         return [name for name in (self.tokens or self.text, self.question, self.id) if name is not None]
@@ -189,7 +192,7 @@ class Progress:
 
 
 def open_source(name: str, columns: Columns, progress: Progress | None = None) -> "Source":
-    kind = _kind(name)
+    kind = _kind(name) or (columns.kind and f".{columns.kind}")
     if kind is None and ".json" in [suffix.lower() for suffix in Path(name).suffixes[-2:]]:
         raise ValueError(f"{name}: a .json file is one value; if it holds an object a line, name it .jsonl")
     if kind == ".parquet":
