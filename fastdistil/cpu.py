@@ -60,7 +60,6 @@ def embed_layer_norm(
     eps: float,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    keep_freed_memory()
     try:
         words, positions = F.embedding(input_ids, word_embeddings), F.embedding(position_ids, position_embeddings)
     except (IndexError, RuntimeError):  # RuntimeError: an empty table
@@ -75,7 +74,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks of up to 32 MiB, which else are given back and mapped anew each time.
 
     It learns that from the first such block that is freed (malloc's dynamic mmap threshold); what its environment
-    variables set stays. Measured: 3 to 8 % of `encode`. At most 64 MiB a thread stay with the process.
+    variables set stays. Measured: 3 to 8 % of `encode`. It holds for the whole process, in which blocks that are freed
+    below one still in use then stay: so the engine asks for it, and a model that is called does not.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
@@ -229,14 +229,20 @@ def attention(
     those of sorted texts are."""
     total, dim = qkv.shape[0], qkv.shape[1] // 3
     out = qkv.new_empty(grid(total), dim)[:total]
-    form = _attend if qkv.dtype is torch.float32 else F.scaled_dot_product_attention
+    form: Callable[..., Tensor] = _attend
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    if qkv.dtype is not torch.float32:
+        if bool(qkv.sum(dtype=wide).isfinite()):
+            form = F.scaled_dot_product_attention
+        else:  # which would make numbers of NaN
+            qkv = qkv.to(wide)
     starts = cu_seqlens.tolist()
     of_length: dict[int, list[int]] = {}
     for start, end in pairwise(starts):
         of_length.setdefault(end - start, []).append(start)
     of_length.pop(0, None)
     for length, at in of_length.items():
-        n = max(1, SCORE_ELEMENTS // (num_heads * length * length))  # sequences at a time,
+        n = max(1, SCORE_ELEMENTS // (num_heads * length * max(length, LANES)))  # sequences at a time,
         m = length if n > 1 else max(16, SCORE_ELEMENTS // (num_heads * length))  # or queries of one
         for i in range(0, len(at), n):
             first, count = at[i], len(at[i : i + n])
@@ -279,7 +285,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def softmax_(scores: Tensor) -> Tensor:
     """softmax over the last dimension, in place."""
     columns = scores.shape[-1]
-    if columns >= LANES or scores.numel() < WORTH_WIDENING:
+    if columns < 3 or columns >= LANES or scores.numel() < WORTH_WIDENING:
         return torch.softmax(scores, -1, out=scores)
     wide = scores.new_full((*scores.shape[:-1], LANES), -torch.inf)
     wide[..., :columns] = scores

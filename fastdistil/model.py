@@ -525,7 +525,7 @@ class PreTrainedModel(WithAdapters):
             with torch.device("meta"), _WithoutInit():
                 model = cls(config)
             wanted = torch_dtype if torch_dtype is not None else dtype
-            if to_int8 := wanted == "int8" or wanted is torch.int8:
+            if to_int8 := wanted in ("int8", "torch.int8", torch.int8):
                 wanted = "float32"
                 if as_device(device or "cpu").type != "cpu":
                     raise ValueError(f"dtype int8 is for CPU, not for {device}; use float16 there")
@@ -1262,7 +1262,9 @@ def _dtype(wanted: str | torch.dtype | None, config: DistilBertConfig, weights: 
         wanted = config.dtype or weights.dtype or torch.float32
     found = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
     if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"dtype {wanted!r} is not one of auto, float32, float16, bfloat16, float64, int8")
+        raise ValueError(
+            f"dtype {wanted!r} is not one of auto, float32, float16, bfloat16, float64 (or, as an argument, int8)"
+        )
     return found
 
 

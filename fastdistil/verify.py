@@ -101,7 +101,7 @@ def verify(
     texts = texts if texts is None or isinstance(texts, str) else list(texts)
     if isinstance(texts, str) or texts == []:
         raise TypeError(f"texts must be a list of one text or more, got {texts!r:.60}")
-    if dtype in ("int8", torch.int8):
+    if dtype in ("int8", "torch.int8", torch.int8):
         raise ValueError("int8 obeys no error law; verify the checkpoint in float32")
     model, loading = kind.from_pretrained(directory, dtype=dtype, device=place, output_loading_info=True)
     report = Report(kind.__name__, f"{place}, {str(model.dtype).removeprefix('torch.')}")

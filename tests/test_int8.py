@@ -77,6 +77,16 @@ def test_sums_are_exact():
     assert torch.equal(torch._int_mm(q, w.T).long(), q.long() @ w.long().T)
 
 
+def test_few_terms_and_so_many_that_int32_would_overflow(form):
+    for terms in (1, 2, 3, 2**18):
+        linear = nn.Linear(terms, 3)
+        torch.nn.init.ones_(linear.weight)
+        x = torch.ones(4, terms)
+        x[1] = 1e-20
+        torch.testing.assert_close(Int8Linear(linear)(x), linear(x), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(Int8Linear(linear)(x[1:2]) - linear.bias, x[1:2].sum(1, keepdim=True).expand(1, 3))
+
+
 def test_values_that_are_not_finite_stay_in_their_row(form):
     (layer,) = layers(10)
     x = torch.randn(5, 100)
@@ -92,6 +102,7 @@ def test_a_model_in_int8(saved, form):
     model = DistilBertModel.from_pretrained(saved, dtype="int8")
     kinds = [type(m) for m in model.modules()]
     assert kinds.count(Int8Linear) == 12 and nn.Linear not in kinds and model.precision == "int8"
+    assert all(block.attention._qkv is None for block in model.transformer.layer)  # of float32 weights
     assert model.dtype is torch.float32 and not any(p.requires_grad for p in model.parameters())
     ids, mask = torch.randint(1, 60, (4, 15)), torch.arange(15) < torch.tensor([15, 9, 1, 0])[:, None]
     expected, packed = whole(ids, mask)[0], model(ids, mask)[0]  # no gradient to be asked for
@@ -102,6 +113,59 @@ def test_a_model_in_int8(saved, form):
     assert off.mean() > 1e-5 and off.max() < 0.1
     assert bool((packed[~mask] == 0).all())
     torch.testing.assert_close(model(ids[1:2], mask[1:2])[0][0, :9], packed[1, :9], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu", "a function"])
+@torch.inference_mode()
+def test_activations_and_modules_of_somebodys_own(activation, saved, form):
+    name = "relu" if activation == "a function" else activation
+    whole, model = (DistilBertModel.from_pretrained(saved, dtype=d, activation=name) for d in ("float32", "int8"))
+    if activation == "a function":
+        for one in (whole, model):
+            for block in one.transformer.layer:
+                block.ffn.activation = torch.tanh
+    for one in (whole, model):  # far from linear
+        for block in one.transformer.layer:
+            block.ffn.lin1.bias.copy_(torch.linspace(-2, 2, 33))
+            block.ffn.lin2.bias.zero_()
+    ids = torch.randint(1, 60, (3, 9))
+    expected = whole(ids)[0]
+    assert (model(ids)[0] - expected).abs().mean() < 0.02
+    value = model.transformer.layer[1].attention.v_lin
+    value.forward = lambda x: torch.full((*x.shape[:-1], 24), 7.0)
+    assert (model(ids)[0] - expected).abs().mean() > 0.04
+
+
+def test_heads_stay_in_float32(saved):
+    model = DistilBertForSequenceClassification.from_pretrained(saved, dtype="torch.int8")
+    assert type(model.pre_classifier) is type(model.classifier) is nn.Linear and model.precision == "int8"
+
+
+def test_scales_stay_in_float32(saved):
+    model = DistilBertModel.from_pretrained(saved, dtype="int8")
+    layer = model.transformer.layer[0].ffn.lin1
+    scale = layer.scale.clone()
+    model.to(torch.bfloat16)
+    assert layer.scale.dtype is layer.bias.dtype is torch.float32 and torch.equal(layer.scale, scale)
+    assert model(torch.tensor([[1, 2]]))[0].dtype is torch.bfloat16
+
+
+def test_other_weights_are_refused_and_leave_the_model_as_it_is(saved):
+    model = DistilBertModel.from_pretrained(saved, dtype="int8")
+    before = {name: value.clone() for name, value in model.state_dict().items() if value.dtype is torch.int8}
+    other = DistilBertModel(DistilBertConfig(**TINY)).state_dict()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"q_lin.weight is torch.float32, the model's is int8; load the file by"):
+            model.load_state_dict(other, strict=strict)
+    assert before and all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_the_default_device_does_not_matter(saved):
+    model = DistilBertModel.from_pretrained(saved, dtype="int8")
+    ids = torch.randint(1, 60, (2, 9))
+    expected = model(ids)[0]
+    with torch.device("meta"):
+        assert torch.equal(model(ids)[0], expected)
 
 
 def test_copies_compute_the_same(saved):
@@ -136,6 +200,10 @@ def test_what_an_int8_model_refuses(saved, tmp_path, monkeypatch):
     embeds = torch.randn(1, 3, 24, requires_grad=True)
     with pytest.raises(RuntimeError, match="int8 weights pass no gradient on; load the model in float32"):
         model(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match=r"x is \[..., 3\], the layer takes \[..., 24\]"):
+        model.distilbert.transformer.layer[0].ffn.lin1(torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="no tangent on and no transform"):
+        torch.func.vmap(lambda ids: model(ids[None]).logits)(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="verify the checkpoint in float32"):
         fastdistil.verify.verify(saved, dtype="int8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

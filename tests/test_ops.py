@@ -506,28 +506,59 @@ def test_ids_in_dead_rows_do_not_matter():
     assert torch.isfinite(out[0]).all()
 
 
+@pytest.mark.parametrize("columns", range(1, 20))
+def test_softmax_of_short_rows(columns):
+    """In registers of 16: what lies behind a row adds nothing, however low the row's values are."""
+    scores = torch.randn(5, 400, columns) * 3
+    scores[1] -= 1e5
+    scores[2] += 1e5
+    scores[3, :, -1] = -torch.inf
+    scores[4, 0], scores[4, 1], scores[4, 2, 0] = -torch.inf, torch.inf, torch.nan
+    expected = torch.softmax(scores, -1)
+    assert cpu.softmax_(scores).data_ptr() == scores.data_ptr()
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@on_cpu_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_where_the_definition_has_it(dtype, value):
+    for part in range(3):  # of q, k, v
+        qkv = torch.randn(12, 3 * 8).to(dtype)
+        qkv[3, 8 * part + 5] = value
+        args = qkv, cu_seqlens([5, 4, 3]), 5, 2
+        expected = reference.attention(*args)
+        assert torch.equal(ops.attention(*args).isnan(), expected.isnan()), part
+        assert value == value or bool(expected[:5].isnan().any())
+        assert not expected[5:].isnan().any()
+
+
 @on_cpu_forms
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_freed_memory_is_kept():
-    """After a pass, what is freed is not mapped anew: it was as many page faults as there are pages."""
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_freed_memory_is_kept_by_the_engine(tokens):
+    """After many batches, what is freed is not mapped anew: it was as many page faults as there are pages. After one
+    alone all is as it was, for it holds for the whole process."""
     code = """
 import resource, torch
-from fastdistil import DistilBertConfig, DistilBertModel
+from fastdistil.engine.runner import Engine
+from fastdistil.engine.scheduler import Window
+import numpy as np
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     blocks = [torch.empty(100_000, dtype=torch.uint8).fill_(1) for _ in range(200)]  # too small to teach it anything
     del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults(), faults())
-with torch.inference_mode():
-    config = DistilBertConfig(vocab_size=9, dim=4, n_heads=1, hidden_dim=4, n_layers=1)
-    DistilBertModel(config).eval()(torch.ones(1, 2).long())
+engine = Engine(torch.device("cpu"), 8)
+windows = [Window(np.ones(TOKENS, np.int32), np.full(TOKENS // 4, 4))]
+list(engine.run(windows, lambda ids, cu, *rest: torch.zeros(len(cu) - 1, 1)))
 faults()
 print(faults())
-"""
+""".replace("TOKENS", str(tokens))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     out = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True).stdout
     before, after = out.splitlines()
-    assert int(after) < 100
     if int(before.split()[1]) < 100:
         pytest.skip("this malloc keeps what is freed by itself")
+    assert int(after) < 100 if tokens > 8 else int(after) > 1_000

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdistil import ops
+from fastdistil import cpu, ops
 from fastdistil.engine.scheduler import CPU_BUDGET, Batch, Window, batches, cuda_budget
 from fastdistil.graphs import after, can_capture, capture
 
@@ -117,6 +117,8 @@ class Engine:
             return list(self._fitting(window, rows, lambda batch: self._compute(compute, batch)))
 
         tokens, threads = len(window.ids), torch.get_num_threads()
+        if tokens > self.budget:
+            cpu.keep_freed_memory()
         if threads == 1 or tokens < threads * WORTH_A_WORKER:
             for rows in batches(window.lengths, self.budget):
                 with self.stages.timed("model"):
