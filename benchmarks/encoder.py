@@ -394,6 +394,7 @@ def measure(
     those that compile for long, or only the others. keep: gets the rows so far after each provider."""
     tokens = sum(batch.lengths)
     known: list[tuple[Tensor, Tensor]] = []
+    ends = sorted({0, len(batch.lengths) - 1})
     about = {"batch": batch.name, "tokens": tokens, "texts": batch.ids.shape[0], "length": batch.ids.shape[1]}
     about |= {"dtype": str(batch.model.dtype).removeprefix("torch."), "fill": tokens / batch.ids.numel()}
 
@@ -405,7 +406,7 @@ def measure(
         if not known:  # only where a provider runs at all
             known.append(truth_of(batch))
             with renamed(batch):
-                known.append(truth_of(batch, [0]))
+                known.append(truth_of(batch, ends))
         if turn == 0:
             row["error"] = hold(run, batch, *known[0])
         peak = Peak(batch.device)
@@ -414,7 +415,7 @@ def measure(
             row["peak_bytes"] = max(of_capture, peak.bytes())
         hold(run, batch, *known[0])
         with renamed(batch):  # a result that was remembered is of the ids as they were
-            hold(make(batch, stack) if make is packed else run, batch, *known[1], [0])
+            hold(make(batch, stack) if make is packed else run, batch, *known[1], ends)
         return took
 
     def figures(turns: list[timing.Timing]) -> dict[str, Any]:

@@ -383,19 +383,19 @@ def measure(
     """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take. late: only
     those that compile for long, or only the others. keep: gets the rows so far after each provider."""
     about = {"op": case.op, "shape": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
-    known: list[tuple[Tensor, Tensor]] = []  # of the case, and of the case negated
+    known: list[tuple[Tensor, Tensor]] = []  # of the case, and of the case turned
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> tuple[timing.Timing, timing.Timing]:
         run = make(case, stack)
         if not known:  # only where a provider runs at all
             known.append(expected(case))
-            with negated(case):
+            with turned(case):
                 known.append(expected(case))
         if turn == 0:
             row["error"] = hold(run, case, *known[0])
         took = _time(run, case.device, seconds)
         hold(run, case, *known[0])
-        with negated(case):  # a result that was remembered is of the rows as they were
+        with turned(case):  # a result that was remembered is of the rows as they were
             hold(make(case, stack) if isinstance(run, _Unpacked) else run, case, *known[1])
         if case.device.type == "cuda":
             hold(run, case, *known[0], call=lambda: timing.replayed(run, case.device))
@@ -479,13 +479,17 @@ def expected(case: Case) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def negated(case: Case) -> Iterator[None]:
-    """The case with other rows in the same place."""
-    case.rows.neg_()
+def turned(case: Case) -> Iterator[None]:
+    """The case with other rows in the same place: the last one first, for q and k negated have the same scores."""
+
+    def turn() -> None:
+        case.rows.copy_(case.rows.flip(0).neg_())
+
+    turn()
     try:
         yield
     finally:
-        case.rows.neg_()
+        turn()
 
 
 def checked(

@@ -78,18 +78,27 @@ def main(argv: list[str] | None = None) -> int:
         return WRONG_USE if wrong_use else FAILED
     except KeyboardInterrupt as error:
         if not with_others:  # else the one that started this says so
-            log.fail(f"{str(error) or 'interrupted'}; finished parts stay, go on with --resume")
+            log.fail(f"{str(error) or 'interrupted'}{_what_stays(arguments)}")
         return FAILED
     return status or DONE
+
+
+def _what_stays(arguments: argparse.Namespace) -> str:
+    if getattr(arguments, "output", None) is None or not hasattr(arguments, "resume"):
+        return ""
+    return "; finished parts stay" + (", go on with --resume" if "-" not in arguments.input else "")
 
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """What schedulers send ends this as Ctrl-C does; a second one at once."""
 
+    came = []
+
     def interrupt(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt("ended by SIGTERM")
+        came.append(number)
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -97,6 +106,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("ended by SIGTERM" if came else "") from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,10 +1,15 @@
 """The command line as a user runs it, and the index it writes."""
 
+import gzip
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 
 import fastdistil
-from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
+from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder, cli
 from fastdistil.cli import main
 from fastdistil.jobs.index import Index
 from fastdistil.jobs.readers import Columns, checked, read_rows
@@ -112,10 +117,55 @@ def test_the_format_of_standard_input_and_of_files_of_other_names(kind, lines, m
         ((ids, got),) = Index(out).parts()
         assert list(ids) == ([0, 1] if kind == "txt" else ["a", "b"])
         np.testing.assert_allclose(got, Embedder.from_pretrained(minilm, "cpu").encode(["one, or 1", "two"]), atol=1e-6)
-    assert embed(minilm, "--input", tmp_path / "data", "--output", out, "--quiet", "--resume") == 1
-    assert "columns" in capsys.readouterr().err
+    assert embed(minilm, "--input", tmp_path / "data", "--output", out, "--quiet", "--resume", *named) == 1
+    assert f"input_format was '{kind}', now None" in capsys.readouterr().err
     (tmp_path / "own.jsonl").write_text('{"text": "one"}\n')  # its name tells
     assert [r.text for r in read_rows([tmp_path / "own.jsonl"], Columns(kind=kind))] == ["one"]
+    own = ("--input", tmp_path / "own.jsonl", "--output", tmp_path / "own", "--quiet")
+    assert embed(minilm, *own) == 0 and embed(minilm, *own, "--resume", "--input-format", kind) == 0
+
+
+@pytest.mark.parametrize(("packed", "by"), [(gzip.compress(b"one\n"), "gzip"), (b"\x28\xb5\x2f\xfd\n", "zstandard")])
+def test_packed_standard_input_is_named(packed, by, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(packed)))
+    with pytest.raises(ValueError, match=f"standard input is packed by {by}"):
+        list(read_rows(["-"]))
+
+
+@pytest.fixture
+def terminate():
+    """What SIGTERM does is as it was afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda: os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_belongs_to_the_command_for_its_time(terminate, monkeypatch, capsys):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    during = []
+
+    def command(arguments):
+        try:
+            terminate()
+            time.sleep(5)
+        finally:
+            during.append(signal.getsignal(signal.SIGTERM))
+
+    monkeypatch.setattr(cli, "doctor", command)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "fastdistil: ended by SIGTERM\n"  # which has no parts, and no --resume
+    assert during == [signal.SIG_DFL]  # a second one ends it at once
+    monkeypatch.setattr(cli, "doctor", lambda arguments: during.append(signal.getsignal(signal.SIGTERM)))
+    assert cli.main(["doctor"]) == 0 and callable(during[1]) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    for own in (signal.SIG_IGN, lambda *_: None):  # of somebody who calls it
+        signal.signal(signal.SIGTERM, own)
+        assert cli.main(["doctor"]) == 0 and during[-1] is own and signal.getsignal(signal.SIGTERM) is own
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(cli.main(["doctor"])))
+    thread.start()
+    thread.join()
+    assert found == [0] and during[-1] == signal.SIG_DFL
 
 
 def test_blank_lines_of_plain_text_stay_rows(monkeypatch):

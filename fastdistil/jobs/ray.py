@@ -4,6 +4,8 @@ Source: Ray (Moritz et al., 2018, arXiv:1712.05889) and Ray Data.
 """
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -102,7 +104,10 @@ class RayEmbedding(Embedding):
         self.started = not ray.is_initialized()
         if self.started:
             options = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
+            before = signal.getsignal(signal.SIGTERM)
             ray.init(address=address, log_to_driver=False, configure_logging=False, **options)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray's own ends the process with a stack of its
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         count = actors or gpus or int(resources.get("CPU", 1))

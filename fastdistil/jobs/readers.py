@@ -26,6 +26,7 @@ KINDS = ("txt", "jsonl", "csv", "tsv")
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # what is taken from a directory
 PACKED = (".gz", ".zst")
 STDIN = "-"
+PACKERS = {b"\x1f\x8b": "gzip (.gz)", b"\x28\xb5\x2f\xfd": "zstandard (.zst)"}
 OBJECT = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{(?![{%#])")  # how an object begins, and no template
 MARKS = {  # that a file begins with; the longer ones first
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -211,6 +212,11 @@ def _kind(name: str) -> str | None:
     if suffix in PACKED:
         suffix = Path(path.stem).suffix.lower()
     return suffix if suffix in SUFFIXES else None
+
+
+def has_kind(name: str) -> bool:
+    """Whether a file's name tells its format."""
+    return _kind(name) is not None
 
 
 def _named(name: str) -> str:
@@ -505,6 +511,10 @@ def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
     for i, line in enumerate(_all_lines(name, progress)):
         if i == 0 and (found := next((kind for mark, kind in MARKS.items() if line.startswith(mark)), None)):
             raise ValueError(f"{_named(name)} is {found}; convert it, as with: iconv -f {found} -t UTF-8")
+        if i == 0 and (packer := next((by for mark, by in PACKERS.items() if line.startswith(mark)), None)):
+            raise ValueError(
+                f"{_named(name)} is packed by {packer}; unpack it first, or give it as a file of that suffix"
+            )
         yield line
 
 

@@ -48,7 +48,7 @@ from fastdistil.jobs.manifest import (
     write_manifest,
     write_text,
 )
-from fastdistil.jobs.readers import Columns, Progress, Row, count_rows, find_inputs, read_files
+from fastdistil.jobs.readers import Columns, Progress, Row, count_rows, find_inputs, has_kind, read_files
 from fastdistil.jobs.writers import check_format, write_embeddings
 
 PART_ROWS = 50_000  # two row groups of a parquet file
@@ -162,7 +162,8 @@ def _directory(path: Path) -> Path:
 def _settings(job: Job, inputs: list[str]) -> dict[str, Any]:
     return job.fingerprint | {
         "inputs": fingerprint_of_files(inputs),
-        "columns": list(job.columns),
+        "columns": list(job.columns[:4]),
+        **({"input_format": kind} if (kind := job.columns.kind) and not all(map(has_kind, inputs)) else {}),
         "part_characters": PART_CHARACTERS,
         "part_rows": job.part_rows,
         "on_error": job.on_error,
