@@ -532,14 +532,23 @@ def _figures(turns: list[tuple[timing.Timing, timing.Timing]], case: Case, ceili
     found: dict[str, Any] = {"flops": case.cost.flops, "bytes": case.cost.bytes}
     for name, of_turns in zip(("cold", "graph"), zip(*turns, strict=True), strict=True):
         found[name] = timing.joined(list(of_turns), KEPT)
-    seconds = found["cold"]["median_us"] / 1e6
-    precision = "tf32" if case.dtype is torch.float32 and _configs.matmul_precision() == "tf32" else str(case.dtype)
-    matmul = ceilings[precision.removeprefix("torch.")]["flops_per_s"]
-    found["of_copy"] = case.cost.bytes / seconds / ceilings["copy"]["bytes_per_s"]
-    found["of_matmul"] = case.cost.flops / seconds / matmul
+    matmul = _matmul(str(case.dtype).removeprefix("torch."), ceilings)
+    found |= _of_ceilings(found, matmul, ceilings)
     for part in over_ceiling(case, found, ceilings, matmul):
         raise AssertionError(f"{part:.0%} of a ceiling: a clock, a count or the ceiling is wrong")
     return found
+
+
+def _matmul(dtype: str, ceilings: dict[str, Any]) -> float:
+    """FLOP/s of large products in the precision that an op of the dtype has."""
+    tf32 = dtype == "float32" and _configs.matmul_precision() == "tf32"
+    return ceilings["tf32" if tf32 else dtype]["flops_per_s"]
+
+
+def _of_ceilings(found: dict[str, Any], matmul: float, ceilings: dict[str, Any]) -> dict[str, float]:
+    seconds = found["cold"]["median_us"] / 1e6
+    copied = found["bytes"] / seconds / ceilings["copy"]["bytes_per_s"]
+    return {"of_copy": copied, "of_matmul": found["flops"] / seconds / matmul}
 
 
 def over_ceiling(case: Case, found: dict[str, Any], ceilings: dict[str, Any], matmul: float) -> Iterator[float]:
@@ -618,11 +627,15 @@ def in_processes(argv: list[str], processes: int) -> tuple[list[dict[str, Any]],
             if not path.is_file():
                 raise RuntimeError(f"a process of the kernels' benchmark ended with status {done.returncode}")
             runs.append(record.read(path))
-    ceilings = max((run["ceilings"] for run in runs), key=lambda found: found["float32"]["flops_per_s"])
-    return [joined(list(rows)) for rows in zip(*(run["rows"] for run in runs), strict=True)], ceilings
+    measured = [run["ceilings"] for run in runs]
+    ceilings = {
+        name: max((one[name] for one in measured), key=lambda found: found.get("flops_per_s") or found["bytes_per_s"])
+        for name in measured[0]
+    }
+    return [joined(list(rows), ceilings) for rows in zip(*(run["rows"] for run in runs), strict=True)], ceilings
 
 
-def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def joined(rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> dict[str, Any]:
     """One row of several for the same case and provider: all rounds and turns; what is wrong in one is wrong."""
     for row in rows:
         if "wrong" in row or "cold" not in row:
@@ -632,8 +645,7 @@ def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
         samples = [s / 1e6 for row in rows for s in row[way]["samples_us"]]
         turns = [turn for row in rows for turn in row[way]["turns_us"]]
         found[way] = timing.Timing(samples).figures() | {"turns_us": turns, "drift": max(turns) / min(turns) - 1}
-    scale = rows[0]["cold"]["median_us"] / found["cold"]["median_us"]
-    return found | {name: found[name] * scale for name in ("of_copy", "of_matmul")}
+    return found | _of_ceilings(found, _matmul(found["dtype"], ceilings), ceilings)
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:

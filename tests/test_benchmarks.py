@@ -562,14 +562,18 @@ def test_kernels_in_several_processes(tmp_path):
     assert kernels.main(arguments) == 0
     rows = [row for row in record.measured(tmp_path / "r.json")["rows"] if "cold" in row]
     assert rows and all(len(row["cold"]["turns_us"]) == 2 * timing.TURNS for row in rows)
-    two = [kernel_row("8 x 8 x 8", "fastdistil", us, of_matmul=0.5) for us in (1.0, 3.0)]
+    ceilings = record.read(tmp_path / "r.json")["ceilings"]
+    for row in rows:  # of the ceilings that the file holds, the higher ones of two
+        rate = row["bytes"] / row["cold"]["median_us"] * 1e6
+        assert row["of_copy"] == pytest.approx(rate / ceilings["copy"]["bytes_per_s"])
+    two = [kernel_row("8 x 8 x 8", "fastdistil", us, dtype="float32", bytes=2e9, flops=1e9) for us in (1.0, 3.0)]
     for row in two:
         row["cold"] |= {"turns_us": [row["cold"]["median_us"]]}
         row["graph"] = row["cold"]
-    found = kernels.joined(two)
+    found = kernels.joined(two, CEILINGS)
     assert found["cold"]["median_us"] == pytest.approx(2, abs=0.05) and found["cold"]["drift"] == 2
-    assert found["of_matmul"] == pytest.approx(0.25, abs=0.01)
-    assert kernels.joined([two[0], two[1] | {"wrong": "x"}])["wrong"] == "x"
+    assert (found["of_copy"], found["of_matmul"]) == pytest.approx((1.0, 0.5), abs=0.05)
+    assert kernels.joined([two[0], two[1] | {"wrong": "x"}], CEILINGS)["wrong"] == "x"
 
 
 def test_ratios_are_of_turns():
