@@ -82,6 +82,23 @@ def bench_start_to_end_of_one_text(benchmark, path, tmp_path):
     print(f"\n{benchmark.stats.stats.median:.2f} s")
 
 
+def tell(benchmark, peer, times, tokens, cosine):
+    """Keep and print how ours compares with the peer's seconds, and the cosines between the two, an array a round."""
+    ours = benchmark.stats.stats.data
+    ratios = [p / o for p, o in zip(times, ours, strict=True)]
+    benchmark.extra_info.update(
+        peer=peer,
+        ratio=median(ratios),
+        ratios=ratios,
+        tokens_per_second=tokens / median(ours),
+        peer_tokens_per_second=tokens / median(times),
+        least_cosine=float(min(c.min() for c in cosine)),
+        mean_cosine=float(np.mean([c.mean() for c in cosine])),
+    )
+    show(benchmark.extra_info)
+    print(f"cosine {benchmark.extra_info['mean_cosine']:.5f}, at least {benchmark.extra_info['least_cosine']:.5f}")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def bench_less_precision(benchmark, embedder, texts, path, dtype):
     """The same texts by the same library in less precision, and the cosine it costs."""
@@ -98,19 +115,7 @@ def bench_less_precision(benchmark, embedder, texts, path, dtype):
     benchmark.pedantic(lambda: found.append(rounded.encode(texts)), setup=setup, rounds=ROUNDS)
     cosine = [(a * b).sum(1) for a, b in zip(found, exact, strict=True)]
     assert min(c.mean() for c in cosine) >= {"bfloat16": 0.9999, "int8": 0.997}[dtype]
-    ours = benchmark.stats.stats.data
-    ratios = [e / o for e, o in zip(times, ours, strict=True)]
-    tokens = len(embedder.tokenize(texts).ids)
-    benchmark.extra_info.update(
-        peer=f"{dtype} against its own float32",
-        ratio=median(ratios),
-        ratios=ratios,
-        tokens_per_second=tokens / median(ours),
-        peer_tokens_per_second=tokens / median(times),
-        least_cosine=float(min(c.min() for c in cosine)),
-        mean_cosine=float(np.mean([c.mean() for c in cosine])),
-    )
-    show(benchmark.extra_info)
+    tell(benchmark, f"{dtype} against its own float32", times, len(embedder.tokenize(texts).ids), cosine)
 
 
 class CTranslate2:
@@ -170,17 +175,4 @@ def bench_engine_against_ctranslate2(benchmark, embedder, texts, path, compute_t
     benchmark.pedantic(lambda: results.append(embedder.encode(texts)), setup=setup, rounds=ROUNDS)
     cosine = [(a * b).sum(1) for a, b in zip(results, expected, strict=True)]
     assert min(c.min() for c in cosine) >= (0.99999 if compute_type == "float32" else 0.5)
-    ours = benchmark.stats.stats.data
-    ratios = [p / o for p, o in zip(times, ours, strict=True)]
-    tokens = len(embedder.tokenize(texts).ids)
-    benchmark.extra_info.update(
-        peer=f"CTranslate2 {compute_type}, sorted by tokens",
-        ratio=median(ratios),
-        ratios=ratios,
-        tokens_per_second=tokens / median(ours),
-        peer_tokens_per_second=tokens / median(times),
-        least_cosine=float(min(c.min() for c in cosine)),
-        mean_cosine=float(np.mean([c.mean() for c in cosine])),
-    )
-    show(benchmark.extra_info)
-    print(f"cosine {benchmark.extra_info['mean_cosine']:.5f}, at least {benchmark.extra_info['least_cosine']:.5f}")
+    tell(benchmark, f"CTranslate2 {compute_type}, sorted by tokens", times, len(embedder.tokenize(texts).ids), cosine)
