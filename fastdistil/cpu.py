@@ -229,13 +229,8 @@ def attention(
     those of sorted texts are."""
     total, dim = qkv.shape[0], qkv.shape[1] // 3
     out = qkv.new_empty(grid(total), dim)[:total]
-    form: Callable[..., Tensor] = _attend
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    if qkv.dtype is not torch.float32:
-        if bool(qkv.sum(dtype=wide).isfinite()):
-            form = F.scaled_dot_product_attention
-        else:  # which would make numbers of NaN
-            qkv = qkv.to(wide)
+    # half precision through float32: torch's own kernel is slower up to 64 tokens and more, and makes numbers of NaN
+    qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     starts = cu_seqlens.tolist()
     of_length: dict[int, list[int]] = {}
     for start, end in pairwise(starts):
@@ -255,7 +250,7 @@ def attention(
             part = out[first : first + count * length] if rows is None else out.new_empty(count * length, dim)
             where = part.view(count, length, num_heads, -1).transpose(1, 2)
             for j in range(0, length, m):
-                o = form(q[:, :, j : j + m], k, v)  # [n, heads, m, head_size]
+                o = _attend(q[:, :, j : j + m], k, v)  # [n, heads, m, head_size]
                 where[:, :, j : j + m] = o if head_scale is None else o * head_scale.to(o.dtype)[:, None, None]
             if rows is not None:
                 out.index_copy_(0, rows, part)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
 from fastdistil import cpu, reference
-from fastdistil.packing import is_transformed
 
 # Rows at a time, so that what is between the steps stays in a core's cache; measured: the quickest of 128 to 4,096.
 BLOCK = 512
@@ -73,9 +73,13 @@ def apply(layers: Sequence[Int8Linear], x: Tensor, activation: str | None = None
     """activation(layer(x)) of layers side by side: [rows, in] -> [rows, out of all], in x's dtype."""
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError("int8 weights pass no gradient on; load the model in float32 to train it")
-    if forward_ad._current_level >= 0 or is_transformed():
-        raise RuntimeError("int8 weights pass no tangent on and no transform of torch.func; load the model in float32")
     rows, traced = x.float(), torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not traced:
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        if dual or is_batchedtensor(x):
+            raise RuntimeError(
+                "int8 weights pass no tangent on and nothing that vmap batches; load the model in float32"
+            )
     if not traced and x.is_cpu and 1 < x.shape[1] <= MOST_TERMS and cpu.has("vnni"):
         return _in_blocks(layers, rows, activation).to(x.dtype)
     q, scale = quantize(rows)

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import nn
 
 import fastdistil
@@ -150,7 +151,7 @@ def test_scales_stay_in_float32(saved):
     assert model(torch.tensor([[1, 2]]))[0].dtype is torch.bfloat16
 
 
-def test_other_weights_are_refused_and_leave_the_model_as_it_is(saved):
+def test_weights_that_are_not_int8_are_refused(saved):
     model = DistilBertModel.from_pretrained(saved, dtype="int8")
     before = {name: value.clone() for name, value in model.state_dict().items() if value.dtype is torch.int8}
     other = DistilBertModel(DistilBertConfig(**TINY)).state_dict()
@@ -202,8 +203,15 @@ def test_what_an_int8_model_refuses(saved, tmp_path, monkeypatch):
         model(inputs_embeds=embeds)
     with pytest.raises(ValueError, match=r"x is \[..., 3\], the layer takes \[..., 24\]"):
         model.distilbert.transformer.layer[0].ffn.lin1(torch.zeros(2, 3))
-    with pytest.raises(RuntimeError, match="no tangent on and no transform"):
+    with pytest.raises(RuntimeError, match="no tangent on and nothing that vmap"):
         torch.func.vmap(lambda ids: model(ids[None]).logits)(torch.ones(2, 3, dtype=torch.int64))
+    features = model.distilbert(torch.tensor([[1, 2, 3]]))[0].clone()
+    torch.func.grad(lambda x: (x * model.distilbert(torch.tensor([[1, 2, 3]]))[0]).sum())(features)  # a constant in it
+    with fwAD.dual_level():
+        model(torch.tensor([[1, 2, 3]]))
+        embeds = fwAD.make_dual(torch.randn(1, 3, 24), torch.randn(1, 3, 24))
+        with pytest.raises(RuntimeError, match="no tangent on"):
+            model(inputs_embeds=embeds)
     with pytest.raises(ValueError, match="verify the checkpoint in float32"):
         fastdistil.verify.verify(saved, dtype="int8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

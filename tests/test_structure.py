@@ -23,7 +23,7 @@ ALLOWED = {
     "graphs": set(),
     "testing": {"ops", "reference"},
     "cpu": {"reference"},
-    "int8": {"cpu", "packing", "reference"},
+    "int8": {"cpu", "reference"},
     "ops": {"_register", "kernels", "cpu", "packing", "reference"},
     "checkpoint": {"config"},
     "adapters": {"checkpoint", "ops"},
