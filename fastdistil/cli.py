@@ -543,7 +543,10 @@ def doctor(arguments: argparse.Namespace) -> None:
         ("triton", _target.triton_version() or "not installed"),
         ("cpu threads", str(torch.get_num_threads())),
         ("cpu products", f"by torch ({kept})" if (kept := cpu.why_not_onednn()) else "float32 by oneDNN"),
-        ("cpu bfloat16", "multiplied by the processor" if cpu.has("avx512_bf16") else "slower than float32 here"),
+        (
+            "cpu bfloat16",
+            "multiplied by the processor" if cpu.has("avx512_bf16") else "not multiplied by this processor",
+        ),
         ("cpu int8", "multiplied by the processor (VNNI)" if cpu.has("vnni") else "by float32 products: no VNNI"),
         ("cuda", str(torch.version.cuda or "this torch is built without it")),
         ("C compiler", _target.missing_compiler() or "found, with Python's headers"),

@@ -229,7 +229,7 @@ def attention(
     those of sorted texts are."""
     total, dim = qkv.shape[0], qkv.shape[1] // 3
     out = qkv.new_empty(grid(total), dim)[:total]
-    # half precision through float32: torch's own kernel is slower up to 64 tokens and more, and makes numbers of NaN
+    # half precision through float32: torch's own kernel is slower up to 64 tokens, and makes numbers of NaN
     qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     starts = cu_seqlens.tolist()
     of_length: dict[int, list[int]] = {}

@@ -168,6 +168,19 @@ def test_sigterm_belongs_to_the_command_for_its_time(terminate, monkeypatch, cap
     assert found == [0] and during[-1] == signal.SIG_DFL
 
 
+@pytest.mark.parametrize(
+    ("given", "stays"),
+    [("a.txt", "; finished parts stay, go on with --resume"), ("-", "; finished parts stay")],
+)
+def test_what_stays_after_ctrl_c_is_what_can_go_on(given, stays, monkeypatch, capsys):
+    def command(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "embed", command)
+    assert cli.main(["embed", "--model", "m", "--input", given, "--output", "o"]) == 1
+    assert capsys.readouterr().err == f"fastdistil: interrupted{stays}\n"
+
+
 def test_blank_lines_of_plain_text_stay_rows(monkeypatch):
     for lines, texts in (("\n\n", ["", ""]), ("\n\na\n\n", ["", "", "a", ""]), ("", [])):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
