@@ -1,6 +1,8 @@
 """Faster CPU forms of the ops in `reference.py`. Each is held to its definition by the same tests as the kernels."""
 
+import ctypes
 import functools
+import os
 import platform
 from collections.abc import Callable
 from itertools import pairwise
@@ -28,6 +30,13 @@ ONEDNN_ACTIVATIONS = {
 SCORE_ELEMENTS = 2**20
 # A row that fills no vector register of AVX-512 takes torch's softmax up to twelve times as long as one that does.
 LANES, WORTH_WIDENING = 16, 2**10
+# glibc's mallopt(3): the option that each environment variable sets, and bytes. Blocks of up to 32 MiB, the most there
+# is, come from the heap. A thread's heaps have 64 MiB each: with as much room on top none is ever given back.
+MALLOC_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": (-3, 2**25),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**27),
+    "MALLOC_TOP_PAD_": (-2, 2**26),
+}
 
 
 def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., Tensor]:
@@ -73,11 +82,14 @@ def embed_layer_norm(
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks of up to 32 MiB, which else are given back and mapped anew each time.
 
-    It learns that from the first such block that is freed (malloc's dynamic mmap threshold); what its environment
-    variables set stays. Measured: 3 to 8 % of `encode`. It holds for the whole process, in which blocks that are freed
-    below one still in use then stay: so the engine asks for it, and a model that is called does not.
+    Measured: 3 to 8 % of `encode`. It holds for the whole process, in which blocks that are freed below one still in
+    use then stay: so the engine asks for it, and a model that is called does not. What environment variables set stays.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in ("GLIBC_TUNABLES", *MALLOC_SETTINGS)):
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, size in MALLOC_SETTINGS.values():
+        mallopt(option, size)
 
 
 def add_layer_norm(
