@@ -687,6 +687,29 @@ def test_directories_in_use(checkpoint, tmp_path, capsys):
     assert "in.jsonl is a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_parts_without_a_manifest_are_moved_aside(devices, checkpoint, tmp_path, capfd, caplog):
+    """A resumed job starts afresh there, and nothing is lost."""
+    path, out = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS]), tmp_path / "o"
+    given = ["embed", "--model", str(checkpoint), "--input", str(path), "--output", str(out), "--device", devices]
+    out.mkdir()
+    for name in ("part-00000.npy", "part-00007.done.json", "part-00001.npy.tmp", "manifest.json.tmp"):
+        (out / name).write_text("theirs")
+    assert main(given) == 1 and "is not empty (manifest.json.tmp)" in capfd.readouterr().err
+    assert main([*given, "--resume"]) == 0
+    (aside,) = out.glob("without-manifest-*")
+    assert {p.name: p.read_text() for p in aside.iterdir()} == dict.fromkeys(
+        ("part-00000.npy", "part-00007.done.json"), "theirs"
+    )
+    assert f"they are in {aside.name} now" in caplog.text
+    vectors = np.concatenate([vectors for _, vectors in Index(out).parts()])
+    assert len(vectors) == len(TEXTS) and not list(out.glob("*.tmp"))
+    (out / "manifest.json").rename(out / "manifest.json.tmp")  # killed before there was one: nothing to keep
+    for part in out.glob("part-*"):
+        part.unlink()
+    assert main([*given, "--resume"]) == 0 and list(out.glob("without-manifest-*")) == [aside]
+
+
 def test_a_lock_of_somebody_elses(checkpoint, tmp_path, capsys):
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
     (tmp_path / "o").mkdir()

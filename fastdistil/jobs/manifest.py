@@ -10,12 +10,16 @@ part-00000.rejects.jsonl  rows of a part that could not be used, if there were a
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("fastdistil")
 
 MANIFEST, REJECTS, LOCK = "manifest.json", "rejects.jsonl", ".lock"
 OURS = re.compile(
@@ -177,6 +181,23 @@ def remove(directory: Path) -> None:
         path.unlink()
     (directory / MANIFEST).unlink(missing_ok=True)
     _remove_ours(directory, set())
+
+
+def set_aside(directory: Path) -> None:
+    """Move what is named like a job's files, but has no manifest, into a new directory there."""
+    if (directory / MANIFEST).is_file():
+        return
+    for path in directory.glob("*.tmp"):  # a file in the making when its job was killed
+        if OURS.fullmatch(path.name) and path.is_file():
+            path.unlink()
+    found = [path for path in directory.iterdir() if OURS.fullmatch(path.name)]
+    if not found:
+        return
+    aside = Path(tempfile.mkdtemp(prefix="without-manifest-", dir=directory))
+    aside.chmod(directory.stat().st_mode & 0o777)
+    for path in found:
+        path.rename(aside / path.name)
+    logger.warning("%s has parts but no manifest, so the job starts afresh; they are in %s now", directory, aside.name)
 
 
 def _remove_ours(directory: Path, kept: set[str]) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastdistil.jobs.manifest import LOCK, MANIFEST, OURS, SHARD, Lock, read_manifest, remove
+from fastdistil.jobs.manifest import LOCK, MANIFEST, SHARD, Lock, read_manifest, remove, set_aside
 from fastdistil.jobs.merge import merge, shard_directory
 
 REJECTED = 3  # a process's status when it is done, but for some rows
@@ -68,6 +68,8 @@ def run_on(
     divided = {shard_directory(output, i, total).name for i in range(total)}
     with contextlib.ExitStack() as held:
         held.enter_context(Lock(output))
+        if resume and shards == 1:
+            set_aside(output)
         others = [p for p in output.iterdir() if SHARD.fullmatch(p.name) and p.name not in divided] if overwrite else []
         for path in others:  # of another division, which nobody may be at
             held.enter_context(Lock(path))
@@ -105,12 +107,10 @@ def _refuse(output: Path, directories: list[Path], total: int, *, resume: bool, 
         raise FileExistsError(
             f"{output} holds {stale[0]}, of a job on another number of devices; go on with as many{hint}"
         )
-    if (output / MANIFEST).is_file():
-        # an unfinished one is a merge that was interrupted, or the work of a job on one device
-        if not (_is_merged(output) or all(map(_is_finished, directories))):
-            raise FileExistsError(f"{output} holds an unfinished job on one device; go on with one{hint}")
-    elif theirs := [name for name in others if OURS.fullmatch(name)]:
-        raise FileExistsError(f"{output} is not empty ({theirs[0]}); give another directory{hint}")
+    known = (output / MANIFEST).is_file()
+    # an unfinished one is a merge that was interrupted, or the work of a job on one device
+    if known and not (_is_merged(output) or all(map(_is_finished, directories))):
+        raise FileExistsError(f"{output} holds an unfinished job on one device; go on with one{hint}")
 
 
 def _is_merged(output: Path) -> bool:

@@ -31,7 +31,6 @@ from fastdistil.engine.tokens import TextWindows
 from fastdistil.jobs.manifest import (
     LOCK,
     MANIFEST,
-    OURS,
     REJECTS,
     Lock,
     Manifest,
@@ -44,6 +43,7 @@ from fastdistil.jobs.manifest import (
     is_whole,
     part_name,
     read_manifest,
+    set_aside,
     start_over,
     write_manifest,
     write_text,
@@ -187,12 +187,9 @@ def _empty(job: Job, directory: Path) -> bool:
     known = (directory / MANIFEST).is_file()
     if not present or (known and job.resume):
         return not present
-    theirs = [name for name in present if OURS.fullmatch(name)]  # of a job that left no manifest, or of nobody's
-    if not job.overwrite and (not job.resume or theirs):
+    if not (job.overwrite or job.resume):
         hint = ", or --resume to go on with the job in it" if known else ""
-        raise FileExistsError(
-            f"{directory} is not empty ({(theirs or present)[0]}); give another directory, or --overwrite{hint}"
-        )
+        raise FileExistsError(f"{directory} is not empty ({present[0]}); give another directory, or --overwrite{hint}")
     return True
 
 
@@ -200,6 +197,8 @@ def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Pa
     """The parts that are finished already; None where all of them are. Those of a job that was finished are the
     manifest's from here on, for the ones to be made again end where they did: a merged one is not cut by its length."""
     if _empty(job, directory):
+        if job.resume:
+            set_aside(directory)
         return []
     try:
         old = read_manifest(directory)
