@@ -534,6 +534,26 @@ def test_what_is_not_finite_is_where_the_definition_has_it(dtype, value):
 
 
 @on_cpu_forms
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_that_nothing_multiplies_goes_through_float32(dtype, monkeypatch):
+    x, weight, bias = (torch.randint(-3, 4, size).to(dtype) for size in ((8, 24), (16, 24), (16,)))  # sums are exact
+    exact = (x.float() @ weight.float().T + bias.float()).to(dtype)
+    asked = []
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: asked.append(dtype) or dtype is torch.float32)
+    monkeypatch.setattr(F, "linear", lambda x, *more: (_ for _ in ()).throw(AssertionError(x.dtype)))
+    assert torch.equal(ops.linear(x, weight, bias), exact) and asked[0] is dtype
+    activated = ops.bias_gelu(x, weight, bias)
+    monkeypatch.undo()
+    assert torch.equal(activated, F.gelu(exact))
+    supported = {
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    }
+    assert cpu.multiplies(dtype) == (torch.backends.mkldnn.is_available() and supported[dtype]())
+    assert cpu.multiplies(torch.float32) and cpu.multiplies(torch.float64)
+
+
+@on_cpu_forms
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 @pytest.mark.parametrize(
     "tokens, chosen, kept",
