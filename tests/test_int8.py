@@ -12,7 +12,7 @@ from torch import nn
 
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, Embedder, cli, cpu
-from fastdistil.int8 import Int8Linear, apply
+from fastdistil.int8 import BLOCK, Int8Linear, apply
 
 TEXTS = ["a cat sat", "temporary directory", "", "word " * 400, "it's 3.14, isn't it?", "the weather is lovely today"]
 TINY = dict(vocab_size=60, dim=24, n_heads=2, hidden_dim=33, n_layers=2, max_position_embeddings=20)
@@ -245,3 +245,11 @@ def test_a_job_in_int8(minilm, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*job, "--resume"]) == 1
     assert "dtype" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_takes_any_number_of_rows():
+    """Blocks of rows would be those of the example."""
+    layer = Int8Linear(nn.Linear(24, 16))
+    traced, x = torch.jit.trace(layer, torch.randn(3, 24)), torch.randn(BLOCK + 40, 24)
+    torch.testing.assert_close(traced(x), layer(x))

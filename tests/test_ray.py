@@ -74,6 +74,27 @@ def test_batches_are_not_written_to(checkpoint, texts):
         embed({"words": column})
 
 
+@pytest.mark.parametrize("reached", [True, False])
+def test_sigterm_stays_whose_it_was(reached, checkpoint, monkeypatch):
+    """Ray takes it when it starts, also where it then finds no cluster."""
+
+    def init(**options):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        if not reached:
+            raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: (_ for _ in ()).throw(ConnectionError("gone")))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ConnectionError, match="gone" if reached else "nobody there"):
+            module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy")
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_job_whose_actor_is_killed(cluster, checkpoint, texts, tmp_path, monkeypatch):
     """The same ids and order as the job of one process, and the same values."""
     source = tmp_path / "in.txt"

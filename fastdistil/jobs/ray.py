@@ -105,9 +105,11 @@ class RayEmbedding(Embedding):
         if self.started:
             options = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
             before = signal.getsignal(signal.SIGTERM)
-            ray.init(address=address, log_to_driver=False, configure_logging=False, **options)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)  # Ray's own ends the process with a stack of its
+            try:
+                ray.init(address=address, log_to_driver=False, configure_logging=False, **options)
+            finally:
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, before)  # Ray's own ends the process with a stack of its
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         count = actors or gpus or int(resources.get("CPU", 1))
