@@ -40,6 +40,8 @@ HUB_FILES = [
     "config_sentence_transformers.json",
     "*_Pooling/config.json",
     "*_Normalize/config.json",
+    "*_Dense/config.json",
+    "*_Dense/model.safetensors",
 ]
 
 # BERT's names -> DistilBERT's, as in HF's extract_distilbert.py

@@ -126,6 +126,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--pooling", choices=fastdistil.ops.POOLING, help="default: the checkpoint's, else mean")
     one.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="default: the checkpoint's, else no")
     one.add_argument("--max-length", type=positive, help="tokens a text is cut to (default: the checkpoint's)")
+    one.add_argument("--truncate-dim", type=positive, help="so many numbers of each embedding are kept")
+    _prompts(one)
     one.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
     one.add_argument("--ray-address", help="of a running cluster, or auto (default: one is started here)")
     one.add_argument("--ray-actors", type=positive, help="default: one a GPU of the cluster, or one a CPU")
@@ -139,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("--top-k", type=positive, default=3)
     two.add_argument("--json", action="store_true", help="print a JSON object a query")
     two.add_argument("query", nargs="+")
+    _prompts(two)
     _placement(two)
 
     four = commands.add_parser("predict", help="answer a task for every text, a JSON object a line or into a directory")
@@ -229,6 +232,12 @@ def _job(command: argparse.ArgumentParser, formats: tuple[str, ...], default: st
     command.add_argument("--json-logs", action="store_true", help="JSON objects on standard error")
 
 
+def _prompts(command: argparse.ArgumentParser) -> None:
+    one = command.add_mutually_exclusive_group()
+    one.add_argument("--prompt", help="put before every text (default: the checkpoint's default prompt, if any)")
+    one.add_argument("--prompt-name", help="one of the checkpoint's prompts")
+
+
 def _placement(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:N; cuda:0,1 for a process each (default: cuda if there)")
     command.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16", "int8"), default="auto")
@@ -238,6 +247,8 @@ def _placement(command: argparse.ArgumentParser) -> None:
 def embed(arguments: argparse.Namespace) -> int | None:
     if arguments.engine != "ray" and (arguments.ray_address or arguments.ray_actors):
         raise WrongUse("--ray-address and --ray-actors go with --engine ray")
+    if arguments.tokens_column is not None and not (arguments.prompt is arguments.prompt_name is None):
+        raise WrongUse("--prompt and --prompt-name go with texts, not with --tokens-column")
     if several := _on_several_devices(arguments):
         return several.status
     log = Log(arguments.quiet, arguments.json_logs)
@@ -248,6 +259,9 @@ def embed(arguments: argparse.Namespace) -> int | None:
         arguments.pooling,
         arguments.normalize,
         arguments.max_length,
+        prompt=arguments.prompt,
+        prompt_name=arguments.prompt_name,
+        truncate_dim=arguments.truncate_dim,
     )
     log.say(f"{arguments.model} on {embedder.describe()}")
     columns = _columns(arguments, tokens=arguments.tokens_column)
@@ -277,9 +291,11 @@ def embed(arguments: argparse.Namespace) -> int | None:
         )
     settings = {
         "pooling": embedder.pooling,
-        "normalize": embedder.normalize,
+        # cut vectors are normalised by the checkpoint before, or as was asked after
+        "normalize": embedder.normalize if embedder.truncate_dim is None else arguments.normalize,
         "max_length": embedder.max_length,
         "prompt": embedder.prompt,
+        "truncate_dim": embedder.truncate_dim,
         "lower_case": embedder.lower_case,
         "output_dtype": arguments.output_dtype,
         "max_batch_tokens": work.engine.budget,
@@ -395,8 +411,16 @@ def join(arguments: argparse.Namespace) -> int:
 def search(arguments: argparse.Namespace) -> None:
     index = Index(arguments.index)
     made = index.manifest
-    settings = [made.settings.get(name) for name in ("pooling", "normalize", "max_length")]
-    embedder = Embedder.from_pretrained(arguments.model or made.model, arguments.device, arguments.dtype, *settings)
+    names = "pooling", "normalize", "max_length", "truncate_dim"
+    settings: dict[str, Any] = {name: made.settings.get(name) for name in names}
+    embedder = Embedder.from_pretrained(
+        arguments.model or made.model,
+        arguments.device,
+        arguments.dtype,
+        prompt=arguments.prompt,
+        prompt_name=arguments.prompt_name,
+        **settings,
+    )
     if embedder.dim != made.dim:
         raise ValueError(f"{arguments.model or made.model} gives {embedder.dim} dimensions, the index has {made.dim}")
     say(arguments, f"{made.rows:,} texts, query on {embedder.describe()}")

@@ -18,6 +18,7 @@ LENGTH_STEP = 32
 PLAIN = (
     *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList),
     *(nn.ModuleDict, nn.Sequential, nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh),
+    *(nn.Sigmoid, nn.Identity),
 )
 
 

@@ -60,6 +60,31 @@ def test_embed_and_search(form, minilm, jsonl, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["hits"][0]["id"] == "row 0"
 
 
+def test_prompts_and_fewer_numbers(minilm, jsonl, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "index"
+    shutil.copytree(minilm, model)
+    (model / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find: ", "passage": "text: "}}')
+    given = ("--input", jsonl, "--output", out, "--prompt-name", "passage", "--truncate-dim", 100)
+    assert embed(model, *given) == 0
+    settings = Index(out).manifest.settings
+    assert (settings["prompt"], settings["truncate_dim"], settings["normalize"]) == ("text: ", 100, None)
+    whole = Embedder.from_pretrained(minilm, device="cpu")
+    ((_, found),) = Index(out).parts()
+    expected = whole.encode(["text: " + row["text"] for row in ROWS])[:, :100]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert embed(model, *given[:-3], "query", *given[-2:], "--resume") == 1
+    assert "prompt was 'text: ', now 'find: '" in capsys.readouterr().err
+    for how in (("--prompt-name", "query"), ("--prompt", "find: ")):
+        assert main(["search", "--index", str(out), "--json", "--top-k", "1", *how, "--quiet", "kitten"]) == 0
+        (hit,) = json.loads(capsys.readouterr().out)["hits"]
+        np.testing.assert_allclose(hit["score"], (expected @ whole.encode("find: kitten")[:100]).max(), atol=1e-5)
+    with pytest.raises(SystemExit) as caught:
+        embed(model, *given, "--prompt", "x")
+    assert caught.value.code == 2
+    assert embed(model, *given, "--tokens-column", "ids") == 2
+    assert "go with texts, not with --tokens-column" in capsys.readouterr().err
+
+
 def test_text_file_several_inputs_and_options(minilm, jsonl, tmp_path):
     text = tmp_path / "lines.txt"
     text.write_bytes(b"\xef\xbb\xbffirst\r\n\r\nthird without end")

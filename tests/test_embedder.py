@@ -1,9 +1,11 @@
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder
 from fastdistil.engine import runner, scheduler
@@ -91,6 +93,117 @@ def test_options(checkpoint):
     assert (plain.pooling, plain.normalize, plain.max_length) == ("mean", False, 512)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [(12, "Tanh", True)],
+        [(12, "Identity", False), "normalize"],
+        [(20, "ReLU", True), (8, "GELU", True), "normalize"],
+        ["normalize", (12, "SiLU", True)],
+        ["normalize"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("truncate_dim", [None, 5])
+def test_layers_behind_the_pooling(layers, truncate_dim, checkpoint, tmp_path):
+    """As sentence-transformers computes them, in the order of the file; also what it cuts and normalises."""
+    st = pytest.importorskip("sentence_transformers")
+    modules, width = list(st.SentenceTransformer(str(checkpoint), device="cpu"))[:2], 16
+    for layer in layers:
+        if layer == "normalize":
+            modules.append(st.models.Normalize())
+        else:
+            out, activation, bias = layer
+            modules.append(st.models.Dense(width, out, bias, getattr(torch.nn, activation)()))
+            width = out
+    theirs = st.SentenceTransformer(modules=modules, device="cpu", truncate_dim=truncate_dim)
+    theirs.save_pretrained(str(tmp_path / "saved"))
+    ours = Embedder.from_pretrained(tmp_path / "saved", device="cpu", truncate_dim=truncate_dim)
+    assert ours.dim == (truncate_dim or width)
+    found = ours.encode(TEXTS, max_batch_tokens=100)
+    assert found.shape == (len(TEXTS), ours.dim) and found.dtype == np.float32
+    np.testing.assert_allclose(found, theirs.encode(TEXTS), atol=1e-6)
+    unit = Embedder.from_pretrained(tmp_path / "saved", "cpu", normalize=True, truncate_dim=truncate_dim)
+    np.testing.assert_allclose(unit.encode(TEXTS), theirs.encode(TEXTS, normalize_embeddings=True), atol=1e-6)
+    copied = pickle.loads(pickle.dumps(ours))
+    np.testing.assert_array_equal(copied.encode(TEXTS[:2]), ours.encode(TEXTS[:2]))
+
+
+def test_truncate_dim_of_the_files(checkpoint):
+    (checkpoint / "config_sentence_transformers.json").write_text('{"truncate_dim": 5}')
+    st = pytest.importorskip("sentence_transformers")
+    ours = Embedder.from_pretrained(checkpoint, device="cpu")
+    np.testing.assert_allclose(
+        ours.encode(TEXTS),
+        st.SentenceTransformer(str(checkpoint), device="cpu", truncate_dim=5).encode(TEXTS),
+        atol=1e-6,
+    )
+    plain = Embedder.from_pretrained(checkpoint, device="cpu", normalize=False, truncate_dim=7)
+    whole = Embedder.from_pretrained(checkpoint, device="cpu", normalize=False, truncate_dim=16)
+    np.testing.assert_allclose(plain.encode(TEXTS), whole.encode(TEXTS)[:, :7], atol=1e-6)
+    for wrong, error in ((0, ValueError), (17, ValueError), (True, TypeError), (2.0, TypeError)):
+        with pytest.raises(error, match="truncate_dim"):
+            Embedder.from_pretrained(checkpoint, device="cpu", truncate_dim=wrong)
+
+
+def test_prompts(checkpoint):
+    (checkpoint / "config_sentence_transformers.json").write_text('{"prompts": {"query": "Q: ", "passage": "P: "}}')
+    own = Embedder.from_pretrained(checkpoint, device="cpu")
+    assert own.prompt == "" and own.prompts == {"query": "Q: ", "passage": "P: "}
+    expected = own.encode(["Q: a cat", "Q: "])
+    for options in (dict(prompt_name="query"), dict(prompt="Q: ")):
+        np.testing.assert_array_equal(own.encode(["a cat", ""], **options), expected)
+        made = Embedder.from_pretrained(checkpoint, device="cpu", **options)
+        np.testing.assert_array_equal(made.encode(["a cat", ""]), expected)
+        np.testing.assert_array_equal(made.encode("a cat", prompt=""), own.encode("a cat"))
+    np.testing.assert_allclose(own.encode("a cat", prompt_name="query"), expected[0], atol=1e-6)
+    for options, error, message in (
+        (dict(prompt_name="q"), ValueError, "there is no prompt 'q'; the checkpoint has 'query', 'passage'"),
+        (dict(prompt_name="query", prompt="x"), ValueError, "not both"),
+        (dict(prompt=3), TypeError, "a prompt must be a string, got 3"),
+    ):
+        for call in (own.encode, lambda _, **options: Embedder.from_pretrained(checkpoint, device="cpu", **options)):
+            with pytest.raises(error, match=message):
+                call(["a"], **options)
+
+
+DENSE = {"in_features": 16, "out_features": 4, "activation_function": "torch.nn.modules.activation.Tanh"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_features": "16"}, "2_Dense/config.json: in_features is '16'; it must be an integer"),
+        ({"out_features": None}, "out_features is None"),
+        ({"activation_function": "os.system"}, "activation_function is 'os.system'; one of Tanh, Identity"),
+        ({"activation_function": "somebody.Tanh"}, "activation_function is 'somebody.Tanh'"),
+        ({"use_residual": True}, "asks for a residual"),
+        ({"module_input_name": "token_embeddings"}, "names what it reads or writes"),
+        ({"out_features": 5}, r"2_Dense/model.safetensors: linear.weight is \(4, 16\), and has to be \(5, 16\)"),
+        ({"bias": True}, r"linear.bias is None, and has to be \(4,\)"),
+        ({"in_features": 8}, "linear.weight is"),
+        ("width", "a dense layer takes 8 numbers, and is given 16"),
+        ("bin", "holds pytorch_model.bin but no model.safetensors"),
+        ("no weights", "2_Dense/model.safetensors"),
+        ("no config", "2_Dense/config.json is missing"),
+    ],
+)
+def test_a_dense_layer_that_cannot_be_used(changes, message, checkpoint):
+    place = checkpoint / "2_Dense"
+    place.mkdir()
+    width = 8 if changes == "width" else 16
+    config = DENSE | {"bias": False, "in_features": width} | (changes if isinstance(changes, dict) else {})
+    if changes != "no config":
+        (place / "config.json").write_text(json.dumps(config))
+    if changes not in ("bin", "no weights"):
+        save_file({"linear.weight": torch.ones(4, width)}, place / "model.safetensors")
+    (place / "pytorch_model.bin").write_bytes(b"") if changes == "bin" else None
+    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Dense", "path": "2_Dense"}]
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Embedder.from_pretrained(checkpoint, device="cpu")
+
+
 def test_newer_pooling_file(checkpoint):
     (checkpoint / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 16, "pooling_mode": "cls"}')
     assert Embedder.from_pretrained(checkpoint, device="cpu").pooling == "cls"
@@ -125,7 +238,8 @@ def test_bad_budgets(embedder, budget):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"modules.json": '[{"type": "x.Dense", "path": "2_Dense"}]'}, "module 'Dense', which is not supported"),
+        ({"modules.json": '[{"type": "x.WordWeights", "path": ""}]'}, "module 'WordWeights', which is not supported"),
+        ({"modules.json": '[{"type": "x.Dense", "path": "../other"}]'}, "outside its directory"),
         ({"modules.json": '[{"type": "x.Pooling", "path": "../other"}]'}, "outside its directory"),
         ({"modules.json": '[{"type": "x.Transformer", "path": "0_T"}]'}, "load that directory"),
         ({"modules.json": "[3]"}, "not supported"),
@@ -138,7 +252,8 @@ def test_bad_budgets(embedder, budget):
             "modules.json names '.ud800', which is no path",
         ),
         ({"sentence_bert_config.json": '{"tokenizer_args": {"model_max_length": 8}}'}, "tokenizer_args is .* not supp"),
-        ({"config_sentence_transformers.json": '{"truncate_dim": 8}'}, "truncate_dim is 8, which is not supported"),
+        ({"config_sentence_transformers.json": '{"truncate_dim": "8"}'}, "transformers.json: truncate_dim is '8'"),
+        ({"config_sentence_transformers.json": '{"truncate_dim": 17}'}, "truncate_dim is 17; it must be from 1 to 16"),
         ({"tokenizer_config.json": '{"unk_token": "\\ud800"}'}, "unk_token is '.ud800', which is not text"),
         ({"1_Pooling/config.json": '{"pooling_mode_max_tokens": true}'}, "pooling_mode_max_tokens pooling"),
         ({"1_Pooling/config.json": '{"pooling_mode": "mean", "include_prompt": false}'}, "include_prompt"),
@@ -149,7 +264,10 @@ def test_bad_budgets(embedder, budget):
         ({"sentence_bert_config.json": '{"max_seq_length": true}'}, "bert_config.json: max_seq_length is True"),
         ({"sentence_bert_config.json": '{"do_lower_case": "x"}'}, "bert_config.json: do_lower_case is 'x'"),
         ({"config_sentence_transformers.json": '{"default_prompt_name": "q"}'}, "no prompt 'q'"),
-        ({"config_sentence_transformers.json": '{"default_prompt_name": "q", "prompts": ["q"]}'}, "no prompt 'q'"),
+        (
+            {"config_sentence_transformers.json": '{"default_prompt_name": "q", "prompts": ["q"]}'},
+            "prompts is a JSON list",
+        ),
         ({"config_sentence_transformers.json": '{"default_prompt_name": "q", "prompts": {"q": 1}}'}, "not a string"),
     ],
 )

@@ -2,21 +2,22 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdistil import graphs, ops
 from fastdistil._register import FORMS
-from fastdistil.checkpoint import find, read_json, read_object
+from fastdistil.checkpoint import find
 from fastdistil.engine.runner import Done, Engine, GraphCache, budget_for
 from fastdistil.engine.scheduler import Window, cuts
+from fastdistil.engine.sentence import Normalize, read_settings
 from fastdistil.engine.tokens import TextWindows, ahead
 from fastdistil.model import DistilBertModel, as_device
 from fastdistil.tokenizer import DistilBertTokenizer
@@ -30,8 +31,11 @@ class Embedder:
     """Sentence embeddings from a DistilBERT or BERT encoder.
 
     model, tokenizer: loaded objects. pooling: "mean" or "cls". normalize: divide by the L2 norm. max_length: tokens
-    with the special ones, at most the model's positions; longer texts are cut. prompt is put before every text,
-    lower_case lowers it first. Source: Sentence-BERT (Reimers and Gurevych, 2019).
+    with the special ones, at most the model's positions; longer texts are cut. prompt is put before every text, unless
+    `encode` is given another or one of the named prompts; lower_case lowers it first. layers: what the pooled vectors
+    go through, float32 [rows, dim] -> [rows, out], such as sentence-transformers' Dense. truncate_dim: so many of the
+    numbers are kept (Matryoshka embeddings, Kusupati et al., 2022), before normalize divides. Source: Sentence-BERT
+    (Reimers and Gurevych, 2019).
     """
 
     def __init__(
@@ -43,7 +47,10 @@ class Embedder:
         normalize: bool = False,
         max_length: int | None = None,
         prompt: str = "",
+        prompts: Mapping[str, str] | None = None,
         lower_case: bool = False,
+        layers: Iterable[nn.Module] = (),
+        truncate_dim: int | None = None,
     ):
         if not isinstance(model, DistilBertModel) or not isinstance(tokenizer, DistilBertTokenizer):
             given = f"{type(model).__name__} and {type(tokenizer).__name__}"
@@ -65,8 +72,20 @@ class Embedder:
             )
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize must be true or false, got {normalize!r}")
+        self.layers = nn.Sequential(*layers).eval().requires_grad_(False)
+        self._dim = _out_features(self.layers, model.config.dim)
+        if truncate_dim is not None:
+            if isinstance(truncate_dim, bool) or not isinstance(truncate_dim, int):
+                raise TypeError(f"truncate_dim must be an integer, got {truncate_dim!r}")
+            if not 0 < truncate_dim <= self._dim:
+                raise ValueError(f"truncate_dim is {truncate_dim}; it must be from 1 to {self._dim}")
+        self.truncate_dim = truncate_dim
         self.model, self.tokenizer = model.eval(), tokenizer.lowered() if lower_case else tokenizer
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
+        self.prompts = dict(prompts or {})
+        for text in (prompt, *self.prompts.values()):
+            if not isinstance(text, str):
+                raise TypeError(f"a prompt must be a string, got {text!r}")
         self.prompt, self.lower_case = prompt, lower_case
         self._graphs = GraphCache()
 
@@ -80,11 +99,18 @@ class Embedder:
         normalize: bool | None = None,
         max_length: int | None = None,
         *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate_dim: int | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> "Embedder":
         """From a directory or a hub id. What sentence-transformers' files say (modules.json, the pooling and sentence
-        configurations) holds unless given here; without them: mean pooling, no normalisation.
+        configurations, dense layers) holds unless given here; without them: mean pooling, no normalisation.
+
+        prompt is put before every text; prompt_name is one of the checkpoint's own, by default its default one, if any.
+        truncate_dim: as in sentence-transformers, vectors that the checkpoint normalises are cut after that, and
+        have a norm of 1 again with normalize=True.
 
         device: by default cuda when there is one. dtype: "auto" is float32 on CPU and float16 on CUDA; "int8"
         is for CPU, see DistilBertModel.from_pretrained. Raises OSError for files, ValueError for what is in them.
@@ -96,16 +122,21 @@ class Embedder:
             raise ValueError(f"device {str(place)!r} is not supported; use cpu or cuda")
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
-        given = {"pooling": pooling, "normalize": normalize, "max_length": max_length}
+        given = {"pooling": pooling, "normalize": normalize, "max_length": max_length, "truncate_dim": truncate_dim}
         settings |= {k: v for k, v in given.items() if v is not None}
+        layers = settings["layers"]
+        if layers and isinstance(layers[-1], Normalize) and (normalize is not None or not settings.get("truncate_dim")):
+            layers.pop()
+            settings.setdefault("normalize", True)
         model = DistilBertModel.from_pretrained(directory, dtype=dtype, device=place)
         embedder = cls(model, DistilBertTokenizer.from_pretrained(directory), **settings)
+        embedder.prompt = embedder._prompt(prompt, prompt_name)
         logger.info("%s", embedder.describe())
         return embedder
 
     @property
     def dim(self) -> int:
-        return self.model.config.dim
+        return self._dim if self.truncate_dim is None else self.truncate_dim
 
     def describe(self) -> str:
         """Device, dtype and where the ops' code comes from, in words."""
@@ -117,18 +148,21 @@ class Embedder:
         max_batch_tokens: int | None = None,
         show_progress: bool | None = None,
         *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         tokenizer_processes: int = 0,
     ) -> np.ndarray:
         """Embeddings of texts, float32 [len(texts), dim] in their order; of one string, [dim].
 
         max_batch_tokens: by default 2,048 on CPU and about 16,896 on CUDA. show_progress: texts/s and tokens/s on
-        stderr; by default when that is a terminal. tokenizer_processes: how many more processes tokenise, for a GPU
+        stderr; by default when that is a terminal. prompt, prompt_name: what is put before these texts, instead of the
+        embedder's own. tokenizer_processes: how many more processes tokenise, for a GPU
         that waits for this one's threads. Memory beyond the output is bounded by the token budget and a look-ahead of
         65,536 texts. Equal texts are computed once. Raises TypeError or ValueError naming the text, MemoryError for a
         text that does not fit alone.
         """
         if isinstance(texts, str):
-            return self.encode([texts], max_batch_tokens, show_progress=False)[0]
+            return self.encode([texts], max_batch_tokens, False, prompt=prompt, prompt_name=prompt_name)[0]
         if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a string or an iterable of strings, got {type(texts).__name__}")
         if isinstance(dimensions := getattr(texts, "ndim", 1), (int, np.integer)) and dimensions != 1:
@@ -138,7 +172,7 @@ class Embedder:
         if not isinstance(texts, (list, tuple)):
             texts = list(texts)
         engine = self.engine(max_batch_tokens)
-        source = self.text_windows(tokenizer_processes)
+        source = self.text_windows(tokenizer_processes, self._prompt(prompt, prompt_name))
         try:
             windows = (source.window(texts[a:b], a) for a, b in cuts(len(texts)))
             return self._collect(engine, windows, len(texts), show_progress)
@@ -190,20 +224,34 @@ class Embedder:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens!r}; it must be an integer of 1 or more")
         return int(max_batch_tokens)
 
-    def text_windows(self, processes: int = 0) -> TextWindows:
-        prepare = self._prepare if self.prompt else None
-        return TextWindows(self.tokenizer, self.max_length, prepare, processes)
+    def text_windows(self, processes: int = 0, prompt: str | None = None) -> TextWindows:
+        prompt = self.prompt if prompt is None else prompt
+        return TextWindows(self.tokenizer, self.max_length, prompt.__add__ if prompt else None, processes)
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        """The prompt that is meant, the embedder's own by default."""
+        if name is not None:
+            if prompt is not None:
+                raise ValueError("give prompt or prompt_name, not both")
+            if name not in self.prompts:
+                there = ", ".join(map(repr, self.prompts)) or "none"
+                raise ValueError(f"there is no prompt {name!r}; the checkpoint has {there}")
+            return self.prompts[name]
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"a prompt must be a string, got {prompt!r}")
+        return self.prompt if prompt is None else prompt
 
     def run(self, engine: Engine, windows: Iterable[Window]) -> Iterator[Done]:
         """Embeddings of windows, batch by batch: float32 [sequences, dim], one of equal texts."""
         key = None
         if engine.device.type != "cpu":  # where the model has the cores that the tokenizer would need
             windows = ahead(windows)
-            if (state := graphs.state_of(self.model)) is not None:
-                key = state, self.pooling, self.normalize
+            if (state := graphs.state_of(nn.ModuleList([self.model, self.layers]))) is not None:
+                key = state, self.pooling, self.normalize, self.truncate_dim
         return engine.run(windows, self._compute, key=key)
 
     def engine(self, max_batch_tokens: int | None = None) -> Engine:
+        self.layers.to(self.model.device)
         return Engine(self.model.device, self.budget(max_batch_tokens), self._graphs)
 
     def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:
@@ -230,16 +278,26 @@ class Embedder:
         """Token ids of all texts, each distinct one tokenised once."""
         return self.text_windows().window(texts, first_row)
 
-    def _prepare(self, text: str) -> str:
-        return self.prompt + text
-
     @torch.inference_mode()
     def _compute(
         self, ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray, full: bool
     ) -> Tensor:
         longest = min(longest, self.model.config.max_position_embeddings)
         hidden = self.model.forward_packed(ids, cu_seqlens, longest, positions, all_live=full)  # [tokens, dim]
-        return ops.pool(hidden, cu_seqlens, self.pooling, self.normalize).float()
+        if not len(self.layers) and self.truncate_dim is None:
+            return ops.pool(hidden, cu_seqlens, self.pooling, self.normalize).float()  # [batch, dim]
+        out = self.layers(ops.pool(hidden, cu_seqlens, self.pooling).float())[:, : self.truncate_dim]
+        return F.normalize(out, dim=-1) if self.normalize else out
+
+
+def _out_features(layers: nn.Sequential, dim: int) -> int:
+    """The width of what layers make of [rows, dim]."""
+    for layer in layers.modules():
+        if isinstance(layer, nn.Linear):
+            if layer.in_features != dim:
+                raise ValueError(f"a dense layer takes {layer.in_features} numbers, and is given {dim}")
+            dim = layer.out_features
+    return dim
 
 
 def is_terminal(stream: Any) -> bool:
@@ -266,76 +324,3 @@ def describe(model: DistilBertModel) -> str:
 def _threads() -> str:
     n = torch.get_num_threads()
     return f"{n} thread{'s' if n != 1 else ''}"
-
-
-# --- sentence-transformers' files ---------------------------------------------------------------------------------
-
-
-def read_settings(directory: Path) -> dict[str, Any]:
-    """Embedder's arguments as sentence-transformers' files state them; what we cannot compute is an error."""
-    settings: dict[str, Any] = {}
-    modules = read_json(directory / "modules.json")
-    if not isinstance(modules, list) and (directory / "modules.json").is_file():
-        raise ValueError(f"{directory}/modules.json holds a JSON {type(modules).__name__}, not a list of modules")
-    for module in modules or []:
-        kind = str(module.get("type", "")).rsplit(".", 1)[-1] if isinstance(module, dict) else ""
-        if kind == "Transformer" and module.get("path", "") != "":
-            raise ValueError(f"{directory}/modules.json puts the encoder in {module['path']!r}; load that directory")
-        elif kind == "Pooling":
-            settings["pooling"] = _pooling(_inside(directory, str(module.get("path", ""))) / "config.json")
-        elif kind == "Normalize":
-            settings["normalize"] = True
-        elif kind != "Transformer":
-            raise ValueError(f"{directory}/modules.json asks for the module {kind or module!r}, which is not supported")
-    sentence = read_object(directory / "sentence_bert_config.json")
-    where = f"{directory}/sentence_bert_config.json"
-    if (length := sentence.get("max_seq_length")) is not None:
-        if isinstance(length, bool) or not isinstance(length, int) or length < 3:
-            raise ValueError(f"{where}: max_seq_length is {length!r}; it must be an integer of 3 tokens or more")
-        settings["max_length"] = length
-    if (lower := sentence.get("do_lower_case")) is not None:
-        if not isinstance(lower, bool):
-            raise ValueError(f"{where}: do_lower_case is {lower!r}; it must be true or false")
-        settings["lower_case"] = lower
-    for setting in ("tokenizer_args", "processor_kwargs", "processing_kwargs"):
-        if sentence.get(setting):
-            raise ValueError(f"{where}: {setting} is {sentence[setting]!r:.80}, which is not supported")
-    where = f"{directory}/config_sentence_transformers.json"
-    told = read_object(directory / "config_sentence_transformers.json")
-    if told.get("truncate_dim") is not None:
-        raise ValueError(f"{where}: truncate_dim is {told['truncate_dim']!r}, which is not supported")
-    if name := told.get("default_prompt_name"):
-        prompts = told.get("prompts") or {}
-        if not isinstance(prompts, dict) or not isinstance(name, str) or name not in prompts:
-            raise ValueError(f"{where} has no prompt {name!r} under prompts")
-        settings["prompt"] = prompts[name]
-        if not isinstance(settings["prompt"], str):
-            raise ValueError(f"{where}: the prompt {name!r} is not a string")
-    return settings
-
-
-def _pooling(path: Path) -> str:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise FileNotFoundError(f"{path} is missing, though modules.json asks for pooling")
-    if "pooling_mode" in config:
-        told = config["pooling_mode"]
-        modes = told if isinstance(told, list) else [told]
-    else:
-        names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-        modes = [names.get(k, k) for k, on in config.items() if k.startswith("pooling_mode_") and on in (True, 1)]
-    if len(modes) != 1 or not isinstance(modes[0], str) or modes[0] not in ops.POOLING:
-        raise ValueError(f"{path} asks for {', '.join(map(str, modes)) or 'no'} pooling; mean or cls is supported")
-    if config.get("include_prompt") is False:
-        raise ValueError(f"{path} leaves the prompt out of the mean (include_prompt false), which is not supported")
-    return modes[0]
-
-
-def _inside(directory: Path, name: str) -> Path:
-    try:
-        path = (directory / name).resolve()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{directory}/modules.json names {name!r}, which is no path: {error}") from error
-    if not path.is_relative_to(directory.resolve()):
-        raise ValueError(f"{directory}/modules.json names {name!r}, which is outside its directory")
-    return directory / name
