@@ -6,6 +6,7 @@ import pickle
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -362,6 +363,34 @@ def test_graphs_serve_in_every_mode(embedder, texts, captured):
     assert (rounded == direct).all() and np.abs(rounded - expected).max() > 2e-5 and len(captured) == before
 
 
+def with_layers(embedder, model):
+    torch.manual_seed(1)
+    layers = torch.nn.Sequential(torch.nn.Linear(32, 12), torch.nn.Tanh())
+    return Embedder(model, embedder.tokenizer, normalize=True, max_length=128, layers=[layers], truncate_dim=10)
+
+
+def test_graphs_know_the_layers_behind_the_pooling(embedder):
+    made = with_layers(embedder, embedder.model)
+    keys = []
+
+    def key():
+        run = lambda windows, compute, key: keys.append(key) or iter(())  # noqa: E731
+        list(made.run(SimpleNamespace(device=torch.device("cuda"), run=run), iter(())))
+        return keys[-1]
+
+    linear = made.layers[0][0]
+    first = key()
+    with torch.no_grad():
+        linear.weight.mul_(0.5)  # in its place, which a graph reads
+    assert first is not None and key() == first and hash(first) is not None
+    linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
+    second = key()
+    made.truncate_dim = 9
+    assert len({first, second, key()}) == 3
+    linear.register_forward_hook(lambda *_: None)
+    assert key() is None
+
+
 @pytest.mark.parametrize(("most", "budget"), [(700, 700), (300, 350)])
 def test_memory_that_graphs_hold_is_freed_before_the_budget_is_halved(most, budget, embedder, texts, captured):
     engine = Engine(torch.device("cpu"), 700, GraphCache())
@@ -441,6 +470,12 @@ def test_on_cuda(dtype, embedder, texts):
     assert np.abs(there.encode(texts) - expected).max() > 1e-2
     there.model.transformer.layer = there.model.transformer.layer[:1]
     assert np.isfinite(there.encode(texts)).all()
+    deeper, model = with_layers(embedder, embedder.model), DistilBertModel(embedder.model.config)
+    model.load_state_dict(embedder.model.state_dict())
+    there, expected = with_layers(embedder, model.to("cuda", dtype)), alone(deeper, texts)
+    for _ in range(2):
+        got = there.encode(texts, max_batch_tokens=500)
+        np.testing.assert_allclose(got, expected, atol=1e-4 if dtype is torch.float32 else 2e-2)
 
 
 @pytest.mark.gpu
