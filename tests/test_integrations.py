@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -376,6 +378,61 @@ def test_weights_that_others_hold_stay_where_they_are(holder):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_weights_are_moved_while_no_other_thread_computes(monkeypatch):
+    """Its products would read memory that is freed."""
+    model = accelerate(make("DistilBertModel"))
+    (given, keep), busy, go_on = inputs("DistilBertModel"), threading.Event(), threading.Event()
+    parts = [p for layer in model.transformer.layer for p in layer.attention.q_lin.parameters()]
+    before, plain = [p.data_ptr() for p in parts], model.plain.forward
+
+    def slow(self, *args, **kwargs):
+        busy.set()
+        assert go_on.wait(60)
+        return plain(self, *args, **kwargs)
+
+    def call(**options):
+        with torch.inference_mode():
+            return model(**given, **options).last_hidden_state
+
+    monkeypatch.setattr(model.plain, "forward", slow)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(call, output_attentions=True)  # transformers' own code
+        assert busy.wait(60)
+        meanwhile = call()
+        assert [p.data_ptr() for p in parts] == before
+        go_on.set()
+        theirs = other.result()
+    alone = call()
+    assert all(p.data_ptr() != address for p, address in zip(parts, before, strict=True))
+    for found in (meanwhile, alone):
+        torch.testing.assert_close(found[keep], theirs[keep])
+    assert "_running" not in model.__getstate__() and "_running" not in restore(model).__dict__
+
+
+def test_a_forked_process_is_not_kept_waiting():
+    """By a lock that a thread of its parent held."""
+    code = """
+import os, threading, torch, transformers, fastdistil
+from fastdistil.integrations import live
+torch.set_num_threads(1)
+config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_heads=2, hidden_dim=8, n_layers=1)
+model = fastdistil.accelerate(transformers.DistilBertModel(config).eval())
+held, done = threading.Event(), threading.Event()
+def hold():
+    with live._entry:
+        held.set(); done.wait()
+thread = threading.Thread(target=hold); thread.start(); held.wait()
+child = os.fork()
+if child == 0:
+    with torch.no_grad(): model(torch.ones(1, 3, dtype=torch.long))
+    os._exit(0)
+done.set()
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr
+
+
 def test_a_trace_takes_other_masks():
     for name in ("BertModel", "DistilBertModel"):
         model, (given, keep) = make(name), inputs(name)

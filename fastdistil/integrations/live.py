@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +82,13 @@ class Fast:
         if all(getattr(layer.q_lin, "out_features", dim) == dim for layer in layers):  # no head was pruned
             self.blocks = [_block(layer, dim, heads, activation) for layer in layers]
 
+    def lay_side_by_side(self) -> None:
+        """The weights of q, k and v, unless they lie so already. No other thread may read them meanwhile."""
+        for block in self.blocks or ():
+            attention: Any = block.attention
+            if attention.looked_at != _address(attention):  # not yet, or moved to another place or dtype
+                _lay_side_by_side(attention)
+
     def is_current(self) -> bool:
         """Whether the model is made of the same modules."""
         state, _, children = self.own
@@ -151,12 +159,24 @@ def _block(layer: Layer, dim: int, heads: int, activation: str) -> TransformerBl
     attention.n_heads, attention.dim, attention.attention_head_size = heads, dim, dim // heads
     for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
         setattr(attention, name, getattr(layer, name))
-    _lay_side_by_side(attention)
+    attention._qkv = attention.looked_at = None
     ffn.lin1, ffn.lin2, ffn.activation = layer.lin1, layer.lin2, activation
     block.attention, block.ffn = attention, ffn
     block.sa_layer_norm, block.output_layer_norm = layer.sa_layer_norm, layer.output_layer_norm
     block.attention_adapters = block.output_adapters = None
     return block
+
+
+_entry = threading.Lock()  # held while a call begins or ends
+
+
+def _after_fork() -> None:
+    global _entry
+    _entry = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Live:
@@ -168,7 +188,7 @@ class Live:
         raise NotImplementedError
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_fast"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_fast", "_running")}
 
     def __init_subclass__(cls) -> None:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -177,11 +197,30 @@ class Live:
         cls.forward = functools.wraps(cls.plain.forward)(forward)  # type: ignore[attr-defined]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = _parameters(self.plain)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        fast = self._fast_for(given)
-        if fast is None:
+        given = dict(zip(_parameters(self.plain), args, strict=False)) | kwargs
+        if torch.compiler.is_compiling():
             return self.plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        with self._entered(given) as fast:
+            if fast is None:
+                return self.plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return self._answer(fast, given)
+
+    @contextlib.contextmanager
+    def _entered(self, given: dict[str, Any]) -> Iterator[Fast | None]:
+        """Our blocks for a call, if they answer it. Weights are moved only while no call of another thread runs."""
+        state = self.__dict__
+        with _entry:
+            fast = self._fast_for(given)
+            if fast is not None and not state.get("_running"):
+                fast.lay_side_by_side()
+            state["_running"] = state.get("_running", 0) + 1
+        try:
+            yield fast
+        finally:
+            with _entry:
+                state["_running"] = state.get("_running", 1) - 1  # or restored meanwhile
+
+    def _answer(self, fast: Fast, given: dict[str, Any]) -> Any:
         config: Any = self.config  # type: ignore[attr-defined]
         want_states = given.get("output_hidden_states")
         every = bool(config.output_hidden_states if want_states is None else want_states)
@@ -199,7 +238,6 @@ class Live:
         attentions = given.get("output_attentions")
         if (
             model.training
-            or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or "forward" in self.__dict__
             or padding_is_read
@@ -230,9 +268,6 @@ class Live:
         states = [x]
         block: Any
         for block in fast.blocks or ():
-            attention = block.attention
-            if attention.looked_at != _address(attention):  # moved to another place or dtype
-                _lay_side_by_side(attention)
             x = block.packed(x, at)
             states = [*states, x] if every else [x]
         padded = [at.unpack(x) for x in states]
@@ -401,6 +436,7 @@ def restore(model: nn.Module) -> Any:
     for encoder in model.modules():
         if isinstance(encoder, Live):
             encoder.__dict__.pop("_fast", None)
+            encoder.__dict__.pop("_running", None)
             encoder.__class__ = encoder.plain
         for number, hook in list(encoder._forward_pre_hooks.items()):
             if hook is _look_for_labels:
