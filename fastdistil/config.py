@@ -5,6 +5,7 @@ import json
 import math
 import numbers
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -282,6 +283,8 @@ class DistilBertConfig:
         *,
         revision: str | None = None,
         local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
         return_unused_kwargs: bool = False,
         **overrides: Any,
     ) -> Any:
@@ -289,6 +292,8 @@ class DistilBertConfig:
         return_unused_kwargs comes back beside the configuration."""
         if not isinstance(path_or_repo, (str, Path)):
             raise TypeError(f"a configuration is given by a directory, a file or a hub id, got {path_or_repo!r}")
+        with suppress(RuntimeError):  # ~user, and no such user
+            path_or_repo = Path(path_or_repo).expanduser() if str(path_or_repo).startswith("~") else path_or_repo
         path = Path(path_or_repo)
         if path.is_dir():
             path = path / "config.json"
@@ -296,10 +301,9 @@ class DistilBertConfig:
             from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+            where: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir, token=token)
             try:
-                path = Path(
-                    hf_hub_download(path_or_repo, "config.json", revision=revision, local_files_only=local_files_only)
-                )
+                path = Path(hf_hub_download(path_or_repo, "config.json", local_files_only=local_files_only, **where))
             except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
                 raise FileNotFoundError(
                     f"{path_or_repo!r} is neither a local directory nor a hub id that could be found: {error}"

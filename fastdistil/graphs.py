@@ -144,6 +144,7 @@ class _Weights:
         for module, own, parameters, children in self.parts:
             found += (
                 *(type(module).forward, "forward" in own, own.get("eps"), own.get("activation"), own.get("n_heads")),
+                *(own["training"], own.get("scaling"), own.get("norm_first")),
                 *(len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), len(own["_backward_hooks"])),
                 *map(id, children.values()),
             )

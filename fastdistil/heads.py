@@ -1087,7 +1087,7 @@ class DistilBertModelWithHeads(_Headed):
         elif kind == "classification" and (settings["num_labels"] == 1 or settings.get("problem_type") == "regression"):
             problem_type = "regression"
         elif kind == "tagging" and isinstance(labels, Tensor) and mask is not None and mask.dim() == 2:
-            labels = labels.where(mask.expand(labels.shape) == 1, IGNORED)
+            labels = labels.where(mask.expand(labels.shape) != 0, IGNORED)
         return finish(kind, logits, labels, problem_type, encoded)
 
     # --- files --------------------------------------------------------------------------------------------------

@@ -67,12 +67,13 @@ _UNHOOKED: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 def is_hooked(model: nn.Module, blocks: nn.ModuleList) -> bool:
     """Whether a module inside has a forward hook, which is to see [batch, length, dim].
 
-    The scan takes as long as a small op, so it is made only where a hook was registered, or a block replaced, since the
-    last one.
+    The scan takes as long as a small op, so it is made only where a hook was registered, or a block or a part of one
+    replaced, since the last one.
     """
     if torch.compiler.is_compiling():
         return _scan(model)
-    registered = (RemovableHandle.next_id, *map(id, blocks))
+    parts = (id(part) for block in blocks for part in (block, *block._modules.values()))
+    registered = (RemovableHandle.next_id, *parts)
     if _UNHOOKED.get(model) == registered:
         return False
     if _scan(model):
@@ -275,7 +276,7 @@ class MultiHeadSelfAttention(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_qkv": None}
+        return super().__getstate__() | {"_qkv": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -750,6 +751,8 @@ class PreTrainedModel(WithAdapters):
             new = sinusoidal_positions(n, old.shape[1]).to(old)
         else:
             new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
+            if getattr(self.config, "token_types_folded", False):
+                new += old.mean(0)  # above all the token type's vector, which is part of each row
             new[: len(old)] = old[:n]
         positions.weight = nn.Parameter(new, requires_grad=old.requires_grad)
         positions.num_embeddings = self.config.max_position_embeddings = n
@@ -972,9 +975,11 @@ class DistilBertModel(PreTrainedModel):
             return at, self.transformer.packed(x, at, heads, every, adapters=adapters)
         if len(x) == 0:  # nothing is real
             return at, [x.new_zeros(batch if isinstance(only, str) else len(only), x.shape[1])]
-        rows, there = at.first() if isinstance(only, str) else at.find(only[:, 0] * length + only[:, 1])
+        flat, outside = (None, None) if isinstance(only, str) else _flat(only, batch, length)
+        rows, there = at.first() if flat is None else at.find(flat)
         chosen = self.transformer.packed(x, at, heads, every, rows, adapters)[-1]
-        return at, [chosen if there is None else chosen.masked_fill(~there[:, None], 0)]
+        chosen = chosen if there is None else chosen.masked_fill(~there[:, None], 0)
+        return at, [chosen if outside is None else chosen.masked_fill(outside[:, None], torch.nan)]
 
     def cuda_graphs(self, on: bool = True, most: int = 64) -> "DistilBertModel":
         """Replay captured CUDA graphs in `forward`, which saves its launches; returns the model.
@@ -1075,12 +1080,14 @@ class DistilBertModel(PreTrainedModel):
         """Whether only our own modules run, with nobody to watch them."""
         blocks: Any = self.transformer.layer
         return (
-            _is_ours(self.embeddings, Embeddings)
-            and self.embeddings.is_plain()
+            self._has_own_embeddings()
             and _is_ours(self.transformer, Transformer)
             and all(_is_ours(block, TransformerBlock) and block.is_plain() for block in blocks)
             and not is_hooked(self, blocks)
         )
+
+    def _has_own_embeddings(self) -> bool:
+        return _is_ours(self.embeddings, Embeddings) and self.embeddings.is_plain()
 
     def _words(self) -> Any:
         """The word embeddings' table, unless somebody's own module stands there."""
@@ -1111,7 +1118,7 @@ class DistilBertModel(PreTrainedModel):
         if inputs_embeds is not None and (given.dim() != 3 or given.shape[2] != self.config.dim):
             raise ValueError(f"inputs_embeds must be [batch, length, {self.config.dim}], got {list(given.shape)}")
         weight = self._words()
-        if weight is not None and given.device != weight.device and self.embeddings.is_plain():  # else it may be moved
+        if weight is not None and given.device != weight.device and self._has_own_embeddings():  # else it may be moved
             raise ValueError(f"the input is on {given.device}, the model on {weight.device}; move one of them")
         if token_type_ids is not None and token_type_ids.shape not in (given.shape[:2], (1, given.shape[1])):
             raise ValueError(f"token_type_ids must be {list(given.shape[:2])}, got {list(token_type_ids.shape)}")
@@ -1205,12 +1212,24 @@ def _check_only(only: Tensor, batch: int, length: int, device: torch.device) -> 
                 raise ValueError(f"positions hold ({row}, {column}), outside the batch of [{batch}, {length}]")
 
 
+def _flat(only: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor | None]:
+    """The flat padded positions of (row, column) pairs [n, 2], and which are outside the batch (None: checked before);
+    [n] each."""
+    flat = only[:, 0] * length + only[:, 1]
+    if can_look(only.device):
+        return flat, None
+    inside = (only >= 0).all(1) & (only[:, 0] < batch) & (only[:, 1] < length)
+    return flat.where(inside, 0), ~inside
+
+
 def pick(hidden: Tensor, keep: Tensor | None, only: Tensor | str | None) -> Tensor:
     """The tokens of padded hidden states [B, L, dim] that `only` names, [n, dim]; all as they are without it."""
     if only is None:
         return hidden
     if isinstance(only, Tensor):
-        return hidden[only[:, 0], only[:, 1]]
+        flat, outside = _flat(only, *hidden.shape[:2])
+        chosen = hidden.flatten(0, 1)[flat]
+        return chosen if outside is None else chosen.masked_fill(outside[:, None], torch.nan)
     if hidden.shape[1] == 0:
         return hidden.new_zeros(len(hidden), hidden.shape[2])
     if keep is None:

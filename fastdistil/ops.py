@@ -62,7 +62,7 @@ def embed_layer_norm(
         or (weight.dim() != 1 or bias.shape != weight.shape)
     ):
         raise ValueError(
-            f"word_embeddings {list(word_embeddings.shape)}, position_embeddings {list(position_embeddings.shape)} "
+            f"word_embeddings {list(word_embeddings.shape)}, position_embeddings {list(position_embeddings.shape)}, "
             f"weight {list(weight.shape)} and bias {list(bias.shape)} do not share one dim"
         )
     if position_ids.device != input_ids.device or word_embeddings.device != input_ids.device:

@@ -68,7 +68,10 @@ class Packing:
             return out.index_copy_(0, self.source, rows).view(shape)
         padded = (self.target < 0).view(-1, *[1] * (rows.dim() - 1))
         out = rows[self.target.clamp(min=0)]
-        return (out.masked_fill(padded, 0) if fill is None else out.where(~padded, fill)).view(shape)
+        if fill is None:
+            return out.masked_fill_(padded, 0).view(shape)
+        again = not (out.requires_grad or fill.requires_grad)  # vocabulary-wide logits are not held twice
+        return torch.where(padded, fill, out, out=out if again else None).view(shape)
 
     def first(self) -> tuple[Tensor, Tensor | None]:
         """The row of each sequence's first token, and where there is one (None: everywhere); [batch] each."""

@@ -196,7 +196,7 @@ _PAIR = {"text", "text_pair"}
 
 def _there(values: list[int], device: torch.device) -> Tensor:
     """int64 on the device, without waiting for what it has still to do."""
-    here = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    here = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return here.to(device, non_blocking=True)
 
 

@@ -60,6 +60,12 @@ def test_embed_and_search(form, minilm, jsonl, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["hits"][0]["id"] == "row 0"
 
 
+def test_doctor_where_there_are_no_file_locks():
+    """On Windows everything but jobs works."""
+    code = "import sys; sys.modules['fcntl'] = None; from fastdistil.cli import main; sys.exit(main(['doctor']))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
 def test_prompts_and_fewer_numbers(minilm, jsonl, tmp_path, capsys):
     model, out = tmp_path / "model", tmp_path / "index"
     shutil.copytree(minilm, model)

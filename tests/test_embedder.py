@@ -41,6 +41,12 @@ def test_equals_sentence_transformers(minilm, embedder):
     assert (embedder.pooling, embedder.normalize, embedder.max_length) == ("mean", True, 256)
 
 
+@pytest.mark.parametrize("wrong", [-1, True, 1.5])
+def test_tokenizer_processes_are_checked(embedder, wrong):
+    with pytest.raises(ValueError, match=f"tokenizer_processes is {wrong}; it must be an integer of 0 or more"):
+        embedder.encode(["a"], tokenizer_processes=wrong)
+
+
 def test_order_batches_and_threads_do_not_matter(embedder, monkeypatch):
     expected = embedder.encode(TEXTS)
     for budget in (1, 64, 100_000):

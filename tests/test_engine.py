@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.corpus import tokenizer_for
-from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder
+from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder, pipelines
 from fastdistil.engine import runner
 from fastdistil.engine.runner import Engine, GraphCache
 from fastdistil.engine.scheduler import Window, batches, cuda_budget, cuts, distinct, flatten
@@ -389,6 +389,37 @@ def test_graphs_know_the_layers_behind_the_pooling(embedder):
     assert len({first, second, key()}) == 3
     linear.register_forward_hook(lambda *_: None)
     assert key() is None
+
+
+def test_adapters_are_part_of_what_graphs_know(embedder, texts, captured):
+    """And training one leaves no dropout on."""
+    model = DistilBertModel(embedder.model.config)
+    made, keys = Embedder(model, embedder.tokenizer, max_length=128), []
+
+    def key():
+        run = lambda windows, compute, key: keys.append(key) or iter(())  # noqa: E731
+        list(made.run(SimpleNamespace(device=torch.device("cuda"), run=run), iter(())))
+        return keys[-1]
+
+    model.add_adapter("a", {"architecture": "lora", "r": 4, "alpha": 8, "dropout": 0.5})
+    first = key()
+    model.set_active_adapters("a")
+    second = key()
+    lora = next(module for module in model.modules() if hasattr(module, "scaling"))
+    lora.scaling *= 2
+    third = key()
+    model.train_adapter("a")
+    assert len({first, second, third, key()}) == 4
+    assert model.training and (made.encode(texts[:20]) == made.encode(texts[:20])).all() and not model.training
+
+
+def test_another_default_device(embedder, texts):
+    """Of torch.set_default_device: what is staged stays on the host."""
+    expected = alone(embedder, texts)
+    with torch.device("meta"):
+        np.testing.assert_allclose(embedder.encode(texts, max_batch_tokens=400), expected, atol=1e-6)
+        np.testing.assert_allclose(staged(embedder, Engine(torch.device("cpu"), 400), texts), expected, atol=1e-6)
+        assert pipelines._there([1, 2], torch.device("cpu")).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(("most", "budget"), [(700, 700), (300, 350)])

@@ -197,6 +197,22 @@ def test_left_padding_reads_the_first_real_token(name):
             torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_logits_at_no_token_are_not_a_neighbours(packed, monkeypatch):
+    """Where values are not looked at, as on CUDA."""
+    for module in ("model", "packing"):
+        monkeypatch.setattr(f"fastdistil.{module}.can_look", lambda device: False)
+    ours, _ = pair("DistilBertForMaskedLM", **TINY)
+    ids, keep = torch.randint(1, 60, (2, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    at = torch.tensor([[0, 1], [0, 5], [1, -1], [2, 0], [-1, 3], [1, 4]])
+    with torch.inference_mode():
+        for mask in (keep, None):
+            found = ours(ids, mask, logits_at=at, output_attentions=not packed).logits
+            full = ours(ids, mask).logits
+            torch.testing.assert_close(found[[0, 5]], full[[0, 1], [1, 4]])
+            assert found[1:5].isnan().all()
+
+
 def test_logits_at_chosen_tokens(monkeypatch):
     ours, _ = pair("DistilBertForMaskedLM", **TINY)
     ids, keep = inputs()

@@ -378,6 +378,39 @@ def test_weights_that_others_hold_stay_where_they_are(holder):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.inference_mode()
+def test_copies_and_replicas_compute_with_their_own_weights():
+    """Those of a compiled model, and DataParallel's, which are shallow copies."""
+    model, (given, keep) = accelerate(make("DistilBertModel")), inputs("DistilBertModel")
+    model(**given)
+    model.compile()  # compiles at the first call, which there is none of here
+    copied = copy.deepcopy(model)
+    model._compiled_call_impl = None
+    replica = model._replicate_for_data_parallel()
+    for name, part in list(replica._modules.items()):
+        replica._modules[name] = copy.deepcopy(part)
+    for other in (copied, replica):
+        for p in other.parameters():
+            p.zero_()
+        assert not other(**given).last_hidden_state.any() and model(**given).last_hidden_state[keep].any()
+    ours = fastdistil.DistilBertModel(fastdistil.DistilBertConfig(vocab_size=60, dim=24, n_heads=2, hidden_dim=32))
+    attention = ours.transformer.layer[0].attention
+    attention.compile()
+    assert copy.deepcopy(ours).transformer.layer[0].attention.__dict__.get("_compiled_call_impl") is None
+
+
+@pytest.mark.parametrize("name", ["DistilBertModel", "BertModel"])
+def test_a_text_without_positions_is_transformers_error(name):
+    model = make(name)
+    ids = torch.ones(1, model.config.max_position_embeddings + 1, dtype=torch.long)
+    found = []
+    for call in (model, accelerate(model)):
+        with pytest.raises((RuntimeError, IndexError)) as caught, torch.inference_mode():
+            call(ids)
+        found.append((type(caught.value), str(caught.value)))
+    assert found[0] == found[1]
+
+
 def test_weights_are_moved_while_no_other_thread_computes(monkeypatch):
     """Its products would read memory that is freed."""
     model = accelerate(make("DistilBertModel"))

@@ -1,6 +1,8 @@
 """Jobs on files: every format in and out, bad rows, stopping and resuming, shards, and what they refuse."""
 
 import contextlib
+import errno
+import fcntl
 import gzip
 import io
 import json
@@ -843,6 +845,26 @@ def test_the_second_of_two_jobs_refuses(checkpoint, tmp_path, capsys):
         assert embed(checkpoint, "--input", path, "--output", out) == 1
         assert f"another job (process {os.getpid()}) is writing to {out}" in capsys.readouterr().err
     assert embed(checkpoint, "--input", path, "--output", out) == 0
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="cannot be locked .No locks available.; give a directory on another file system"):
+        Lock(tmp_path)
+
+
+def test_processes_share_the_cores_unless_told(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(processes, "_together", lambda *a: seen.append(a[2]) or [processes.REJECTED])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    options = dict(shard=0, shards=2, resume=False, overwrite=False)
+    processes.run_on(["cuda:0", "cuda:1"], ["embed"], tmp_path / "o", **options)
+    assert [seen[0][name] for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")] == ["7", "4"]
 
 
 def test_the_lock_ends_with_its_process(tmp_path):

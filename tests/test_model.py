@@ -514,6 +514,28 @@ def test_resize_tokens():
         ours.resize_token_embeddings(0)
 
 
+def test_a_part_with_a_hook_that_is_put_in_is_watched():
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    ids, seen = torch.ones(1, 4, dtype=torch.long), []
+    watched = copy.deepcopy(model.transformer.layer[0].attention)
+    watched.register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        model(ids)
+        model.transformer.layer[0].attention = watched
+        model(ids)
+    assert seen == [1]
+
+
+def test_new_positions_of_a_converted_bert_hold_its_token_type():
+    model = DistilBertModel(DistilBertConfig(**TINY))
+    model.config.token_types_folded = True
+    with torch.no_grad():
+        model.embeddings.position_embeddings.weight += 3
+    before = len(model.embeddings.position_embeddings.weight)
+    model.resize_position_embeddings(before + 20)
+    assert (model.embeddings.position_embeddings.weight[before:] - 3).abs().mean() < 0.1
+
+
 @pytest.mark.parametrize("sinusoidal", [False, True])
 def test_resize_positions(sinusoidal):
     ours, _ = pair(sinusoidal_pos_embds=sinusoidal)

@@ -247,11 +247,12 @@ class Embedder:
         if engine.device.type != "cpu":  # where the model has the cores that the tokenizer would need
             windows = ahead(windows)
             if (state := graphs.state_of(nn.ModuleList([self.model, self.layers]))) is not None:
-                key = state, self.pooling, self.normalize, self.truncate_dim
+                key = state, *self.model.active_adapters, self.pooling, self.normalize, self.truncate_dim
         return engine.run(windows, self._compute, key=key)
 
     def engine(self, max_batch_tokens: int | None = None) -> Engine:
-        self.layers.to(self.model.device)
+        self.model.eval()  # training, of adapters too, leaves the other mode on
+        self.layers.eval().to(self.model.device)
         return Engine(self.model.device, self.budget(max_batch_tokens), self._graphs)
 
     def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:

@@ -264,7 +264,7 @@ class _Slot:
     """The memory of one batch in flight: int32 ids, positions and cu_seqlens in one block, pinned and on the device."""
 
     def __init__(self) -> None:
-        self.host = self.there = torch.empty(0, dtype=torch.int32)
+        self.host = self.there = torch.empty(0, dtype=torch.int32, device="cpu")
         self.result: Tensor | None = None
         self.done: torch.cuda.Event | None = None
 
@@ -275,7 +275,7 @@ class _Slot:
         if len(self.host) < size:
             room = 1 << (size - 1).bit_length()  # so that it seldom grows again
             there = torch.empty(room, dtype=torch.int32, device=lanes.device)  # for which there may be no memory
-            self.host, self.there = torch.empty(room, dtype=torch.int32, pin_memory=lanes.pinned), there
+            self.host, self.there = torch.empty(room, dtype=torch.int32, device="cpu", pin_memory=lanes.pinned), there
             if lanes.copying is not None:
                 # the memory was the computing stream's: what that still does there comes first, now and after us
                 lanes.copying.wait_stream(torch.cuda.current_stream(lanes.device))
@@ -292,7 +292,7 @@ class _Slot:
         return there[:tokens], there[step : step + tokens], there[2 * step : size]
 
     def fetch(self, lanes: _Lanes, result: Tensor) -> None:
-        self.result = torch.empty(result.shape, dtype=result.dtype, pin_memory=lanes.pinned)
+        self.result = torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=lanes.pinned)
         if lanes.fetching is not None:
             lanes.fetching.wait_stream(torch.cuda.current_stream(lanes.device))
             result.record_stream(lanes.fetching)

@@ -30,6 +30,8 @@ class TextWindows:
     ):
         self.tokenizer, self.max_length, self.prepare = tokenizer, max_length, prepare
         self._pool: ProcessPoolExecutor | None = None
+        if isinstance(processes, bool) or not isinstance(processes, int) or processes < 0:
+            raise ValueError(f"tokenizer_processes is {processes!r}; it must be an integer of 0 or more")
         if processes:
             # a fork would copy the locks of the tokenizer's threads and of CUDA
             context = multiprocessing.get_context("spawn")

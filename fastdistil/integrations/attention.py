@@ -6,6 +6,7 @@ transformers' own sdpa, and what that leaves out (capped scores, attention sinks
 right for every model.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def attention(
     batch, heads, length, size = query.shape
     real = None if attention_mask is None else attention_mask.ne(0).expand(batch, length)
     at = find_rows(real, batch, length, query.device)
-    if scaling is not None:
+    if scaling is not None and not math.isclose(scaling * size**0.5, 1):
         query = query * (scaling * size**0.5)  # the op divides by sqrt(head_size)
     qkv = torch.stack([query, key, value], dim=2).permute(0, 3, 2, 1, 4).reshape(batch, length, -1)
     rows = ops.attention(at.pack(qkv), at.cu_seqlens, at.max_seqlen, heads)  # [rows, heads * head_size]

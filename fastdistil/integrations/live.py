@@ -188,7 +188,14 @@ class Live:
         raise NotImplementedError
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_fast", "_running")}
+        state: dict = super().__getstate__()  # type: ignore[assignment]
+        return {name: value for name, value in state.items() if name not in ("_fast", "_running")}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        for name in ("_fast", "_running"):  # of the original
+            replica.__dict__.pop(name, None)
+        return replica
 
     def __init_subclass__(cls) -> None:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +256,8 @@ class Live:
             or (mask is not None and not _fits(mask, ids if embeds is None else embeds))
             or (ids is not None and (ids.dim() != 2 or ids.numel() == 0))
             or (embeds is not None and embeds.numel() == 0)
-            or (torch.is_grad_enabled() and (any(p.requires_grad for p in model.parameters()) or _wants_grad(embeds)))
+            or (given.get("position_ids") is None and _is_too_long(model, ids if embeds is None else embeds))
+            or (torch.is_grad_enabled() and (_is_trained(model) or _wants_grad(embeds)))
         ):
             return None
         fast = self.__dict__.get("_fast")
@@ -299,6 +307,16 @@ class Live:
 def _fits(mask: Any, given: Any) -> bool:
     """Whether a mask tells which tokens of the input are real, and no more."""
     return isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape in (given.shape[:2], (1, given.shape[1]))
+
+
+def _is_trained(model: nn.Module) -> bool:
+    """Of one of DataParallel's replicas, whose weights are no parameters, that cannot be told."""
+    return getattr(model, "_is_replica", False) or any(p.requires_grad for p in model.parameters())
+
+
+def _is_too_long(model: Any, given: Any) -> bool:
+    """Whether there are no positions for all tokens: transformers says so."""
+    return given.shape[1] > getattr(model.embeddings.position_embeddings, "num_embeddings", given.shape[1])
 
 
 def _wants_grad(x: Tensor | None) -> bool:

@@ -7,7 +7,6 @@ part-00000.rejects.jsonl  rows of a part that could not be used, if there were a
 .lock                   held by whoever writes
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: everything but jobs works there
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("fastdistil")
 
@@ -292,6 +296,8 @@ class Lock:
 
     def __init__(self, directory: Path):
         self.path = directory / LOCK
+        if fcntl is None:
+            raise OSError("jobs need the file locks of Linux or macOS")
         self._file = open(self.path, "a+")  # noqa: SIM115  (closed by release)
         self._file.seek(0)
         if not re.fullmatch(r"\d*", self._file.read(64)):
@@ -299,12 +305,17 @@ class Lock:
             raise FileExistsError(f"{self.path} is somebody else's file; give another directory")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.seek(0)
             holder = self._file.read().strip()
             self._file.close()
             who = f" (process {holder})" if holder else ""
             raise BlockingIOError(f"another job{who} is writing to {directory}; wait for it, or stop it") from error
+        except OSError as error:
+            self._file.close()
+            raise OSError(
+                error.errno, f"{self.path} cannot be locked ({error.strerror}); give a directory on another file system"
+            ) from error
         try:
             self._file.truncate(0)
             self._file.write(str(os.getpid()))

@@ -56,7 +56,9 @@ def run_on(
     total = shards * len(devices)
     directories = [shard_directory(output, shard * len(devices) + i, total) for i in range(len(devices))]
     _refuse(output, directories, total, resume=resume, overwrite=overwrite)
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(devices)))}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = str(max(1, cores // len(devices)))
+    environment = {"OMP_NUM_THREADS": share, "RAYON_NUM_THREADS": share} | os.environ  # torch's, and the tokenizer's
     start = [sys.executable, "-m", "fastdistil.cli", *command]
     if resume and shards == 1 and _is_merged(output):
         # one process sees whether it is this job's, and whole
