@@ -84,7 +84,7 @@ def candidates(op: str, name: str, arch: int) -> Iterator[Config]:
     if op in kernels.GEMMS:
         yield from _gemms(kind, rest, arch)
     elif op == "attention":
-        yield from _attentions(kind, rest.partition("/")[2])
+        yield from _attentions(rest.partition("/")[2])
     else:
         block = int(rest)
         for rows, warps, stages in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4) if op == "pool" else (1,)):
@@ -113,7 +113,7 @@ def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm | Library]:
                 yield replace(one, per_sm=2, registers=most if most < 255 else None)
 
 
-def _attentions(kind: str, longest: str) -> Iterator[Attention]:
+def _attentions(longest: str) -> Iterator[Attention]:
     most = None if longest == "any" else int(longest)
     warps = (4, 8)
     if most is not None and most <= 64:

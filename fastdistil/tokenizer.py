@@ -311,12 +311,6 @@ class DistilBertTokenizer:
             return self._tokenizer.token_to_id(special[name.removesuffix("_id")])
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def __getstate__(self) -> dict:
-        return self.__dict__
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
         if isinstance(tokens, str):
             found = self._tokenizer.token_to_id(tokens)

@@ -24,8 +24,6 @@ from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
 
-DEVICES = ("cpu", "cuda")
-
 
 class Embedder:
     """Sentence embeddings from a DistilBERT or BERT encoder.
@@ -118,8 +116,6 @@ class Embedder:
         directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
         settings = read_settings(directory)
         place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if place.type not in DEVICES:
-            raise ValueError(f"device {str(place)!r} is not supported; use cpu or cuda")
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
         given = {"pooling": pooling, "normalize": normalize, "max_length": max_length, "truncate_dim": truncate_dim}

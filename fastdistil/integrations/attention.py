@@ -27,7 +27,6 @@ except ImportError:  # before 5, where encoders do not ask for their masks here
 NAME = "fastdistil"
 # whose attention takes the mask as it is; other models may reckon with four dimensions
 ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta", "camembert")
-WIDEST = 128  # head size
 
 
 def mask(
@@ -77,7 +76,7 @@ def attention(
     if (
         query.shape != key.shape
         or query.shape != value.shape
-        or query.shape[-1] > WIDEST
+        or query.shape[-1] > ops.MAX_HEAD_SIZE
         or query.numel() == 0
         or dropout
         or (attention_mask is not None and not padded)

@@ -27,7 +27,6 @@ from fastdistil.config import ACTIVATION_ALIASES
 from fastdistil.model import FFN, MultiHeadSelfAttention, TransformerBlock, apply_add_norm, is_plain
 from fastdistil.packing import Packing, find_rows
 
-TOO_WIDE = 128  # head size
 # heads that read each sequence's first token alone, by the end of their names
 READ_COLUMN_0 = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 OLD = int(transformers.__version__.split(".")[0]) < 5
@@ -440,8 +439,8 @@ def _check(encoder: Any) -> None:
     name = config.activation if hasattr(config, "activation") else config.hidden_act
     if not isinstance(name, str) or name not in ACTIVATION_ALIASES:
         raise ValueError(f"activation {name!r} is not supported; it must be one of {', '.join(ACTIVATION_ALIASES)}")
-    if config.hidden_size // config.num_attention_heads > TOO_WIDE:
-        raise ValueError(f"a head size above {TOO_WIDE} is not supported")
+    if config.hidden_size // config.num_attention_heads > ops.MAX_HEAD_SIZE:
+        raise ValueError(f"a head size above {ops.MAX_HEAD_SIZE} is not supported")
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError("a decoder is not supported, only an encoder")
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):

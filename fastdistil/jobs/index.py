@@ -9,9 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 from fastdistil.jobs.manifest import MANIFEST, Part, read_manifest
-from fastdistil.jobs.writers import EMBEDDINGS
-
-Ids = list[str | int | None]
+from fastdistil.jobs.writers import EMBEDDINGS, Ids
 
 
 class Index:
@@ -38,7 +36,7 @@ class Index:
         for part in self.manifest.parts:
             path = self.directory / f"{part.name}.{self.manifest.format}"
             try:
-                ids, embeddings = self._read(path, part)
+                ids, embeddings = self._read(path)
             except FileNotFoundError:
                 raise
             except Exception as error:  # the readers fail in many ways
@@ -55,7 +53,7 @@ class Index:
                 raise ValueError(f"{self.directory / part.name} has {len(ids)} ids for {part.rows} rows")
             yield ids, embeddings
 
-    def _read(self, path: Path, part: Part) -> tuple[Ids | None, Any]:
+    def _read(self, path: Path) -> tuple[Ids | None, Any]:
         if path.suffix == ".npy":
             return None, np.load(path, mmap_mode="r", allow_pickle=False)
         if path.suffix == ".safetensors":
