@@ -49,15 +49,16 @@ class Pipeline:
     """A model and its tokenizer for one task; call it with a text or a list of texts.
 
     max_batch_tokens: tokens that go through the model together, by default 2,048 on CPU and about 16,896 on CUDA.
-    options: of `answer`, for every call that does not give them.
+    options: of `answer`, for every call that does not give them. transformers' batch_size, num_workers and padding are
+    taken and change nothing; its tokenizer_kwargs and tokenize_kwargs are options by another way.
     """
 
     kinds: tuple[str, ...] = ()  # of heads
     answer: Callable[..., Any]  # what a call does, with its options
 
     def __init__(self, model: Any, tokenizer: DistilBertTokenizer, max_batch_tokens: int | None = None, **options: Any):
-        inspect.signature(self.answer).bind_partial(**options)  # TypeError for what it does not take
-        self.options = options
+        self.options = _ours(options)
+        inspect.signature(self.answer).bind_partial(**self.options)  # TypeError for what it does not take
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder: DistilBertModel = model if isinstance(model, DistilBertModel) else model.distilbert
         if self.kinds:
@@ -73,7 +74,8 @@ class Pipeline:
 
     def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
         """`answer(inputs, ...)` with the pipeline's own options where the call gives none."""
-        return self.answer(inputs, *args, **(self.options | options))
+        self.model.eval()  # it may have been trained meanwhile
+        return self.answer(inputs, *args, **(self.options | _ours(options)))
 
     # looked up at every call, for the model may change: its active head, its labels
 
@@ -221,10 +223,18 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} parameter should be >= 1 (got {value})")
 
 
+def _ours(options: dict[str, Any]) -> dict[str, Any]:
+    """transformers' options as `answer` has them."""
+    ours = {name: value for name, value in options.items() if name not in ("batch_size", "num_workers", "padding")}
+    return (ours.pop("tokenizer_kwargs", None) or {}) | (ours.pop("tokenize_kwargs", None) or {}) | ours
+
+
 def _as_list(inputs: Any) -> tuple[list[Any], bool]:
     """-> (a list of inputs, whether it was a single one)"""
     if isinstance(inputs, (str, dict)):
         return [inputs], True
+    if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") and not hasattr(inputs, "__iter__"):
+        return [inputs[i] for i in range(len(inputs))], False  # a torch Dataset
     if isinstance(inputs, bytes) or not isinstance(inputs, Iterable):
         raise TypeError(f"inputs must be a text or a list of texts, got {type(inputs).__name__}")
     return list(inputs), False

@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -60,6 +61,9 @@ def test_order_batches_and_threads_do_not_matter(embedder, monkeypatch):
     with runner.cpu_workers(max(threads, 2)) as (pool, workers):
         assert set(pool.map(lambda _: torch.get_num_threads(), range(20))) == {max(threads, 2) // workers}
     torch.set_num_threads(threads)
+    embedder.encode(TEXTS, max_batch_tokens=300)
+    with ThreadPoolExecutor(1) as pool:  # a thread that starts later has as many as before
+        assert pool.submit(torch.get_num_threads).result() == threads
     monkeypatch.setattr(scheduler, "HEAD", 3)
     monkeypatch.setattr(scheduler, "WINDOW", 7)
     np.testing.assert_allclose(embedder.encode(iter(TEXTS)), expected, atol=2e-6)

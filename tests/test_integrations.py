@@ -368,9 +368,9 @@ def test_weights_that_others_hold_stay_where_they_are(holder):
     with torch.inference_mode():
         model(**given)
     with torch.no_grad():
-        for tensor in held.values() if holder == "state dict" else [held]:
-            if tensor.is_floating_point():
-                tensor.mul_(1.5)
+        projections = [held[name] for name in held if "attention.self" in name] if holder == "state dict" else [held]
+        for tensor in projections:
+            tensor.mul_(1.5)
     with torch.inference_mode():
         got = model(**given)[0]
         torch.testing.assert_close(got, restore(model)(**given)[0] * (got != 0), rtol=0, atol=TOLERANCE)
@@ -378,6 +378,13 @@ def test_weights_that_others_hold_stay_where_they_are(holder):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.inference_mode()
+def test_a_list_of_layers_is_transformers_own(packed):
+    model, (given, _) = accelerate(make("DistilBertModel")), inputs("DistilBertModel")
+    model(**given, output_hidden_states=[0, 1])
+    assert not packed
+
+
 @torch.inference_mode()
 def test_copies_and_replicas_compute_with_their_own_weights():
     """Those of a compiled model, and DataParallel's, which are shallow copies."""

@@ -102,6 +102,37 @@ def test_feature_extraction(tokenizer, their_tokenizer):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+class Rows(torch.utils.data.Dataset):
+    """Without an end that iteration would find."""
+
+    def __len__(self):
+        return len(TEXTS)
+
+    def __getitem__(self, i):
+        return TEXTS[i % len(TEXTS)]
+
+
+def test_how_transformers_is_called(tokenizer, their_tokenizer):
+    """With a batch size, padding, a tokenizer's options, a Dataset; and after a training step."""
+    ours, theirs = pair("text-classification", "DistilBertForSequenceClassification", tokenizer, their_tokenizer)
+    given = {"batch_size": 2, "padding": True, "truncation": True}
+    same(ours(TEXTS, **given), theirs(TEXTS, **given))
+    same(ours(Rows(), batch_size=2, num_workers=0), list(theirs(Rows(), batch_size=2, num_workers=0)))
+    ours.model.train()
+    same(ours(TEXTS), theirs(TEXTS))
+    made = pipeline("text-classification", ours.model, tokenizer, batch_size=8, top_k=2)
+    same(made(TEXTS), theirs(TEXTS, top_k=2))
+    ours, theirs = pair("feature-extraction", "DistilBertModel", tokenizer, their_tokenizer)
+    cut = {"tokenize_kwargs": {"truncation": True, "max_length": 5}}
+    same(ours(TEXTS[1], **cut), theirs(TEXTS[1], **cut))
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
+    cut = {"tokenizer_kwargs": {"truncation": True, "max_length": 8}}
+    text = "a [MASK] sat " + "and sat " * 20
+    same(ours(text, **cut), theirs(text, **cut))
+    with pytest.raises(TypeError, match="nonsense"):
+        ours(text, tokenizer_kwargs={"nonsense": 1})
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 1}, {"top_k": 2}, {"top_k": None}, {"function_to_apply": "sigmoid"}], ids=str
 )
