@@ -230,6 +230,9 @@ def finish(kind: str, logits: Tensor, labels: Any, problem_type: str, encoded: E
 # --- transformers' classes ------------------------------------------------------------------------------------------
 
 
+RELU = nn.ReLU()
+
+
 class _Headed(PreTrainedModel):
     """An encoder, `distilbert`, and what stands on it."""
 
@@ -387,19 +390,18 @@ class _WithHead(_Headed):
         token_type_ids: Tensor | None = None,
         adapter_names: str | Sequence[str] | None = None,
     ) -> ModelOutput | tuple:
-        encoded = self._encode(
-            input_ids,
-            attention_mask,
-            head_mask,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            position_ids,
-            token_type_ids,
-            only="first" if HEADS[self.head_type].first else None,
-            adapter_names=adapter_names,
-            padding_too=self._padding_too(labels, attention_mask),
+        inputs = (
+            *(input_ids, attention_mask, head_mask, inputs_embeds),
+            *(output_attentions, output_hidden_states, position_ids, token_type_ids),
         )
+        only = "first" if HEADS[self.head_type].first else None
+        padding_too = self._padding_too(labels, attention_mask)
+        return self._run(inputs, labels, return_dict, adapter_names, only, padding_too)
+
+    def _run(
+        self, inputs: tuple, labels: Any, return_dict: bool | None, adapter_names: Any, only: Any, padding_too: bool
+    ) -> ModelOutput | tuple:
+        encoded = self._encode(*inputs, only=only, adapter_names=adapter_names, padding_too=padding_too)
         return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
 
     def _padding_too(self, labels: Any, mask: Tensor | None) -> bool:
@@ -453,20 +455,12 @@ class DistilBertForMaskedLM(_WithHead):
     ) -> ModelOutput | tuple:
         """Inputs as in `DistilBertModel.forward`. logits_at: int64 [n, 2], the (row, column) of tokens; then logits
         (and labels) are [n, vocab] (and [n]) of those alone, and nothing of [batch, length, vocab] is made."""
-        encoded = self._encode(
-            input_ids,
-            attention_mask,
-            head_mask,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            position_ids,
-            token_type_ids,
-            only=logits_at,
-            adapter_names=adapter_names,
-            padding_too=logits_at is None and self._padding_too(labels, attention_mask),
+        inputs = (
+            *(input_ids, attention_mask, head_mask, inputs_embeds),
+            *(output_attentions, output_hidden_states, position_ids, token_type_ids),
         )
-        return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
+        padding_too = logits_at is None and self._padding_too(labels, attention_mask)
+        return self._run(inputs, labels, return_dict, adapter_names, logits_at, padding_too)
 
     def projectors(self) -> dict[str, nn.Linear]:
         return {"vocab_projector": self.vocab_projector}
@@ -497,7 +491,7 @@ class DistilBertForSequenceClassification(_WithHead):
         self.post_init()
 
     def layers(self) -> list[nn.Module]:
-        return [self.pre_classifier, nn.ReLU(), self.dropout, self.classifier]
+        return [self.pre_classifier, RELU, self.dropout, self.classifier]
 
     def _problem_type(self, labels: Tensor) -> str:
         _check_tensor("labels", labels)
@@ -562,19 +556,11 @@ class DistilBertForQuestionAnswering(_WithHead):
     ) -> ModelOutput | tuple:
         """Inputs as in `DistilBertModel.forward`. start_positions, end_positions: integers [batch], both or no loss."""
         labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
-        encoded = self._encode(
-            input_ids,
-            attention_mask,
-            head_mask,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            position_ids,
-            token_type_ids,
-            adapter_names=adapter_names,
-            padding_too=self._padding_too(labels, attention_mask),
+        inputs = (
+            *(input_ids, attention_mask, head_mask, inputs_embeds),
+            *(output_attentions, output_hidden_states, position_ids, token_type_ids),
         )
-        return self._answer(encoded, read(self.layers(), encoded), labels, return_dict)
+        return self._run(inputs, labels, return_dict, adapter_names, None, self._padding_too(labels, attention_mask))
 
 
 class DistilBertForMultipleChoice(_WithHead):
@@ -593,7 +579,7 @@ class DistilBertForMultipleChoice(_WithHead):
         self.post_init()
 
     def layers(self) -> list[nn.Module]:
-        return [self.pre_classifier, nn.ReLU(), self.dropout, self.classifier]
+        return [self.pre_classifier, RELU, self.dropout, self.classifier]
 
     def forward(
         self,

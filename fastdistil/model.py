@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -773,6 +773,18 @@ class PreTrainedModel(WithAdapters):
         return self.base_model.transformer.gradient_checkpointing
 
 
+class Inputs(NamedTuple):
+    """A padded batch, checked. Of ids and embeds there is one, of keep and mask at most one."""
+
+    ids: Tensor | None  # integers [B, L]
+    embeds: Tensor | None  # [B, L, dim], in place of the word embeddings
+    keep: Tensor | None  # bool [B, L], True at real tokens
+    mask: Tensor | None  # [B, 1 or heads, L, L], bool (True attends) or additive
+    positions: Tensor  # integers [1 or B, L]
+    heads: Tensor | None = None  # [layers, heads], what each head's attention is multiplied by
+    adapters: Sequence[str] = ()
+
+
 @dataclass(frozen=True)
 class Encoded:
     """What an encoder hands to a head.
@@ -864,112 +876,69 @@ class DistilBertModel(PreTrainedModel):
         positions, which some losses read.
         """
         config = self.config
-        want_attentions = config.output_attentions if output_attentions is None else output_attentions
+        want_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        for name, value in (
-            ("attention_mask", attention_mask),
-            ("head_mask", head_mask),
-            ("position_ids", position_ids),
-            ("token_type_ids", token_type_ids),
-        ):
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-            given = input_ids if inputs_embeds is None else inputs_embeds
-            if value is not None and isinstance(given, Tensor) and value.device != given.device:
-                raise ValueError(f"{name} is on {value.device}, the input on {given.device}; move it")
-        batch, length, device = self._check_inputs(input_ids, inputs_embeds, token_type_ids)
-        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
-            input_ids = input_ids.long()
-        if inputs_embeds is not None:
-            inputs_embeds = inputs_embeds.to(self.dtype if self._words() is None else self._words().dtype)
-        keep, mask = _masks(attention_mask, batch, length, config.n_heads)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(self.dtype)
-        positions = self._positions(position_ids, batch, length, device)
-        heads = self._head_mask(head_mask)
-        if input_ids is not None:
-            self._check_ids(input_ids, keep)
+        given = self._checked(
+            *(input_ids, attention_mask, head_mask, inputs_embeds, position_ids, token_type_ids, adapter_names)
+        )
+        keep = given.keep
         if isinstance(only, Tensor):
-            _check_only(only, batch, length, device)
-        adapters = self._adapters(adapter_names)
-
-        dense = self._needs_dense(inputs_embeds, heads) or want_attentions or mask is not None or batch * length == 0
-        if dense or padding_too:
-            states, weights = self._dense(
-                input_ids, inputs_embeds, keep, mask, positions, heads, bool(want_attentions), adapters, padding_too
-            )
+            _check_only(only, *_shape(given), given.positions.device)
+        if padding_too or want_attentions or self._needs_dense(given):
+            states, weights = self._dense(given, want_attentions, padding_too)  # n_layers + 1 times [B, L, dim]
             last = states[-1]
             if keep is not None:
-                padded = ~keep.unsqueeze(-1)
+                padded = ~keep.unsqueeze(-1)  # [B, L, 1]
                 states = [x.masked_fill(padded, 0) for x in (states if want_states else states[-1:])]
-            return Encoded(
-                pick(last if padding_too else states[-1], keep, only),
-                None,
-                tuple(states) if want_states else None,
-                tuple(weights) if want_attentions else None,
-            )
-        if want_states:  # shown padded
-            at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, adapters, every=True)
+            hidden = pick(last if padding_too else states[-1], keep, only)  # [B, L, dim], or [n, dim] of only
+            shown = tuple(states) if want_states else None
+            return Encoded(hidden, None, shown, tuple(weights) if want_attentions else None)
+        if want_states:
+            at, states = self._packed(given, every=True)  # n_layers + 1 times [rows, dim]
             states = [at.unpack(x) for x in states]
             return Encoded(pick(states[-1], keep, only), None, tuple(states), None)
-        plain = inputs_embeds is None and position_ids is None and heads is None and not adapters
+        plain = given.embeds is None and position_ids is None and given.heads is None and not given.adapters
         if self._graphs is not None and plain:
-            hidden = self._replayed(input_ids, keep)
-            if hidden is not None:
-                return Encoded(pick(hidden, keep, only), None, None, None)
-        at, states = self._packed(input_ids, inputs_embeds, keep, positions, heads, adapters, only=only)
+            replayed = self._replayed(given.ids, keep)
+            if replayed is not None:
+                return Encoded(pick(replayed, keep, only), None, None, None)
+        at, states = self._packed(given, only=only)
         return Encoded(states[-1], at if only is None else None, None, None)
 
     def _dense(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        keep: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor,
-        heads: Tensor | None,
-        want_attentions: bool,
-        adapters: Sequence[str],
-        padding_too: bool = False,
+        self, given: Inputs, want_attentions: bool = False, padding_too: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """[B, L] -> hidden states n_layers + 1 times [B, L, dim], and attentions; what they hold at padded positions
-        means something only with padding_too"""
-        if input_ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
+        """-> hidden states n_layers + 1 times [B, L, dim], and attentions; what they hold at padded positions means
+        something only with padding_too"""
+        ids, embeds, keep, mask, positions, heads, adapters = given
+        if ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
             looked_up = keep
             if padding_too:
                 words = self._words()
                 size = self.config.vocab_size if words is None else len(words)
-                looked_up = keep | ((input_ids >= 0) & (input_ids < size))
-            input_ids = input_ids.where(looked_up, 0)
-        elif inputs_embeds is not None and keep is not None and not padding_too:
-            inputs_embeds = inputs_embeds.masked_fill(~keep.unsqueeze(-1), 0)
-        x = self.embeddings(input_ids, inputs_embeds, positions)  # [B, L, dim]
+                looked_up = keep | ((ids >= 0) & (ids < size))
+            ids = ids.where(looked_up, 0)
+        elif embeds is not None and keep is not None and not padding_too:
+            embeds = embeds.masked_fill(~keep.unsqueeze(-1), 0)
+        x = self.embeddings(ids, embeds, positions)  # [B, L, dim]
         if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
             mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
         return self.transformer(x, mask, heads, want_attentions, adapters)
 
     def _packed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        keep: Tensor | None,
-        positions: Tensor,
-        heads: Tensor | None,
-        adapters: Sequence[str] = (),
-        every: bool = False,
-        only: Tensor | str | None = None,
+        self, given: Inputs, every: bool = False, only: Tensor | str | None = None
     ) -> tuple[Packing, list[Tensor]]:
-        """[B, L] -> the last hidden states [rows, dim], or with `every` the embeddings' and each block's, or those of
-        the tokens in `only` [n, dim]"""
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
-        batch, length = given.shape[:2]
-        at = find_rows(keep, batch, length, given.device)
-        if inputs_embeds is None:
-            table, ids = self.embeddings.word_embeddings.weight, at.pack(given)
+        """-> the last hidden states [rows, dim], or with `every` the embeddings' and each block's, or those of the
+        tokens in `only` [n, dim]"""
+        ids, embeds, keep, _, positions, heads, adapters = given
+        batch, length = _shape(given)
+        at = find_rows(keep, batch, length, positions.device)
+        if ids is not None:
+            table, ids = self.embeddings.word_embeddings.weight, at.pack(ids)
         else:  # the caller's own table, whose row is the padded position
-            table = inputs_embeds.reshape(batch * length, -1)
-            ids = torch.arange(batch * length, device=given.device) if at.source is None else at.source
+            assert embeds is not None
+            table = embeds.reshape(batch * length, -1)
+            ids = torch.arange(batch * length, device=embeds.device) if at.source is None else at.source
         x = self.embeddings.packed(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
         if only is None:
             return at, self.transformer.packed(x, at, heads, every, adapters=adapters)
@@ -977,7 +946,7 @@ class DistilBertModel(PreTrainedModel):
             return at, [x.new_zeros(batch if isinstance(only, str) else len(only), x.shape[1])]
         flat, outside = (None, None) if isinstance(only, str) else _flat(only, batch, length)
         rows, there = at.first() if flat is None else at.find(flat)
-        chosen = self.transformer.packed(x, at, heads, every, rows, adapters)[-1]
+        chosen = self.transformer.packed(x, at, heads, every, rows, adapters)[-1]  # [n, dim]
         chosen = chosen if there is None else chosen.masked_fill(~there[:, None], 0)
         return at, [chosen if outside is None else chosen.masked_fill(outside[:, None], torch.nan)]
 
@@ -1000,7 +969,7 @@ class DistilBertModel(PreTrainedModel):
 
         def forward(ids: Tensor, keep: Tensor) -> Tensor:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-            at, (hidden,) = self._packed(ids, None, keep, positions, None)
+            at, (hidden,) = self._packed(Inputs(ids, None, keep, None, positions))
             return at.unpack(hidden)
 
         return self._graphs(self, forward, input_ids, keep, longest, ops.launch_modes())
@@ -1067,7 +1036,8 @@ class DistilBertModel(PreTrainedModel):
         if row.numel() == 0:
             return self.embeddings.word_embeddings.weight.new_zeros(len(input_ids), self.config.dim)
         ids, positions = input_ids[row], position_ids[row]
-        hidden = self._dense(ids, None, keep, None, positions, None, False, self._adapters(None))[0][-1]
+        given = Inputs(ids, None, keep, None, positions, adapters=self._adapters(None))
+        hidden = self._dense(given)[0][-1]
         out = hidden.new_zeros(len(input_ids) + 1, hidden.shape[2])  # with a row for what is padded
         out[row.where(keep, len(input_ids))] = hidden
         return out[:-1] if only is None else out[only]
@@ -1093,13 +1063,48 @@ class DistilBertModel(PreTrainedModel):
         """The word embeddings' table, unless somebody's own module stands there."""
         return getattr(getattr(self.embeddings, "word_embeddings", None), "weight", None)
 
-    def _needs_dense(self, inputs_embeds: Tensor | None, head_mask: Tensor | None) -> bool:
-        if self.training or not self._can_pack():
+    def _needs_dense(self, given: Inputs) -> bool:
+        if self.training or given.mask is not None or 0 in _shape(given) or not self._can_pack():
             return True
         if not torch.is_grad_enabled():
             return False
-        given = [t for t in (inputs_embeds, head_mask) if t is not None]
-        return any(t.requires_grad for t in given) or any(p.requires_grad for p in self.parameters())
+        tensors = [t for t in (given.embeds, given.heads) if t is not None]
+        return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.parameters())
+
+    def _checked(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        head_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        position_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        adapter_names: str | Sequence[str] | None,
+    ) -> Inputs:
+        beside = input_ids if inputs_embeds is None else inputs_embeds
+        for name, value in (
+            ("attention_mask", attention_mask),
+            ("head_mask", head_mask),
+            ("position_ids", position_ids),
+            ("token_type_ids", token_type_ids),
+        ):
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            if value is not None and isinstance(beside, Tensor) and value.device != beside.device:
+                raise ValueError(f"{name} is on {value.device}, the input on {beside.device}; move it")
+        batch, length, device = self._check_inputs(input_ids, inputs_embeds, token_type_ids)
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            input_ids = input_ids.long()
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds.to(self.dtype if self._words() is None else self._words().dtype)
+        keep, mask = _masks(attention_mask, batch, length, self.config.n_heads)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(self.dtype)
+        positions = self._positions(position_ids, batch, length, device)
+        heads = self._head_mask(head_mask)
+        if input_ids is not None:
+            self._check_ids(input_ids, keep)
+        return Inputs(input_ids, inputs_embeds, keep, mask, positions, heads, self._adapters(adapter_names))
 
     def _check_inputs(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None
@@ -1201,6 +1206,13 @@ def _masks(attention_mask: Tensor | None, batch: int, length: int, heads: int) -
     if shape not in ((batch, length), (1, length)):
         raise ValueError(f"attention_mask must be [{batch}, {length}], got {list(shape)}")
     return (attention_mask != 0).expand(batch, length), None
+
+
+def _shape(given: Inputs) -> tuple[int, int]:
+    """-> B, L"""
+    whole = given.ids if given.embeds is None else given.embeds
+    assert whole is not None
+    return whole.shape[0], whole.shape[1]
 
 
 def _check_only(only: Tensor, batch: int, length: int, device: torch.device) -> None:
