@@ -500,7 +500,7 @@ class PreTrainedModel(WithAdapters):
         """
         overrides = {k: v for k, v in overrides.items() if k not in _IGNORED and not (k in _ABSENT and not v)}
         if device is None and device_map is not None:
-            device = _one_device(device_map)
+            device = one_device(device_map)
         if config is not None and not isinstance(config, DistilBertConfig):
             raise TypeError(f"config must be a fastdistil.DistilBertConfig, got {type(config).__name__}")
         if path_or_repo is None and state_dict is not None and config is not None:
@@ -528,10 +528,10 @@ class PreTrainedModel(WithAdapters):
             wanted = torch_dtype if torch_dtype is not None else dtype
             if to_int8 := wanted in ("int8", "torch.int8", torch.int8):
                 wanted = "float32"
-                if as_device(device or "cpu").type != "cpu":
+                if as_device("cpu" if device is None else device).type != "cpu":
                     raise ValueError(f"dtype int8 is for CPU, not for {device}; use float16 there")
             model = model.to(_dtype(wanted, config, weights))
-            model.__dict__["_load_device"] = as_device(device or "cpu")
+            model.__dict__["_load_device"] = as_device("cpu" if device is None else device)
             report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         if to_int8:
@@ -1263,8 +1263,10 @@ def _padding_idx(config: DistilBertConfig) -> int | None:
     return pad if pad is not None and -config.vocab_size <= pad < config.vocab_size else None
 
 
-def as_device(name: str | torch.device) -> torch.device:
-    """A device that is there, or ValueError."""
+def as_device(name: str | int | torch.device) -> torch.device:
+    """A device that is there, or ValueError. A number is transformers': of a CUDA device, or below 0 the CPU."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = f"cuda:{name}" if name >= 0 else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -1276,7 +1278,7 @@ def as_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _one_device(device_map: Any) -> str | torch.device:
+def one_device(device_map: Any) -> str | torch.device:
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
     if device_map in ("auto", "balanced", "sequential"):

@@ -10,6 +10,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from fastdistil.heads import (
     score,
 )
 from fastdistil.heads import model_class as class_named_in
-from fastdistil.model import DistilBertModel, as_device
+from fastdistil.model import DistilBertModel, as_device, one_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
@@ -739,21 +740,29 @@ def pipeline(
     model: Any,
     tokenizer: Any = None,
     *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
+    device: str | int | torch.device | None = None,
+    device_map: Any = None,
+    dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
     max_batch_tokens: int | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
     **options: Any,
 ) -> Any:
     """A pipeline for a task: fill-mask, feature-extraction, text-classification (sentiment-analysis),
     token-classification (ner) or question-answering.
 
     model: a directory, a hub id or a loaded model, with flexible heads the active one; tokenizer: likewise, by default
-    the model's directory. device: by default cuda when there is one. dtype: "auto" is float32 on CPU and float16 on
-    CUDA; "int8" is for CPU. A loaded model stays where and as it is. options: top_k and the like, for every call.
-    Raises OSError for files, ValueError for what is in them.
+    the model's directory. device (or device_map): by default cuda when there is one; numbers as transformers has them.
+    dtype (or torch_dtype): "auto" is float32 on CPU and float16 on CUDA; "int8" is for CPU. A loaded model stays where
+    and as it is. revision, local_files_only, cache_dir and token are the hub's. options: top_k and the like, for every
+    call; transformers' framework, use_fast and trust_remote_code change nothing. Raises OSError for files, ValueError
+    for what is in them.
     """
+    for name in ("framework", "use_fast", "trust_remote_code"):
+        options.pop(name, None)
     task = ALIASES.get(task, task)
     if task not in TASKS:
         raise ValueError(f"task {task!r} is not one of {', '.join([*TASKS, *ALIASES])}")
@@ -764,8 +773,11 @@ def pipeline(
     if loaded and tokenizer is None:
         raise ValueError("a loaded model comes without a tokenizer; pass tokenizer=")
     if not loaded:
-        directory = find(model, revision=revision, local_files_only=local_files_only)
-        place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        directory = find(model, revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
+        if device is None:
+            device = one_device("auto" if device_map is None else device_map)
+        place = as_device(device)
+        dtype = dtype or torch_dtype or "auto"
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
         if kind.kinds and class_named_in(read_config(directory)) is DistilBertModelWithHeads:

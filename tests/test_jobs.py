@@ -591,12 +591,15 @@ def test_files_of_others_are_not_taken_for_ours(checkpoint, tmp_path, capsys):
     out.mkdir()
     rows = jsonl(out / "part-00000.jsonl", [{"text": t} for t in TEXTS]).read_text()
     other = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
-    assert embed(checkpoint, "--input", other, "--output", out, "--resume") == 1
+    assert embed(checkpoint, "--input", other, "--output", out) == 1
     assert "is not empty (part-00000.jsonl)" in capsys.readouterr().err
     for how in ("--resume", "--overwrite"):
         assert embed(checkpoint, "--input", out, "--output", out, how) == 1
         assert "part-00000.jsonl lies in the output directory" in capsys.readouterr().err
     assert (out / "part-00000.jsonl").read_text() == rows
+    assert embed(checkpoint, "--input", other, "--output", out, "--resume") == 0  # aside, where it stays as it was
+    (aside,) = out.glob("without-manifest-*/part-00000.jsonl")
+    assert aside.read_text() == rows
     assert embed(checkpoint, "--input", tmp_path, "--output", tmp_path / "deep" / "o") == 1
     assert "lies in the input directory" in capsys.readouterr().err
 

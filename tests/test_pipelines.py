@@ -133,6 +133,30 @@ def test_how_transformers_is_called(tokenizer, their_tokenizer):
         ours(text, tokenizer_kwargs={"nonsense": 1})
 
 
+def test_how_transformers_makes_one(tokenizer, tmp_path):
+    fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path = str(tmp_path)
+    made = [
+        pipeline("sentiment-analysis", path, device="cpu"),
+        pipeline("sentiment-analysis", model=path, tokenizer=path, device=-1, framework="pt", use_fast=True),
+        pipeline("sentiment-analysis", path, device_map="cpu", torch_dtype=torch.float32, trust_remote_code=False),
+        pipeline("sentiment-analysis", path, device_map={"": "cpu"}, token=False, cache_dir=tmp_path),
+    ]
+    assert len({str(one(TEXTS)) for one in made}) == 1
+    half = pipeline("sentiment-analysis", path, device=-1, torch_dtype=torch.bfloat16)
+    assert half.model.dtype is torch.bfloat16
+    for make in (
+        lambda: pipeline("sentiment-analysis", path, device=99),
+        lambda: fastdistil.DistilBertModel.from_pretrained(path, device=99),
+    ):
+        with pytest.raises(ValueError, match="'cuda:99' was asked for, but torch finds no CUDA device of that number"):
+            make()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda:0' was asked for"):
+            fastdistil.Embedder.from_pretrained(path, device=0)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 1}, {"top_k": 2}, {"top_k": None}, {"function_to_apply": "sigmoid"}], ids=str
 )

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class Embedder:
     def from_pretrained(
         cls,
         path_or_repo: Any,
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         pooling: str | None = None,
         normalize: bool | None = None,
@@ -102,6 +103,8 @@ class Embedder:
         truncate_dim: int | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
     ) -> "Embedder":
         """From a directory or a hub id. What sentence-transformers' files say (modules.json, the pooling and sentence
         configurations, dense layers) holds unless given here; without them: mean pooling, no normalisation.
@@ -110,12 +113,15 @@ class Embedder:
         truncate_dim: as in sentence-transformers, vectors that the checkpoint normalises are cut after that, and
         have a norm of 1 again with normalize=True.
 
+        revision, local_files_only, cache_dir and token are the hub's.
         device: by default cuda when there is one. dtype: "auto" is float32 on CPU and float16 on CUDA; "int8"
         is for CPU, see DistilBertModel.from_pretrained. Raises OSError for files, ValueError for what is in them.
         """
-        directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
+        directory = find(
+            path_or_repo, revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token
+        )
         settings = read_settings(directory)
-        place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = as_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
         given = {"pooling": pooling, "normalize": normalize, "max_length": max_length, "truncate_dim": truncate_dim}

@@ -166,12 +166,12 @@ def _block(layer: Layer, dim: int, heads: int, activation: str) -> TransformerBl
     return block
 
 
-_entry = threading.Lock()  # held while a call begins or ends
+_entry = threading.RLock()  # held while a call begins or ends; a signal may come in between
 
 
 def _after_fork() -> None:
     global _entry
-    _entry = threading.Lock()  # another thread of the parent may have held it
+    _entry = threading.RLock()  # another thread of the parent may have held it
 
 
 if hasattr(os, "register_at_fork"):
