@@ -189,8 +189,13 @@ DENSE = {"in_features": 16, "out_features": 4, "activation_function": "torch.nn.
         ({"activation_function": "somebody.Tanh"}, "activation_function is 'somebody.Tanh'"),
         ({"use_residual": True}, "asks for a residual"),
         ({"module_input_name": "token_embeddings"}, "names what it reads or writes"),
+        ({"module_output_name": ["x"]}, "names what it reads or writes"),
+        ({"in_features": 10**30}, "linear.weight is"),
+        ("normalize tokens", "3_Normalize/config.json .* names what it reads or writes"),
+        ("before", "modules.json has Dense before Pooling, or Pooling twice"),
+        ("twice", "modules.json has Pooling before Pooling, or Pooling twice"),
         ({"out_features": 5}, r"2_Dense/model.safetensors: linear.weight is \(4, 16\), and has to be \(5, 16\)"),
-        ({"bias": True}, r"linear.bias is None, and has to be \(4,\)"),
+        ({"bias": True}, r"linear.bias is absent, and has to be \(4,\)"),
         ({"in_features": 8}, "linear.weight is"),
         ("width", "a dense layer takes 8 numbers, and is given 16"),
         ("bin", "holds pytorch_model.bin but no model.safetensors"),
@@ -208,7 +213,15 @@ def test_a_dense_layer_that_cannot_be_used(changes, message, checkpoint):
     if changes not in ("bin", "no weights"):
         save_file({"linear.weight": torch.ones(4, width)}, place / "model.safetensors")
     (place / "pytorch_model.bin").write_bytes(b"") if changes == "bin" else None
-    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Dense", "path": "2_Dense"}]
+    modules = [{"type": f"x.{path[2:] or 'Transformer'}", "path": path} for path in ("", "1_Pooling", "2_Dense")]
+    if changes == "before":
+        modules.append(modules.pop(1))
+    elif changes == "twice":
+        modules.insert(1, modules[1])
+    elif changes == "normalize tokens":
+        modules.append({"type": "x.Normalize", "path": "3_Normalize"})
+        (checkpoint / "3_Normalize").mkdir()
+        (checkpoint / "3_Normalize" / "config.json").write_text('{"module_input_name": "token_embeddings"}')
     (checkpoint / "modules.json").write_text(json.dumps(modules))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Embedder.from_pretrained(checkpoint, device="cpu")
@@ -249,7 +262,10 @@ def test_bad_budgets(embedder, budget):
     ("files", "message"),
     [
         ({"modules.json": '[{"type": "x.WordWeights", "path": ""}]'}, "module 'WordWeights', which is not supported"),
-        ({"modules.json": '[{"type": "x.Dense", "path": "../other"}]'}, "outside its directory"),
+        (
+            {"modules.json": '[{"type": "Pooling", "path": "1_Pooling"}, {"type": "Dense", "path": "../o"}]'},
+            "outside its directory",
+        ),
         ({"modules.json": '[{"type": "x.Pooling", "path": "../other"}]'}, "outside its directory"),
         ({"modules.json": '[{"type": "x.Transformer", "path": "0_T"}]'}, "load that directory"),
         ({"modules.json": "[3]"}, "not supported"),

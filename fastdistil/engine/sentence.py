@@ -33,12 +33,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1] if isinstance(module, dict) else ""
         if kind == "Transformer" and module.get("path", "") != "":
             raise ValueError(f"{directory}/modules.json puts the encoder in {module['path']!r}; load that directory")
-        elif kind == "Pooling":
+        elif kind == "Pooling" and "pooling" not in settings:
             settings["pooling"] = _pooling(_inside(directory, str(module.get("path", ""))) / "config.json")
-        elif kind == "Dense":
-            settings["layers"].append(_dense(_inside(directory, str(module.get("path", "")))))
-        elif kind == "Normalize":
-            settings["layers"].append(Normalize())
+        elif kind in ("Dense", "Normalize") and "pooling" in settings:
+            settings["layers"].append(_layer(kind, _inside(directory, str(module.get("path", "")))))
+        elif kind in ("Pooling", "Dense", "Normalize"):
+            raise ValueError(f"{directory}/modules.json has {kind} before Pooling, or Pooling twice: not supported")
         elif kind != "Transformer":
             raise ValueError(f"{directory}/modules.json asks for the module {kind or module!r}, which is not supported")
     sentence = read_object(directory / "sentence_bert_config.json")
@@ -73,13 +73,22 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _dense(directory: Path) -> nn.Module:
-    """activation(x @ weight.T + bias) in float32, [rows, in_features] -> [rows, out_features]."""
+def _layer(kind: str, directory: Path) -> nn.Module:
     where = directory / "config.json"
+    config = read_object(where)
+    names = [config.get(f"module_{end}_name") for end in ("input", "output")]
+    if config.get("use_residual") or any(name not in ("sentence_embedding", None) for name in names):
+        raise ValueError(f"{where} asks for a residual, or names what it reads or writes, which is not supported")
+    if kind == "Normalize":
+        return Normalize()
     if not where.is_file():
         raise FileNotFoundError(f"{where} is missing, though modules.json asks for a dense layer")
-    config = read_object(where)
-    sizes: list[Any] = [config.get(name) for name in ("in_features", "out_features")]
+    return _dense(directory, config)
+
+
+def _dense(directory: Path, config: dict[str, Any]) -> nn.Module:
+    """activation(x @ weight.T + bias) in float32, [rows, in_features] -> [rows, out_features]."""
+    where, sizes = directory / "config.json", [config.get(name) for name in ("in_features", "out_features")]
     for name, size in zip(("in_features", "out_features"), sizes, strict=True):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{where}: {name} is {size!r}; it must be an integer of 1 or more")
@@ -87,10 +96,8 @@ def _dense(directory: Path) -> nn.Module:
     kind = ACTIVATIONS.get(path.rsplit(".", 1)[-1]) if path.startswith("torch.nn.") else None
     if kind is None:
         raise ValueError(f"{where}: activation_function is {path!r}; one of {', '.join(ACTIVATIONS)} is supported")
-    own = ("sentence_embedding", None)
-    if config.get("use_residual") or not {config.get(f"module_{end}_name") for end in ("input", "output")} <= {*own}:
-        raise ValueError(f"{where} asks for a residual, or names what it reads or writes, which is not supported")
-    linear = nn.Linear(sizes[0], sizes[1], bias=config.get("bias", True) is not False, dtype=torch.float32)
+    bias = config.get("bias", True) is not False
+    shapes = {"linear.weight": (sizes[1], sizes[0]), "linear.bias": (sizes[1],) if bias else None}
     safe = directory / "model.safetensors"
     if not safe.is_file() and (directory / "pytorch_model.bin").is_file():
         raise FileNotFoundError(
@@ -98,11 +105,13 @@ def _dense(directory: Path) -> nn.Module:
             "load the model with sentence-transformers and save it again"
         )
     with Weights.of_file(safe, safe, True) as weights:
-        for name, parameter in linear.named_parameters():
-            if weights.shapes.get(f"linear.{name}") != tuple(parameter.shape):
-                found = weights.shapes.get(f"linear.{name}")
-                raise ValueError(f"{safe}: linear.{name} is {found}, and has to be {tuple(parameter.shape)}")
-            with torch.no_grad():
+        for name, shape in shapes.items():  # by the header, before anything is allocated
+            if (found := weights.shapes.get(name)) != shape:
+                raise ValueError(f"{safe}: {name} is {found or 'absent'}, and has to be {shape or 'absent'}")
+        out_features, in_features = weights.shapes["linear.weight"]
+        linear = nn.Linear(in_features, out_features, bias=bias, device="cpu", dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in linear.named_parameters():
                 parameter.copy_(weights.read(f"linear.{name}"))
     return nn.Sequential(linear, kind())
 
