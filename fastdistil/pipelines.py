@@ -226,8 +226,14 @@ def _check_count(name: str, value: Any) -> None:
 
 def _ours(options: dict[str, Any]) -> dict[str, Any]:
     """transformers' options as `answer` has them."""
-    ours = {name: value for name, value in options.items() if name not in ("batch_size", "num_workers", "padding")}
-    return (ours.pop("tokenizer_kwargs", None) or {}) | (ours.pop("tokenize_kwargs", None) or {}) | ours
+    given: dict[str, Any] = {}
+    for name in ("tokenizer_kwargs", "tokenize_kwargs"):
+        inner = options.get(name) or {}
+        if not isinstance(inner, dict):
+            raise TypeError(f"{name} must be a dictionary, got {inner!r}")
+        given |= inner
+    skipped = {"batch_size", "num_workers", "padding", "tokenizer_kwargs", "tokenize_kwargs"}
+    return {name: value for name, value in (given | options).items() if name not in skipped}
 
 
 def _as_list(inputs: Any) -> tuple[list[Any], bool]:

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from fastdistil import DistilBertConfig, DistilBertForMaskedLM, DistilBertModel
-from fastdistil.checkpoint import LoadReport, Weights, find, load_weights
+from fastdistil.checkpoint import HUB_FILES, LoadReport, Weights, find, load_weights
 from fastdistil.model import PreTrainedModel
 
 transformers = pytest.importorskip("transformers")
@@ -413,3 +414,14 @@ def test_loading_leaves_out_what_is_slow_to_import(saved):
     )
     done = subprocess.run([sys.executable, "-c", code, str(saved[0])], capture_output=True, text=True, check=True)
     assert "torch" in done.stdout.split() and "sympy" not in done.stdout.split()
+
+
+def test_the_hub_is_asked_for_every_file_of_a_sentence_transformer():
+    names = [
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "model.safetensors",
+    ]
+    assert list(filter_repo_objects([*names, "2_Dense/pytorch_model.bin"], allow_patterns=HUB_FILES)) == names

@@ -135,8 +135,20 @@ def test_layers_behind_the_pooling(layers, truncate_dim, checkpoint, tmp_path):
     np.testing.assert_allclose(found, theirs.encode(TEXTS), atol=1e-6)
     unit = Embedder.from_pretrained(tmp_path / "saved", "cpu", normalize=True, truncate_dim=truncate_dim)
     np.testing.assert_allclose(unit.encode(TEXTS), theirs.encode(TEXTS, normalize_embeddings=True), atol=1e-6)
+    rough = Embedder.from_pretrained(tmp_path / "saved", "cpu", "bfloat16", truncate_dim=truncate_dim)
+    assert (np.abs(rough.encode(TEXTS) - found) < 0.05 * np.abs(found).max()).all()
     copied = pickle.loads(pickle.dumps(ours))
     np.testing.assert_array_equal(copied.encode(TEXTS[:2]), ours.encode(TEXTS[:2]))
+
+
+def test_layers_of_ones_own(embedder):
+    """They are in no training mode, where the model is, and as trainable as before."""
+    linear = torch.nn.Linear(384, 6)
+    made = Embedder(embedder.model, embedder.tokenizer, layers=[linear, torch.nn.Dropout(0.5)])
+    assert (made.encode(TEXTS[:2]) == made.encode(TEXTS[:2])).all() and linear.weight.requires_grad
+    moved = Embedder(DistilBertModel(embedder.model.config).to("meta"), embedder.tokenizer, layers=[linear])
+    moved.engine(100)
+    assert linear.weight.is_meta
 
 
 def test_truncate_dim_of_the_files(checkpoint):
@@ -159,7 +171,7 @@ def test_truncate_dim_of_the_files(checkpoint):
 def test_prompts(checkpoint):
     (checkpoint / "config_sentence_transformers.json").write_text('{"prompts": {"query": "Q: ", "passage": "P: "}}')
     own = Embedder.from_pretrained(checkpoint, device="cpu")
-    assert own.prompt == "" and own.prompts == {"query": "Q: ", "passage": "P: "}
+    assert own.prompt == "" and own.prompts == {"query": "Q: ", "document": "", "passage": "P: "}
     expected = own.encode(["Q: a cat", "Q: "])
     for options in (dict(prompt_name="query"), dict(prompt="Q: ")):
         np.testing.assert_array_equal(own.encode(["a cat", ""], **options), expected)
@@ -168,7 +180,11 @@ def test_prompts(checkpoint):
         np.testing.assert_array_equal(made.encode("a cat", prompt=""), own.encode("a cat"))
     np.testing.assert_allclose(own.encode("a cat", prompt_name="query"), expected[0], atol=1e-6)
     for options, error, message in (
-        (dict(prompt_name="q"), ValueError, "there is no prompt 'q'; the checkpoint has 'query', 'passage'"),
+        (
+            dict(prompt_name="q"),
+            ValueError,
+            "there is no prompt 'q'; the checkpoint has 'query', 'document', 'passage'",
+        ),
         (dict(prompt_name="query", prompt="x"), ValueError, "not both"),
         (dict(prompt=3), TypeError, "a prompt must be a string, got 3"),
     ):
@@ -201,6 +217,7 @@ DENSE = {"in_features": 16, "out_features": 4, "activation_function": "torch.nn.
         ("bin", "holds pytorch_model.bin but no model.safetensors"),
         ("no weights", "2_Dense/model.safetensors"),
         ("no config", "2_Dense/config.json is missing"),
+        ("integers", "linear.weight has to hold floating point numbers"),
     ],
 )
 def test_a_dense_layer_that_cannot_be_used(changes, message, checkpoint):
@@ -211,7 +228,8 @@ def test_a_dense_layer_that_cannot_be_used(changes, message, checkpoint):
     if changes != "no config":
         (place / "config.json").write_text(json.dumps(config))
     if changes not in ("bin", "no weights"):
-        save_file({"linear.weight": torch.ones(4, width)}, place / "model.safetensors")
+        kind = torch.int64 if changes == "integers" else torch.float16
+        save_file({"linear.weight": torch.ones(4, width, dtype=kind)}, place / "model.safetensors")
     (place / "pytorch_model.bin").write_bytes(b"") if changes == "bin" else None
     modules = [{"type": f"x.{path[2:] or 'Transformer'}", "path": path} for path in ("", "1_Pooling", "2_Dense")]
     if changes == "before":

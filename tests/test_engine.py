@@ -387,6 +387,8 @@ def test_graphs_know_the_layers_behind_the_pooling(embedder):
     second = key()
     made.truncate_dim = 9
     assert len({first, second, key()}) == 3
+    made.layers.extend([torch.nn.Sigmoid(), torch.nn.Identity()])
+    assert key() is not None
     linear.register_forward_hook(lambda *_: None)
     assert key() is None
 

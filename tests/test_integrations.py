@@ -449,6 +449,45 @@ def test_weights_are_moved_while_no_other_thread_computes(monkeypatch):
     assert "_running" not in model.__getstate__() and "_running" not in restore(model).__dict__
 
 
+class Calls(torch.nn.Module):
+    """A parametrization that calls a model."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = [call]
+
+    def forward(self, weight):
+        self.call[0]()
+        return weight * 1
+
+
+def test_a_call_from_within_another():
+    """From a parametrization, which reading a weight runs, and from a signal's handler, at any moment."""
+    inner, outer, (given, keep) = make("DistilBertModel"), make("DistilBertModel"), inputs("DistilBertModel")
+    with torch.inference_mode():
+        expected = inner(**given).last_hidden_state
+        accelerate(inner)
+        linear = outer.transformer.layer[0].attention.q_lin
+        torch.nn.utils.parametrize.register_parametrization(linear, "weight", Calls(lambda: inner(**given)))
+        torch.testing.assert_close(accelerate(outer)(**given).last_hidden_state[keep], expected[keep])
+    code = """
+import signal, torch, transformers, fastdistil
+torch.set_num_threads(1)
+config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_heads=2, hidden_dim=8, n_layers=1)
+model = fastdistil.accelerate(transformers.DistilBertModel(config).eval().requires_grad_(False))
+ids, seen = torch.ones(1, 3, dtype=torch.long), []
+def handler(*_):
+    seen.append(model(ids)); signal.setitimer(signal.ITIMER_REAL, .003)
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, .003)
+while len(seen) < 300: model(ids)
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(model._running)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr
+
+
 def test_a_forked_process_is_not_kept_waiting():
     """By a lock that a thread of its parent held."""
     code = """

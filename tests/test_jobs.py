@@ -698,21 +698,32 @@ def test_parts_without_a_manifest_are_moved_aside(devices, checkpoint, tmp_path,
     path, out = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS]), tmp_path / "o"
     given = ["embed", "--model", str(checkpoint), "--input", str(path), "--output", str(out), "--device", devices]
     out.mkdir()
-    for name in ("part-00000.npy", "part-00007.done.json", "part-00001.npy.tmp", "manifest.json.tmp"):
+    for name in ("part-00000.npy", "part-00007.done.json", "part-00001.npy.tmp", "manifest.json.tmp", "notes.tmp"):
         (out / name).write_text("theirs")
+    shard = shard_directory(out, 0, 2)
+    if "," in devices:
+        shard.mkdir()
+        (shard / "part-00003.npy").write_text("theirs")
     assert main(given) == 1 and "is not empty (manifest.json.tmp)" in capfd.readouterr().err
-    assert main([*given, "--resume"]) == 0
-    (aside,) = out.glob("without-manifest-*")
-    assert {p.name: p.read_text() for p in aside.iterdir()} == dict.fromkeys(
-        ("part-00000.npy", "part-00007.done.json"), "theirs"
-    )
-    assert f"they are in {aside.name} now" in caplog.text
+    assert main([*given, "--resume", "--model", str(tmp_path / "nowhere")]) == 1
+    assert (out / "part-00000.npy").read_text() == "theirs"  # not before there is a job
+    assert main([*given, "--resume"]) == 0 and not shard.exists()
+    found = {p.name: p for p in out.glob("without-manifest-*/*")}
+    assert found.keys() - {"part-00003.npy"} == {"part-00000.npy", "part-00007.done.json"}
+    assert ("part-00003.npy" in found) is ("," in devices)
+    assert {p.read_text() for p in found.values()} == {(out / "notes.tmp").read_text()} == {"theirs"}
+    assert f"they are in {found['part-00000.npy'].parent} now" in caplog.text
+    before = sorted(out.rglob("*"))
+    manifests.set_aside(out)  # there is a manifest now
+    assert sorted(out.rglob("*")) == before
+    (out / "notes.tmp").unlink()
+    asides = sorted(out.glob("without-manifest-*"))
     vectors = np.concatenate([vectors for _, vectors in Index(out).parts()])
     assert len(vectors) == len(TEXTS) and not list(out.glob("*.tmp"))
     (out / "manifest.json").rename(out / "manifest.json.tmp")  # killed before there was one: nothing to keep
     for part in out.glob("part-*"):
         part.unlink()
-    assert main([*given, "--resume"]) == 0 and list(out.glob("without-manifest-*")) == [aside]
+    assert main([*given, "--resume"]) == 0 and sorted(out.glob("without-manifest-*")) == asides
 
 
 def test_a_lock_of_somebody_elses(checkpoint, tmp_path, capsys):

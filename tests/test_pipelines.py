@@ -129,6 +129,10 @@ def test_how_transformers_is_called(tokenizer, their_tokenizer):
     cut = {"tokenizer_kwargs": {"truncation": True, "max_length": 8}}
     text = "a [MASK] sat " + "and sat " * 20
     same(ours(text, **cut), theirs(text, **cut))
+    cut["tokenizer_kwargs"]["padding"] = True
+    same(ours(text, **cut), theirs(text, **cut))
+    with pytest.raises(TypeError, match="tokenizer_kwargs must be a dictionary, got .1."):
+        ours(text, tokenizer_kwargs=[1])
     with pytest.raises(TypeError, match="nonsense"):
         ours(text, tokenizer_kwargs={"nonsense": 1})
 

@@ -71,7 +71,7 @@ class Embedder:
             )
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize must be true or false, got {normalize!r}")
-        self.layers = nn.Sequential(*layers).eval().requires_grad_(False)
+        self.layers = nn.Sequential(*layers)
         self._dim = _out_features(self.layers, model.config.dim)
         if truncate_dim is not None:
             if isinstance(truncate_dim, bool) or not isinstance(truncate_dim, int):

@@ -60,9 +60,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise ValueError(f"{where}: truncate_dim is {dim!r}; it must be an integer of 1 or more")
         settings["truncate_dim"] = dim
-    prompts = settings["prompts"] = told.get("prompts") or {}
+    prompts = told.get("prompts") or {}
     if not isinstance(prompts, dict):
         raise ValueError(f"{where}: prompts is a JSON {type(prompts).__name__}, not an object")
+    settings["prompts"] = {"query": "", "document": ""} | prompts  # as there
     for name, prompt in prompts.items():
         if not isinstance(prompt, str):
             raise ValueError(f"{where}: the prompt {name!r} is not a string")
@@ -96,7 +97,7 @@ def _dense(directory: Path, config: dict[str, Any]) -> nn.Module:
     kind = ACTIVATIONS.get(path.rsplit(".", 1)[-1]) if path.startswith("torch.nn.") else None
     if kind is None:
         raise ValueError(f"{where}: activation_function is {path!r}; one of {', '.join(ACTIVATIONS)} is supported")
-    bias = config.get("bias", True) is not False
+    bias = bool(config.get("bias", True))
     shapes = {"linear.weight": (sizes[1], sizes[0]), "linear.bias": (sizes[1],) if bias else None}
     safe = directory / "model.safetensors"
     if not safe.is_file() and (directory / "pytorch_model.bin").is_file():
@@ -108,6 +109,9 @@ def _dense(directory: Path, config: dict[str, Any]) -> nn.Module:
         for name, shape in shapes.items():  # by the header, before anything is allocated
             if (found := weights.shapes.get(name)) != shape:
                 raise ValueError(f"{safe}: {name} is {found or 'absent'}, and has to be {shape or 'absent'}")
+            dtype = weights.dtypes.get(name)
+            if shape is not None and not (dtype is not None and dtype.is_floating_point):
+                raise ValueError(f"{safe}: {name} has to hold floating point numbers")
         out_features, in_features = weights.shapes["linear.weight"]
         linear = nn.Linear(in_features, out_features, bias=bias, device="cpu", dtype=torch.float32)
         with torch.no_grad():

@@ -214,17 +214,19 @@ class Live:
     @contextlib.contextmanager
     def _entered(self, given: dict[str, Any]) -> Iterator[Fast | None]:
         """Our blocks for a call, if they answer it. Weights are moved only while no call of another thread runs."""
-        state = self.__dict__
-        with _entry:
-            fast = self._fast_for(given)
-            if fast is not None and not state.get("_running"):
-                fast.lay_side_by_side()
-            state["_running"] = state.get("_running", 0) + 1
+        state, entered = self.__dict__, False
         try:
+            with _entry:
+                running = state["_running"] = state.get("_running", 0) + 1
+                entered = True
+                fast = self._fast_for(given)
+                if fast is not None and running == 1:  # a call from within one, of a hook or a signal, makes two
+                    fast.lay_side_by_side()
             yield fast
         finally:
-            with _entry:
-                state["_running"] = state.get("_running", 1) - 1  # or restored meanwhile
+            if entered:
+                with _entry:
+                    state["_running"] = state.get("_running", 1) - 1  # or restored meanwhile
 
     def _answer(self, fast: Fast, given: dict[str, Any]) -> Any:
         config: Any = self.config  # type: ignore[attr-defined]

@@ -188,7 +188,8 @@ def remove(directory: Path) -> None:
 
 
 def set_aside(directory: Path) -> None:
-    """Move what is named like a job's files, but has no manifest, into a new directory there."""
+    """Move what is named like a job's files, but has no manifest, into a new directory there, or beside a shard's,
+    which goes when its job is done."""
     if (directory / MANIFEST).is_file():
         return
     for path in directory.glob("*.tmp"):  # a file in the making when its job was killed
@@ -197,11 +198,12 @@ def set_aside(directory: Path) -> None:
     found = [path for path in directory.iterdir() if OURS.fullmatch(path.name)]
     if not found:
         return
-    aside = Path(tempfile.mkdtemp(prefix="without-manifest-", dir=directory))
+    place = directory.parent if SHARD.fullmatch(directory.name) else directory
+    aside = Path(tempfile.mkdtemp(prefix="without-manifest-", dir=place))
     aside.chmod(directory.stat().st_mode & 0o777)
     for path in found:
         path.rename(aside / path.name)
-    logger.warning("%s has parts but no manifest, so the job starts afresh; they are in %s now", directory, aside.name)
+    logger.warning("%s has parts but no manifest, so the job starts afresh; they are in %s now", directory, aside)
 
 
 def _remove_ours(directory: Path, kept: set[str]) -> None:

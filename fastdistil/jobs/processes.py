@@ -70,8 +70,6 @@ def run_on(
     divided = {shard_directory(output, i, total).name for i in range(total)}
     with contextlib.ExitStack() as held:
         held.enter_context(Lock(output))
-        if resume and shards == 1:
-            set_aside(output)
         others = [p for p in output.iterdir() if SHARD.fullmatch(p.name) and p.name not in divided] if overwrite else []
         for path in others:  # of another division, which nobody may be at
             held.enter_context(Lock(path))
@@ -87,6 +85,8 @@ def run_on(
         rejected = REJECTED in _together(devices, commands, environment, directories, replaced)
         if shards > 1:
             return rejected
+        if resume:
+            set_aside(output)
         merge(directories, output, overwrite=True, locked=True)
         for directory in directories:
             _remove_shard(directory)
