@@ -463,13 +463,6 @@ class Calls(torch.nn.Module):
 
 def test_a_call_from_within_another():
     """From a parametrization, which reading a weight runs, and from a signal's handler, at any moment."""
-    inner, outer, (given, keep) = make("DistilBertModel"), make("DistilBertModel"), inputs("DistilBertModel")
-    with torch.inference_mode():
-        expected = inner(**given).last_hidden_state
-        accelerate(inner)
-        linear = outer.transformer.layer[0].attention.q_lin
-        torch.nn.utils.parametrize.register_parametrization(linear, "weight", Calls(lambda: inner(**given)))
-        torch.testing.assert_close(accelerate(outer)(**given).last_hidden_state[keep], expected[keep])
     code = """
 import signal, torch, transformers, fastdistil
 torch.set_num_threads(1)
@@ -486,6 +479,13 @@ print(model._running)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "0\n", done.stderr
+    inner, outer, (given, keep) = make("DistilBertModel"), make("DistilBertModel"), inputs("DistilBertModel")
+    with torch.inference_mode():
+        expected = inner(**given).last_hidden_state
+        accelerate(inner)
+        linear = outer.transformer.layer[0].attention.q_lin
+        torch.nn.utils.parametrize.register_parametrization(linear, "weight", Calls(lambda: inner(**given)))
+        torch.testing.assert_close(accelerate(outer)(**given).last_hidden_state[keep], expected[keep])
 
 
 def test_a_forked_process_is_not_kept_waiting():
