@@ -1284,7 +1284,7 @@ def one_device(device_map: Any) -> str | torch.device:
     if device_map in ("auto", "balanced", "sequential"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(device_map, int) and not isinstance(device_map, bool):
-        return f"cuda:{device_map}"
+        return as_device(device_map)
     if not isinstance(device_map, (str, torch.device)):
         raise ValueError(f"device_map {device_map!r} spreads a model over devices, which is not supported; name one")
     return device_map

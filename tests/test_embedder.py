@@ -168,6 +168,13 @@ def test_truncate_dim_of_the_files(checkpoint):
             Embedder.from_pretrained(checkpoint, device="cpu", truncate_dim=wrong)
 
 
+def test_prompts_that_every_checkpoint_has(checkpoint):
+    told = checkpoint / "config_sentence_transformers.json"
+    told.write_text('{"prompts": {"query": null}, "default_prompt_name": "document"}')
+    made = Embedder.from_pretrained(checkpoint, device="cpu")
+    assert made.prompt == "" and made.prompts == {"query": "", "document": ""}
+
+
 def test_prompts(checkpoint):
     (checkpoint / "config_sentence_transformers.json").write_text('{"prompts": {"query": "Q: ", "passage": "P: "}}')
     own = Embedder.from_pretrained(checkpoint, device="cpu")

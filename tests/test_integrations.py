@@ -14,6 +14,7 @@ import torch
 
 import fastdistil
 from fastdistil import accelerate, ops, restore
+from fastdistil.integrations import live
 
 transformers = pytest.importorskip("transformers")
 
@@ -446,7 +447,15 @@ def test_weights_are_moved_while_no_other_thread_computes(monkeypatch):
     assert all(p.data_ptr() != address for p, address in zip(parts, before, strict=True))
     for found in (meanwhile, alone):
         torch.testing.assert_close(found[keep], theirs[keep])
-    assert "_running" not in model.__getstate__() and "_running" not in restore(model).__dict__
+    assert live._running[model] == 0
+
+
+def test_a_model_that_is_restored_during_calls_counts_them():
+    model, (given, _) = accelerate(make("DistilBertModel")), inputs("DistilBertModel")
+    with model._entered(given), model._entered(given):
+        restore(model)
+    accelerate(model)
+    assert live._running[model] == 0
 
 
 class Calls(torch.nn.Module):
@@ -465,6 +474,7 @@ def test_a_call_from_within_another():
     """From a parametrization, which reading a weight runs, and from a signal's handler, at any moment."""
     code = """
 import signal, torch, transformers, fastdistil
+from fastdistil.integrations import live
 torch.set_num_threads(1)
 config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_heads=2, hidden_dim=8, n_layers=1)
 model = fastdistil.accelerate(transformers.DistilBertModel(config).eval().requires_grad_(False))
@@ -475,7 +485,7 @@ signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, .003)
 while len(seen) < 300: model(ids)
 signal.setitimer(signal.ITIMER_REAL, 0)
-print(model._running)
+print(live._running[model])
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "0\n", done.stderr

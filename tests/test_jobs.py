@@ -726,6 +726,18 @@ def test_parts_without_a_manifest_are_moved_aside(devices, checkpoint, tmp_path,
     assert main([*given, "--resume"]) == 0 and sorted(out.glob("without-manifest-*")) == asides
 
 
+def test_shards_are_merged_beside_what_was_moved_aside(checkpoint, tmp_path):
+    path, out = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS]), tmp_path / "o"
+    for i in range(2):
+        shard = shard_directory(out, i, 2)
+        shard.mkdir(parents=True)
+        (shard / "part-00000.npy").write_text("theirs")
+        of = ["--num-shards", 2, "--shard-index", i]
+        assert embed(checkpoint, "--input", path, "--output", shard, "--resume", *of) == 0
+    assert main(["merge", str(out), "--output", str(out)]) == 0
+    assert [p.read_text() for p in out.glob("without-manifest-*/part-00000.npy")] == ["theirs"] * 2
+
+
 def test_a_lock_of_somebody_elses(checkpoint, tmp_path, capsys):
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
     (tmp_path / "o").mkdir()

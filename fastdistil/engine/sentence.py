@@ -63,7 +63,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     prompts = told.get("prompts") or {}
     if not isinstance(prompts, dict):
         raise ValueError(f"{where}: prompts is a JSON {type(prompts).__name__}, not an object")
-    settings["prompts"] = {"query": "", "document": ""} | prompts  # as there
+    prompts = {"query": "", "document": ""} | {name: "" if p is None else p for name, p in prompts.items()}  # as there
+    settings["prompts"] = prompts
     for name, prompt in prompts.items():
         if not isinstance(prompt, str):
             raise ValueError(f"{where}: the prompt {name!r} is not a string")

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -167,11 +168,13 @@ def _block(layer: Layer, dim: int, heads: int, activation: str) -> TransformerBl
 
 
 _entry = threading.RLock()  # held while a call begins or ends; a signal may come in between
+_running: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many calls of each model there are
 
 
 def _after_fork() -> None:
     global _entry
     _entry = threading.RLock()  # another thread of the parent may have held it
+    _running.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -188,12 +191,11 @@ class Live:
 
     def __getstate__(self) -> dict:
         state: dict = super().__getstate__()  # type: ignore[assignment]
-        return {name: value for name, value in state.items() if name not in ("_fast", "_running")}
+        return {name: value for name, value in state.items() if name != "_fast"}
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
-        for name in ("_fast", "_running"):  # of the original
-            replica.__dict__.pop(name, None)
+        replica.__dict__.pop("_fast", None)  # of the original
         return replica
 
     def __init_subclass__(cls) -> None:
@@ -214,10 +216,11 @@ class Live:
     @contextlib.contextmanager
     def _entered(self, given: dict[str, Any]) -> Iterator[Fast | None]:
         """Our blocks for a call, if they answer it. Weights are moved only while no call of another thread runs."""
-        state, entered = self.__dict__, False
+        model: Any = self
+        entered = False
         try:
             with _entry:
-                running = state["_running"] = state.get("_running", 0) + 1
+                running = _running[model] = _running.get(model, 0) + 1
                 entered = True
                 fast = self._fast_for(given)
                 if fast is not None and running == 1:  # a call from within one, of a hook or a signal, makes two
@@ -226,7 +229,7 @@ class Live:
         finally:
             if entered:
                 with _entry:
-                    state["_running"] = state.get("_running", 1) - 1  # or restored meanwhile
+                    _running[model] = max(_running.get(model, 1) - 1, 0)  # of a process forked meanwhile there is none
 
     def _answer(self, fast: Fast, given: dict[str, Any]) -> Any:
         config: Any = self.config  # type: ignore[attr-defined]
@@ -455,7 +458,6 @@ def restore(model: nn.Module) -> Any:
     for encoder in model.modules():
         if isinstance(encoder, Live):
             encoder.__dict__.pop("_fast", None)
-            encoder.__dict__.pop("_running", None)
             encoder.__class__ = encoder.plain
         for number, hook in list(encoder._forward_pre_hooks.items()):
             if hook is _look_for_labels:

@@ -25,6 +25,7 @@ except ImportError:  # Windows: everything but jobs works there
 
 logger = logging.getLogger("fastdistil")
 
+ASIDE = "without-manifest-"  # begins the directories of parts that had none
 MANIFEST, REJECTS, LOCK = "manifest.json", "rejects.jsonl", ".lock"
 OURS = re.compile(
     rf"(?:{re.escape(MANIFEST)}|part-\d{{5,}}\.(?:npy|safetensors|parquet|jsonl|(?:ids|rejects)\.jsonl|done\.json))"
@@ -199,7 +200,7 @@ def set_aside(directory: Path) -> None:
     if not found:
         return
     place = directory.parent if SHARD.fullmatch(directory.name) else directory
-    aside = Path(tempfile.mkdtemp(prefix="without-manifest-", dir=place))
+    aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=place))
     aside.chmod(directory.stat().st_mode & 0o777)
     for path in found:
         path.rename(aside / path.name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdistil.jobs.manifest import (
+    ASIDE,
     MANIFEST,
     Lock,
     Manifest,
@@ -72,7 +73,8 @@ def merge(
             if not is_whole(directory, part):
                 raise ValueError(f"{directory / part.name} is missing or damaged; go on with its job by --resume")
     with nullcontext() if locked else Lock(output):
-        present = sorted(p.name for p in output.iterdir() if p.name != ".lock" and not _is_shard(p))
+        mine = (p for p in output.iterdir() if p.name != ".lock" and not p.name.startswith(ASIDE))
+        present = sorted(p.name for p in mine if not _is_shard(p))
         if present and not overwrite:
             raise FileExistsError(f"{output} is not empty ({present[0]}); give another directory, or --overwrite")
         merged = Manifest(first.task, first.model, first.format, first.settings | {"shard": 0, "shards": 1}, first.dim)
