@@ -83,7 +83,7 @@ def bench_start_to_end_of_one_text(benchmark, path, tmp_path):
 
 
 def tell(benchmark, peer, times, tokens, cosine):
-    """Keep and print how ours compares with the peer's seconds, and the cosines between the two, an array a round."""
+    """Keep and print how ours compares with the peer's seconds, and the cosines, an array a round."""
     ours = benchmark.stats.stats.data
     ratios = [p / o for p, o in zip(times, ours, strict=True)]
     benchmark.extra_info.update(

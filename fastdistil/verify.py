@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdistil.checkpoint import Weights, find, read_config
 from fastdistil.heads import DistilBertModelWithHeads, model_class
-from fastdistil.model import DistilBertModel, as_device
+from fastdistil.model import DistilBertModel, as_device, one_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 TEXTS = (
@@ -96,7 +96,7 @@ def verify(
     Raises OSError for files, ValueError for what is in them.
     """
     directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
-    place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = as_device(one_device("auto") if device is None else device)
     kind = model_class(read_config(directory))
     texts = texts if texts is None or isinstance(texts, str) else list(texts)
     if isinstance(texts, str) or texts == []:

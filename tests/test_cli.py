@@ -61,7 +61,7 @@ def test_embed_and_search(form, minilm, jsonl, tmp_path, capsys):
 
 
 def test_doctor_where_there_are_no_file_locks():
-    """On Windows everything but jobs works."""
+    """As on Windows, which only this stands in for."""
     code = "import sys; sys.modules['fcntl'] = None; from fastdistil.cli import main; sys.exit(main(['doctor']))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 

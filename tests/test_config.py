@@ -152,3 +152,9 @@ def test_not_json(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json is not a JSON file"):
             DistilBertConfig.from_json_file(tmp_path / "config.json")
+
+
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    DistilBertConfig(dim=24, n_heads=2).save_pretrained(tmp_path / "m")
+    assert DistilBertConfig.from_pretrained("~/m").dim == 24

@@ -20,7 +20,7 @@ from fastdistil.engine.runner import Done, Engine, GraphCache, budget_for
 from fastdistil.engine.scheduler import Window, cuts
 from fastdistil.engine.sentence import Normalize, read_settings
 from fastdistil.engine.tokens import TextWindows, ahead
-from fastdistil.model import DistilBertModel, as_device
+from fastdistil.model import DistilBertModel, as_device, one_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
@@ -121,7 +121,7 @@ class Embedder:
             path_or_repo, revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token
         )
         settings = read_settings(directory)
-        place = as_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        place = as_device(one_device("auto") if device is None else device)
         if dtype == "auto":
             dtype = torch.float32 if place.type == "cpu" else torch.float16
         given = {"pooling": pooling, "normalize": normalize, "max_length": max_length, "truncate_dim": truncate_dim}

@@ -20,7 +20,7 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows: everything but jobs works there
+except ImportError:  # not on Windows, where `fastdistil doctor` is to say what works
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("fastdistil")
