@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.corpus import tokenizer_for
-from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder, pipelines
+from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder, ops, pipelines
 from fastdistil.engine import runner
 from fastdistil.engine.runner import Engine, GraphCache
 from fastdistil.engine.scheduler import Window, batches, cuda_budget, cuts, distinct, flatten
@@ -418,7 +418,10 @@ def test_adapters_are_part_of_what_graphs_know(embedder, texts, captured):
 def test_another_default_device(embedder, texts):
     """Of torch.set_default_device: what is staged stays on the host."""
     expected = alone(embedder, texts)
+    qkv, ends = torch.randn(9, 96), torch.tensor([0, 2, 7, 9], dtype=torch.int32)  # two of one length, not neighbours
+    attended = ops.attention(qkv, ends, 5, 2)
     with torch.device("meta"):
+        assert torch.equal(ops.attention(qkv, ends, 5, 2), attended)
         np.testing.assert_allclose(embedder.encode(texts, max_batch_tokens=400), expected, atol=1e-6)
         np.testing.assert_allclose(staged(embedder, Engine(torch.device("cpu"), 400), texts), expected, atol=1e-6)
         assert pipelines._there([1, 2], torch.device("cpu")).tolist() == [1, 2]
