@@ -266,8 +266,7 @@ def attention(
             first, count = at[i], len(at[i : i + n])
             rows = None
             if at[i + count - 1] != first + (count - 1) * length:  # others lie between them
-                first_rows, step = torch.tensor(at[i : i + n], device="cpu"), torch.arange(length, device="cpu")
-                rows = (first_rows[:, None] + step).flatten()
+                rows = (torch.tensor(at[i : i + n])[:, None] + torch.arange(length)).flatten()
             here = qkv[first : first + count * length] if rows is None else qkv.index_select(0, rows)
             # [n, L, 3, heads, head_size] -> q, k, v, each [n, heads, L, head_size]
             q, k, v = here.view(count, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
