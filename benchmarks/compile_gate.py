@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastdistil.kernels import _configs, attention, bias_gelu, layer_norm, linear, pooling, qkv_projection
+from fastdistil.kernels import _configs, attention, bias_gelu, layer_norm, linear, packing, pooling, qkv_projection
 
 ROOT = Path(__file__).resolve().parent
 TABLE = ROOT / "results" / "compile" / f"triton-{triton.__version__}.csv"
@@ -53,9 +53,11 @@ OFFSETS64 = {
     "gemm_pointer": 3,
     "gemm_tma": 0,
     "looped": 3,
+    "pack": 3,
     "pool": 2,
     "short": 2,
     "single": 3,
+    "unpack": 2,
 }
 FIGURES = ("registers", "spills", "shared", "hgmma", "hmma", "tma", "ldgsts", "wide", "offsets64")
 FIELDS = ("key", "sm", "kernel", "launch", *FIGURES)
@@ -202,6 +204,13 @@ def launch_all(full_precision: str) -> None:
                 layer_norm.embed_layer_norm(ids, ids, *tables, 1e-12, live)
         for mode, normalize in product(("mean", "cls"), (False, True)):
             pooling.pool(rand(4_096, dim), cu, mode, normalize)
+        target = empty(4_096, dtype=torch.int64)
+        for fill in (None, rand(1, dim)):
+            packing.unpack(rand(4_096, dim), target, fill)
+    for kind, batch, length in product((torch.int64, torch.int32), (64, 2**20), (128, 512)):
+        keep, ids = empty(batch, length, dtype=torch.bool), empty(batch, length, dtype=kind)
+        for given in ((), (ids, ids), (None, ids)):
+            packing.pack(keep, *given)
 
 
 def launch_overlapped() -> None:
@@ -217,6 +226,7 @@ def launch_overlapped() -> None:
         layer_norm.add_layer_norm(x, x, vector, vector, 1e-12, cu)
         layer_norm.embed_layer_norm(ids, ids, square, square, vector, vector, 1e-12, cu)
         pooling.pool(x, cu, "mean", True)
+        packing.unpack(x, packing.pack(empty(132, 128, dtype=torch.bool))[2])
 
 
 def entries() -> list[Entry]:
@@ -310,7 +320,8 @@ def complaints(row: dict[str, Any]) -> Iterator[str]:
         yield "no TMA transfer"
     if half and sm in (90, 100) and "BLOCK_M=128" in launch and "EVEN_K=True" in launch:
         yield "large tiles without tensor descriptors"
-    if not matrix and not int(row["wide"]) and "MEAN=False" not in launch:  # cls reads a single row
+    few = "MEAN=False" in launch or "COUNT=False" in launch  # cls reads a single row, pack one sequence of any place
+    if not matrix and not int(row["wide"]) and not few:
         yield "no 16-byte access"
     if "PRECISION=ieee" in launch and not half and int(row["hgmma"]) + int(row["hmma"]):
         yield "IEEE float32, but a matrix instruction rounds its operands"

@@ -59,7 +59,8 @@ def roofline(ax: Any, result: dict[str, Any]) -> bool:
     dtype = precision(result["rows"])
     largest: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
-        if row["provider"] == "fastdistil" and row["dtype"] == dtype and "cold" in row:
+        counts = row["flops"] or row["op"] in ELEMENTWISE if "cold" in row else False  # else it computes nothing
+        if row["provider"] == "fastdistil" and row["dtype"] == dtype and counts:
             label = row["op"] if row["op"] != "linear" else f"linear, {row['shape'].partition(' x ')[2]}"
             if label not in largest or row["bytes"] > largest[label]["bytes"]:
                 largest[label] = row

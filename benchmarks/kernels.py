@@ -39,12 +39,16 @@ Item = TypeVar("Item")
 KEPT = 64  # samples of a timing that a result file keeps
 GEMMS = ("qkv_projection", "linear", "bias_gelu")
 ROWS = ("add_layer_norm", "embed_layer_norm")
-OPS = (*GEMMS, "attention", *ROWS, "pool")
+PLACING = ("pack", "unpack")
+TUNED = (*GEMMS, "attention", *ROWS, "pool")
+OPS = (*TUNED, *PLACING)
+SELF_CONTAINED = ("attention", "pool", *PLACING)  # they are not told of a live count beside their arguments
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op, its arguments, and what it costs. lengths: of the sequences, where the op knows them."""
+    """An op, its arguments, and what it costs. lengths: of the sequences, where the op knows them. among: the dtype
+    whose results it is shown with, where it has none of its own."""
 
     op: str
     name: str
@@ -52,14 +56,15 @@ class Case:
     cost: Op
     cu_seqlens: Tensor
     lengths: tuple[int, ...] = ()
+    among: torch.dtype | None = None
 
     @property
     def rows(self) -> Tensor:
-        return next(a for a in self.args if isinstance(a, Tensor) and a.is_floating_point())
+        return next((a for a in self.args if isinstance(a, Tensor) and a.is_floating_point()), self.args[0])
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.rows.dtype
+        return self.among or self.rows.dtype
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +96,7 @@ def provider(name: str, *names: str) -> Callable[[Any], Any]:
 @provider("fastdistil", *OPS)
 def ours(case: Case, stack: ExitStack) -> timing.Run:
     op = getattr(ops, case.op)
-    args = case.args if case.op in ("attention", "pool") else (*case.args, case.cu_seqlens)  # as the encoder calls it
+    args = case.args if case.op in SELF_CONTAINED else (*case.args, case.cu_seqlens)  # as the encoder calls it
     return lambda: op(*args)
 
 
@@ -199,7 +204,7 @@ def epilogue(case: Case, stack: ExitStack) -> timing.Run:
     return lambda: torch._addmm_activation(bias, x, weight.T, use_gelu=True)
 
 
-@provider("torch.compile", *GEMMS, *ROWS, "pool")
+@provider("torch.compile", *GEMMS, *ROWS, "pool", *PLACING)
 def compiled(case: Case, stack: ExitStack) -> timing.Run:
     return _compile(case, stack, None)
 
@@ -216,7 +221,7 @@ def _compile(case: Case, stack: ExitStack, mode: str | None) -> timing.Run:
     if case.device.type != "cuda":
         raise Missing("compiled for CUDA only")
     rows = len(case.args[0])
-    telling = case.name == "L=128, fixed" if case.op == "pool" else rows in COMPILED
+    telling = case.name == "L=128, fixed" if case.op in SELF_CONTAINED else rows in COMPILED
     if case.dtype is not torch.bfloat16 or not telling:
         raise Missing(f"compiled in bfloat16 at {', '.join(map(str, COMPILED))} rows only: it takes long")
     if mode and rows != COMPILED[0]:
@@ -353,6 +358,18 @@ def cases(
             ids, positions = (torch.randint(n, (rows,), dtype=torch.int32, device=device) for n in (30_522, 512))
             tables = ids, positions, rand(30_522, dim), rand(512, dim), *norm()
             yield Case(op, f"{rows} x {dim}", tables, roofline.embed_layer_norm(rows, dim, size), whole(rows))
+    elif op in PLACING:
+        for longest, form in product(matrix.lengths, forms):
+            lengths = shapes.lengths(form, longest, matrix.attended)
+            column = torch.arange(longest, device=device)
+            keep = column < torch.tensor(lengths, device=device)[:, None]
+            cu, places, name = cu_seqlens(lengths, str(device)), keep.numel(), f"L={longest}, {form}"
+            if op == "unpack":
+                cost, target = roofline.unpack(sum(lengths), places, dim, size), reference.pack(keep)[2]
+                yield Case(op, name, (rand(places, dim), target), cost, cu, tuple(lengths))
+            elif dtype is matrix.dtypes[0]:
+                ids = torch.randint(30_522, keep.shape, device=device)
+                yield Case(op, name, (keep, ids, column[None]), roofline.pack(places), cu, tuple(lengths), dtype)
     elif op in ("attention", "pool"):
         for longest, form in product(matrix.lengths, forms):
             lengths = shapes.lengths(form, longest, matrix.attended)
@@ -475,7 +492,12 @@ def expected(case: Case) -> tuple[Tensor, Tensor]:
     """What the definition gives in float64, and in the case's own precision."""
     definition = getattr(reference, case.op)
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args]
-    return definition(*wide), definition(*case.args)
+    return _one(definition(*wide)).double(), _one(definition(*case.args))
+
+
+def _one(result: Any) -> Tensor:
+    """A result of several tensors as one, which holds their numbers exactly."""
+    return result if isinstance(result, Tensor) else torch.cat([part.flatten().double() for part in result])
 
 
 @contextmanager
@@ -483,7 +505,8 @@ def turned(case: Case) -> Iterator[None]:
     """The case with other rows in the same place: the last one first, for q and k negated have the same scores."""
 
     def turn() -> None:
-        case.rows.copy_(case.rows.flip(0).neg_())
+        rows = case.rows.flip(0)
+        case.rows.copy_(rows.logical_not_() if rows.dtype is torch.bool else rows.neg_())
 
     turn()
     try:
@@ -506,7 +529,7 @@ def hold(run: timing.Run, case: Case, truth: Tensor, plain: Tensor, call: timing
     law."""
     timing.poison(plain)
     result = (call or run)()
-    result = run.packed(result) if isinstance(run, _Unpacked) else result
+    result = run.packed(result) if isinstance(run, _Unpacked) else _one(result)
     error_law(result, plain, truth, largest=4 if _by_onednn(case) else 2)
     return errors(result, truth)
 

@@ -106,6 +106,16 @@ def pool(rows: int, sequences: int, dim: int, size: int) -> Op:
     return Op("pool", 0, size * rows * dim + 4 * sequences * dim)
 
 
+def pack(places: int) -> Op:
+    """bool [places] and int64 ids of as many -> source, target, and the rows' ids and positions, int64 each"""
+    return Op("pack", 0, (1 + 8 + 4 * 8) * places)
+
+
+def unpack(rows: int, places: int, dim: int, size: int) -> Op:
+    """[rows, dim] and an int64 for each place -> [places, dim]"""
+    return Op("unpack", 0, size * dim * (rows + places) + 8 * places)
+
+
 def forward(lengths: list[int], shape: Shape = BASE, dtype: str = "bfloat16") -> list[Op]:
     """The launches of a packed forward with mean pooling, in order."""
     rows, size, dim = sum(lengths), BYTES[dtype], shape.dim

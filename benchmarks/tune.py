@@ -150,7 +150,9 @@ def forced(arch: int, found: Class, config: Config | None) -> Iterator[None]:
 def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Iterator[tuple[Config, str | None]]:
     """Each configuration, and why it is not worth timing or None."""
     case = found.cases[0]
-    given = case.args if found.op in ("attention", "pool") else (*case.args, case.cu_seqlens)  # as the encoder calls it
+    given = (
+        case.args if found.op in kernels.SELF_CONTAINED else (*case.args, case.cu_seqlens)
+    )  # as the encoder calls it
     args = [a.to("meta") if isinstance(a, Tensor) else a for a in given]
     launch = _launcher(found.op)
     wanted: dict[compile_gate.Entry, list[Config]] = {}  # some differ in more than their binary
@@ -339,7 +341,7 @@ def run(
     device: torch.device,
     path: Path,
     *,
-    names: tuple[str, ...] = kernels.OPS,
+    names: tuple[str, ...] = kernels.TUNED,
     minutes: float,
     jobs: int | None = None,
     most: int | None = None,
@@ -401,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="what was found, class by class; read and gone on with")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--ops", default=",".join(kernels.OPS), help="comma-separated")
+    parser.add_argument("--ops", default=",".join(kernels.TUNED), help="comma-separated")
     parser.add_argument(
         "--apply", action="store_true", help="write the winners to kernels/_configs.py, and measure nothing"
     )
@@ -420,8 +422,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("torch finds no CUDA device")
         record.check_out(args.out)
         names = tuple(args.ops.split(","))
-        if unknown := set(names) - set(kernels.OPS):
-            parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(kernels.OPS)}")
+        if unknown := set(names) - set(kernels.TUNED):
+            parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(kernels.TUNED)}")
         rows = run(shapes.FULL, torch.device("cuda"), args.out, names=names, minutes=args.minutes)
     print(*lines(rows), sep="\n")
     return 0

@@ -1,4 +1,5 @@
-"""Define an op once: eager definition, faster forms per device, output shape for tracing, autocast.
+"""Define an op once: eager definition, faster forms per device, output shape for tracing, autocast. And whether a call
+may look at values.
 
 `torch.library`'s low-level define/impl is used because a call through it costs less than through
 `custom_op`, and it works in eager, `torch.compile(fullgraph=True)` and `torch.export`.
@@ -10,24 +11,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
+SEEING = (TransformType.Grad, TransformType.Jvp)  # transforms within which a tensor's values can be read
 _LIBRARY = torch.library.Library("fastdistil", "DEF")
-FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {}  # op -> device -> what runs; `fastdistil doctor` prints it
+FORMS: dict[str, dict[str, Callable[..., Any]]] = {}  # op -> device -> what runs; `fastdistil doctor` prints it
+
+
+def can_look(device: torch.device) -> bool:
+    """Whether values may be read: on CPU, unless a compiler traces the call, or torch.func does, or batches it."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not is_transformed() or all(one.key() in SEEING for one in get_interpreter_stack() or ())
+
+
+def is_transformed() -> bool:
+    """Whether the call is within a transform of torch.func."""
+    return peek_interpreter_stack() is not None
+
+
+# what torch.compiler.assume_constant_result does, which imports the compiler: Dynamo cannot see inside, and keeps apart
+# what it compiles within a transform
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def register(
-    reference: Callable[..., Tensor],
+    reference: Callable[..., Any],
     *,
-    fake: Callable[..., Tensor],
-    cpu: Callable[..., Tensor] | None = None,
-    cuda: Callable[..., Tensor] | None = None,
-    autocast: str,
-) -> Callable[..., Tensor]:
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+    autocast: str | None,
+) -> Callable[..., Any]:
     """Register `fastdistil::<reference.__name__>` and return the callable op.
 
     reference: the definition in `reference.py`, used on every device that has no form of its own.
     fake: returns an empty tensor of the result's shape, dtype and strides.
-    autocast: how autocast casts floating-point inputs, see `by_autocast`.
+    autocast: how autocast casts floating-point inputs, see `by_autocast`; None: not at all.
     """
     name = reference.__name__
     forms = {"CPU": cpu or reference, "CUDA": cuda or reference}
@@ -37,6 +57,8 @@ def register(
     torch.library.register_fake(f"fastdistil::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastdistil, name).default
     for device in forms:
+        if autocast is None:
+            break
         _LIBRARY.impl(name, _autocast_form(op, device.lower(), autocast), f"Autocast{device}")
     FORMS[name] = {device.lower(): form for device, form in forms.items()}
     return op

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastdistil._register import can_look
 from fastdistil.adapters import named, only_safetensors
 from fastdistil.checkpoint import Weights, read_object
 from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
@@ -31,7 +32,6 @@ from fastdistil.outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from fastdistil.packing import can_look
 
 logger = logging.getLogger("fastdistil")
 

@@ -25,12 +25,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
 from fastdistil import graphs, int8, ops, reference
+from fastdistil._register import can_look
 from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, is_merged, low_rank
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
 from fastdistil.int8 import Int8Linear
 from fastdistil.outputs import BaseModelOutput
-from fastdistil.packing import Packing, can_look, find_rows
+from fastdistil.packing import Packing, find_tokens
 
 logger = logging.getLogger("fastdistil")
 
@@ -932,14 +933,12 @@ class DistilBertModel(PreTrainedModel):
         tokens in `only` [n, dim]"""
         ids, embeds, keep, _, positions, heads, adapters = given
         batch, length = _shape(given)
-        at = find_rows(keep, batch, length, positions.device)
-        if ids is not None:
-            table, ids = self.embeddings.word_embeddings.weight, at.pack(ids)
-        else:  # the caller's own table, whose row is the padded position
-            assert embeds is not None
-            table = embeds.reshape(batch * length, -1)
-            ids = torch.arange(batch * length, device=embeds.device) if at.source is None else at.source
-        x = self.embeddings.packed(table, ids, at.pack(positions.expand(batch, length)), at.live)  # [rows, dim]
+        at, row_ids, row_positions = find_tokens(keep, batch, length, positions.device, ids, positions)
+        table = self.embeddings.word_embeddings.weight if embeds is None else embeds.reshape(batch * length, -1)
+        if embeds is not None:  # the caller's own table, whose row is the padded position
+            row_ids = torch.arange(batch * length, device=embeds.device) if at.source is None else at.source
+        assert row_ids is not None and row_positions is not None
+        x = self.embeddings.packed(table, row_ids, row_positions, at.live)  # [rows, dim]
         if only is None:
             return at, self.transformer.packed(x, at, heads, every, adapters=adapters)
         if len(x) == 0:  # nothing is real

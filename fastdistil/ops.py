@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdistil import cpu, reference
-from fastdistil._register import by_autocast, register
+from fastdistil._register import by_autocast, can_look, is_transformed, register
 from fastdistil.kernels import _configs, _target
-from fastdistil.packing import can_look, is_transformed
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 POOLING = ("mean", "cls")
@@ -196,6 +195,55 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
     return _pool(x, cu_seqlens, mode, normalize)
 
 
+def pack(
+    keep: Tensor, input_ids: Tensor | None = None, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Where the real tokens of a padded batch are packed -> cu_seqlens, source, target, row_ids, row_positions.
+
+    keep: bool [batch, length], True at real tokens, wherever they lie. input_ids: int32 or int64 [batch, length];
+    position_ids: int32 or int64 [1 or batch, length].
+    cu_seqlens: int32 [batch + 1]. source: int64 [batch * length], the flat padded position of each row, 0 for dead
+    rows. target: int64 [batch * length], the row of each padded position, -1 where padded. row_ids, row_positions:
+    [batch * length], the rows' ids and positions, 0 for dead rows; of what is not given, empty. Source: the unpadding
+    of ByteTransformer (Zhai et al., 2023).
+    """
+    _check_tensors(keep=keep)
+    if keep.dim() != 2 or keep.dtype is not torch.bool:
+        raise ValueError(f"keep must be bool [batch, length], got {keep.dtype} {list(keep.shape)}")
+    shapes = (tuple(keep.shape), (1, keep.shape[1]))
+    for name, given, fits in (("input_ids", input_ids, shapes[:1]), ("position_ids", position_ids, shapes)):
+        if given is None:
+            continue
+        _check_tensors(**{name: given})
+        if tuple(given.shape) not in fits or given.dtype not in (torch.int64, torch.int32):
+            wanted = " or ".join(str(list(shape)) for shape in fits)
+            raise ValueError(f"{name} must be int32 or int64 {wanted}, got {given.dtype} {list(given.shape)}")
+        if given.device != keep.device:
+            raise ValueError(f"keep is on {keep.device}, {name} on {given.device}; move one of them")
+    return (reference.pack if _wants_grad() else _pack)(keep, input_ids, position_ids)
+
+
+def unpack(rows: Tensor, target: Tensor, fill: Tensor | None = None) -> Tensor:
+    """Packed rows in their padded places: [rows, dim] -> [batch * length, dim].
+
+    target: int64 [batch * length], the row of each place, -1 for none: as `pack` gives it; it is not looked at. fill:
+    [1, dim], what such a place gets, by default 0.
+    """
+    _check_tensors(rows=rows, target=target)
+    if rows.dim() != 2:
+        raise ValueError(f"rows must be [rows, dim], got {list(rows.shape)}")
+    if target.dim() != 1 or target.dtype is not torch.int64:
+        raise ValueError(f"target must be int64 [batch * length], got {target.dtype} {list(target.shape)}")
+    if target.device != rows.device:
+        raise ValueError(f"the rows are on {rows.device}, target is on {target.device}; move one of them")
+    if fill is not None:
+        _check_tensors(fill=fill)
+        if fill.shape != (1, rows.shape[1]):
+            raise ValueError(f"fill must be [1, {rows.shape[1]}], got {list(fill.shape)}")
+        _check_dtypes(rows, fill)
+    return (reference.unpack if _wants_grad(rows, fill) else _unpack)(rows, target, fill)
+
+
 def set_exact_gelu(on: bool) -> None:
     """Whether the kernels compute gelu by erf in half precision too, in half as many instructions again.
 
@@ -316,26 +364,27 @@ WIDEST_ROW = 16_384  # the row kernels hold a whole row in registers
 
 
 def _op(
-    definition: Callable[..., Tensor],
+    definition: Callable[..., Any],
     module: str,
     *,
-    fake: Callable[..., Tensor],
-    cpu: Callable[..., Tensor],
-    autocast: str,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    autocast: str | None,
     like: int = 0,
     widest: float = math.inf,
-) -> Callable[..., Tensor]:
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
+) -> Callable[..., Any]:
     """Register an op whose kernel is the function of the same name in kernels/<module>.py.
 
-    like: the argument whose dtype, width (at most `widest`) and device say whether the kernel can run; where it
-    cannot, the definition does. Under Triton's interpreter the kernel is also the CPU form.
+    like: the argument whose dtype (one of `dtypes`), width (at most `widest`) and device say whether the kernel can
+    run; where it cannot, the definition does. Under Triton's interpreter the kernel is also the CPU form.
     """
-    launch: Callable[..., Tensor] | None = None
+    launch: Callable[..., Any] | None = None
 
     def kernel(*args):
         nonlocal launch
         x = args[like]
-        if x.dtype not in KERNEL_DTYPES or x.shape[-1] > widest or not _can_run(x.device):
+        if x.dtype not in dtypes or x.shape[-1] > widest or not _can_run(x.device):
             return definition(*args)
         if launch is None:  # Triton is imported only where it is used
             launch = getattr(importlib.import_module(f"fastdistil.kernels.{module}"), definition.__name__)
@@ -411,4 +460,29 @@ _pool = _op(
     cpu=cpu.pool,
     widest=WIDEST_ROW,
     autocast="float32",
+)
+
+
+def _packed_like(keep: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
+    n = keep.shape[0] * keep.shape[1]
+    of_rows = [keep.new_empty(0 if t is None else n, dtype=torch.int64 if t is None else t.dtype) for t in given]
+    of_rows += [keep.new_empty(0, dtype=torch.int64)] * (2 - len(given))  # defaults are left out
+    source, target = (keep.new_empty(n, dtype=torch.int64) for _ in range(2))
+    return (keep.new_empty(keep.shape[0] + 1, dtype=torch.int32), source, target, *of_rows)
+
+
+_pack = _op(
+    reference.pack,
+    "packing",
+    fake=_packed_like,
+    cpu=reference.pack,
+    dtypes=(torch.bool,),
+    autocast=None,
+)
+_unpack = _op(
+    reference.unpack,
+    "packing",
+    fake=lambda rows, target, *a, **k: rows.new_empty(target.shape[0], rows.shape[1]),
+    cpu=reference.unpack,
+    autocast=None,
 )

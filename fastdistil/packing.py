@@ -9,26 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
-SEEING = (TransformType.Grad, TransformType.Jvp)  # transforms within which a tensor's values can be read
-
-
-def can_look(device: torch.device) -> bool:
-    """Whether values may be read: on CPU, unless a compiler traces the call, or torch.func does, or batches it."""
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not is_transformed() or all(one.key() in SEEING for one in get_interpreter_stack() or ())
-
-
-def is_transformed() -> bool:
-    """Whether the call is within a transform of torch.func."""
-    return peek_interpreter_stack() is not None
-
-
-# what torch.compiler.assume_constant_result does, which imports the compiler: Dynamo cannot see inside, and keeps apart
-# what it compiles within a transform
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+from fastdistil import ops
+from fastdistil._register import can_look
 
 
 @dataclass(frozen=True)
@@ -58,20 +41,15 @@ class Packing:
         return flat if self.source is None else flat[self.source]
 
     def unpack(self, rows: Tensor, fill: Tensor | None = None) -> Tensor:
-        """[rows, ...] -> [batch, length, ...]; at padded positions exactly 0, or `fill` [1, ...]."""
-        shape = (self.batch, self.length, *rows.shape[1:])
+        """[rows, dim] -> [batch, length, dim]; at padded positions exactly 0, or `fill` [1, dim]."""
+        shape = (self.batch, self.length, rows.shape[1])
         if self.source is None:
             return rows.view(shape)
-        n = self.batch * self.length
-        if self.target is None:  # every row is live
-            out = rows.new_zeros(n, *rows.shape[1:]) if fill is None else fill.repeat(n, *[1] * (rows.dim() - 1))
-            return out.index_copy_(0, self.source, rows).view(shape)
-        padded = (self.target < 0).view(-1, *[1] * (rows.dim() - 1))
-        out = rows[self.target.clamp(min=0)]
-        if fill is None:
-            return out.masked_fill_(padded, 0).view(shape)
-        again = not (out.requires_grad or fill.requires_grad)  # vocabulary-wide logits are not held twice
-        return torch.where(padded, fill, out, out=out if again else None).view(shape)
+        if self.target is not None:
+            return ops.unpack(rows, self.target, fill).view(shape)
+        n = self.batch * self.length  # every row is live
+        out = rows.new_zeros(n, rows.shape[1]) if fill is None else fill.repeat(n, 1)
+        return out.index_copy_(0, self.source, rows).view(shape)
 
     def first(self) -> tuple[Tensor, Tensor | None]:
         """The row of each sequence's first token, and where there is one (None: everywhere); [batch] each."""
@@ -93,18 +71,25 @@ class Packing:
 
 def find_rows(keep: Tensor | None, batch: int, length: int, device: torch.device) -> Packing:
     """Locate the live tokens. keep: bool [batch, length], True at real tokens, anywhere; None when all are real."""
+    return find_tokens(keep, batch, length, device, None, None)[0]
+
+
+def find_tokens(
+    keep: Tensor | None, batch: int, length: int, device: torch.device, ids: Tensor | None, positions: Tensor | None
+) -> tuple[Packing, Tensor | None, Tensor | None]:
+    """`find_rows`, and the ids and positions of the rows, [rows] each. ids: [batch, length]; positions: [1 or batch,
+    length]."""
     exact = can_look(device) and not torch.jit.is_tracing()
     if keep is None or (exact and bool(keep.all())):
         starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-        return Packing(batch, length, starts, length)
-    flat = keep.reshape(-1)
-    lengths = keep.sum(1, dtype=torch.int32)
-    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    if exact:
-        return Packing(batch, length, cu_seqlens, int(lengths.max()), flat.nonzero().squeeze(1))
-    target = (flat.cumsum(0) - 1).where(flat, -1)
-    # a padded position writes into one spare slot behind the rows, which is cut off
-    slot = target.where(flat, batch * length)
-    source = torch.zeros(batch * length + 1, dtype=torch.int64, device=device)
-    source = source.scatter(0, slot, torch.arange(batch * length, device=device))[:-1]
-    return Packing(batch, length, cu_seqlens, length, source, target, live=cu_seqlens)
+        at = Packing(batch, length, starts, length)
+    elif exact:
+        lengths = keep.sum(1, dtype=torch.int32)
+        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        at = Packing(batch, length, cu_seqlens, int(lengths.max()), keep.reshape(-1).nonzero().squeeze(1))
+    else:
+        cu_seqlens, source, target, *of_rows = ops.pack(keep, ids, positions)
+        at = Packing(batch, length, cu_seqlens, length, source, target, live=cu_seqlens)
+        return at, None if ids is None else of_rows[0], None if positions is None else of_rows[1]
+    ids, positions = (None if x is None else at.pack(x.expand(batch, length)) for x in (ids, positions))
+    return at, ids, positions

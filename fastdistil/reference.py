@@ -136,3 +136,38 @@ def pool(
         out = sums[:-1] / lengths.clamp(min=1)[:, None]
     out = out.masked_fill((cu_seqlens[1:] > len(x))[:, None], float("nan"))  # of rows that nobody gave
     return F.normalize(out, dim=-1) if normalize else out
+
+
+def pack(
+    keep: Tensor,  # [batch, length] bool, True at real tokens
+    input_ids: Tensor | None = None,  # [batch, length] int
+    position_ids: Tensor | None = None,  # [1 or batch, length] int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row r is the r-th real token -> cu_seqlens [batch + 1] int32; source [batch * length], each row's flat padded
+    position; target [batch * length], each padded position's row, -1 where padded; the rows' ids and positions (empty
+    if not given). Dead rows are 0."""
+    flat = keep.reshape(-1)
+    cu_seqlens = F.pad(keep.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    target = (flat.cumsum(0) - 1).where(flat, -1)
+    # a padded position writes into one spare slot behind the rows, which is cut off
+    slot = target.where(flat, flat.shape[0])
+
+    def of_rows(values: Tensor | None) -> Tensor:
+        if values is None:
+            return target.new_empty(0)
+        values = values.expand(keep.shape).reshape(-1)
+        return values.new_zeros(flat.shape[0] + 1).scatter(0, slot, values)[:-1].clone()
+
+    source = of_rows(torch.arange(flat.shape[0], device=keep.device).view(keep.shape))
+    return cu_seqlens, source, target, of_rows(input_ids), of_rows(position_ids)
+
+
+def unpack(
+    rows: Tensor,  # [capacity, dim]
+    target: Tensor,  # [batch * length] int64, a row or -1
+    fill: Tensor | None = None,  # [1, dim]
+) -> Tensor:  # [batch * length, dim]
+    """rows[target], and fill (by default 0) where target is -1."""
+    padded = (target < 0)[:, None]
+    out = rows[target.clamp(min=0)]
+    return out.masked_fill(padded, 0) if fill is None else torch.where(padded, fill, out)

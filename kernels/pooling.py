@@ -40,7 +40,7 @@ def _pool(
         y = tl.sum(total, axis=0) / tl.maximum(end - start, 1).to(tl.float32)
     else:
         at = start.to(tl.int64) * DIM + columns
-        y = tl.load(x_ptr + at, mask=inside & (start < end), other=0.0).to(tl.float32)
+        y = tl.load(x_ptr + at, mask=columns < tl.where(start < end, DIM, 0), other=0.0).to(tl.float32)
     y = tl.where(told > rows, float("nan"), y)  # rows that nobody gave
     if NORMALIZE:
         norm = tl.maximum(tl.sqrt_rn(tl.sum(y * y, axis=0)), 1e-12)

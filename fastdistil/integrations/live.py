@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from fastdistil import ops
 from fastdistil.config import ACTIVATION_ALIASES
 from fastdistil.model import FFN, MultiHeadSelfAttention, TransformerBlock, apply_add_norm, is_plain
-from fastdistil.packing import Packing, find_rows
+from fastdistil.packing import Packing, find_tokens
 
 # heads that read each sequence's first token alone, by the end of their names
 READ_COLUMN_0 = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
@@ -273,10 +273,11 @@ class Live:
         ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
         first: Any = ids if embeds is None else embeds
         batch, length, device = first.shape[0], first.shape[1], first.device
-        at = find_rows(None if mask is None else (mask != 0).expand(batch, length), batch, length, device)
+        keep = None if mask is None else (mask != 0).expand(batch, length)
         positions = given.get("position_ids")
         positions = torch.arange(length, device=device)[None] if positions is None else torch.atleast_2d(positions)
-        x = self._embed(at, ids, embeds, positions.expand(batch, length), given.get("token_type_ids"))  # [rows, dim]
+        at, row_ids, row_positions = find_tokens(keep, batch, length, device, ids, positions)
+        x = self._embed(at, row_ids, row_positions, embeds, given.get("token_type_ids"))  # [rows, dim]
         states = [x]
         block: Any
         for block in fast.blocks or ():
@@ -289,8 +290,8 @@ class Live:
             padded[-1][:, 0] = first if there is None else first.masked_fill(~there[:, None], 0)
         return padded
 
-    def _embed(self, at: Packing, ids: Any, embeds: Any, positions: Tensor, types: Any) -> Tensor:
-        """-> [rows, dim]"""
+    def _embed(self, at: Packing, ids: Any, positions: Any, embeds: Any, types: Any) -> Tensor:
+        """ids, positions: [rows]; embeds: [B, L, dim]; types: [1 or B, L] -> [rows, dim]"""
         own: Any = self.embeddings  # type: ignore[attr-defined]
         table, norm, place = own.word_embeddings, own.LayerNorm, own.position_embeddings
         kinds = getattr(own, "token_type_embeddings", None)
@@ -298,13 +299,12 @@ class Live:
         plain = plain and norm.weight.dtype is table.weight.dtype
         if embeds is None and kinds is None and plain:
             return ops.embed_layer_norm(
-                at.pack(ids), at.pack(positions), table.weight, place.weight, norm.weight, norm.bias, norm.eps, at.live
+                ids, positions, table.weight, place.weight, norm.weight, norm.bias, norm.eps, at.live
             )
-        x = table(at.pack(ids)) if embeds is None else at.pack(embeds)
-        more = place(at.pack(positions))
+        x = table(ids) if embeds is None else at.pack(embeds)
+        more = place(positions)
         if kinds is not None:
-            types = torch.zeros_like(positions) if types is None else types
-            x = x + kinds(at.pack(types.expand(positions.shape)))
+            x = x + kinds(torch.zeros_like(positions) if types is None else at.pack(types.expand(at.batch, at.length)))
         return apply_add_norm(norm, x, more, at.live)
 
 

@@ -26,6 +26,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         h = ops.bias_gelu(x, r(4 * d, d), r(4 * d), "gelu", cu)
         ops.pool(ops.linear(h, r(d, 4 * d), r(d), cu), cu, "mean", True)
         ops.linear(r(rows, 33), r(17, 33), r(17))  # no stride of 16 bytes
+        keep = torch.arange(max(lengths), device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
+        target = ops.pack(keep, keep.long(), keep[:1].int())[2]
+        ops.unpack(r(keep.numel(), 7), target, r(1, 7)), ops.unpack(r(keep.numel(), d), target)
     # the tiles of many rows, by tensor descriptors where there are, each program taking several
     _configs.processors = lambda device: 3
     _configs._gemm.cache_clear()

@@ -245,7 +245,48 @@ MUTANTS = {
         "tl.load(cu_seqlens_ptr + sequence)",
     ),
     "pooling: past the rows": ("pooling", "pooling::nonsense", "tl.where(told > rows,", "tl.where(rows < 0,"),
-    "pooling: an empty sequence's first row": ("pooling", "pooling", "inside & (start < end)", "inside"),
+    "pooling: an empty sequence's first row": ("pooling", "pooling", "tl.where(start < end, DIM, 0)", "DIM"),
+    "pack: a neighbour counted": ("packing", "packing::itself", "mask=tail < first", "mask=tail <= first"),
+    "pack: only a first block counted": (
+        "packing",
+        "packing::itself",
+        "range(0, whole, BEFORE)",
+        "range(0, 1, BEFORE)",
+    ),
+    "pack: dead rows in the wrong order": ("packing", "packing", "total - 1 - (p - after)", "total - (p - after)"),
+    "pack: dead rows' source": ("packing", "packing", "tl.where(real, p, 0)", "p"),
+    "pack: dead rows' ids": (
+        "packing",
+        "packing",
+        "input_ids_ptr + p, mask=inside & real",
+        "input_ids_ptr + p, mask=inside",
+    ),
+    "pack: a block starts anew": ("packing", "packing", "row += tl.sum(kept, axis=0)", "row += 0"),
+    "pack: one sequence's positions": ("packing", "packing", "* position_step + column", "* 0 + column"),
+    "pack: told the count of the next": (
+        "packing",
+        "packing::told",
+        "cu_seqlens_ptr + sequence)",
+        "cu_seqlens_ptr + sequence + 1)",
+    ),
+    "unpack: dead rows": (
+        "packing",
+        "packing::unpack",
+        "mask=(row >= 0)[:, None] & inside",
+        "mask=(row >= -1)[:, None] & inside",
+    ),
+    "unpack: fill everywhere": (
+        "packing",
+        "packing::unpack",
+        "tl.where((row >= 0)[:, None], x,",
+        "tl.where((row < 0)[:, None], x,",
+    ),
+    "unpack: columns of the next row": (
+        "packing",
+        "packing::unpack",
+        "inside = (column < DIM)",
+        "inside = (column <= DIM)",
+    ),
 }
 
 
