@@ -7,6 +7,9 @@ read on the device, and what a bucket has more of is padding, which kernels skip
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import contains
 from typing import Any
 
 import torch
@@ -30,7 +33,9 @@ def bucket(batch: int, length: int, longest: int) -> tuple[int, int]:
 class Graphs:
     """The graphs captured of one model, by bucket and by all that a graph has fixed inside it.
 
-    Copies and pickles of a model start without graphs of their own.
+    A call is first launched and then checked, while the device computes: whether the arguments are right, and whether
+    the model still is what was captured. If it is not, nobody sees the result. What the graphs read stays allocated
+    until then. Copies and pickles of a model start without graphs of their own.
     """
 
     def __init__(self, most: int = 64):
@@ -40,6 +45,7 @@ class Graphs:
         self._lock = threading.Lock()
         self._shared: Any = None
         self._done: torch.cuda.Event | None = None
+        self._ahead = False  # the last call was served: this one may be launched before it is checked
 
     def __reduce__(self) -> tuple:
         return Graphs, (self.most,)
@@ -47,38 +53,62 @@ class Graphs:
     def __call__(
         self,
         model: nn.Module,
-        forward: Callable[[Tensor, Tensor], Tensor],
+        forward: Callable[[Tensor, Tensor, Tensor], Tensor],
         input_ids: Tensor,
-        keep: Tensor | None,
+        mask: Tensor | None,
         longest: int,
         fixed: tuple,
+        check: Callable[[], bool],
+        can_capture: Callable[[], bool],
     ) -> Tensor | None:
-        """forward(ids, keep) by a graph, or None where none serves.
+        """forward(ids, keep, positions) by a graph, or None where none serves.
 
-        input_ids: integers [B, L]; keep: bool [B, L] or None -> [B, L, dim]. longest: the model's positions. fixed:
-        what else decides how the forward runs.
+        input_ids: integers [B, L]; mask: [B or 1, L], nonzero at real tokens, or None -> [B, L, dim]. longest: the
+        model's positions. fixed: what else decides how the forward runs. check: whether this call may be answered by a
+        graph; raises where an argument is wrong. can_capture: whether the model's forward is the one to capture.
         """
         batch, length = input_ids.shape
         size = bucket(batch, length, longest)
-        if size[0] * size[1] > MOST_TOKENS:
+        if length > longest or size[0] * size[1] > MOST_TOKENS:
             return None
+        key = (size, fixed)
         with self._lock:
-            weights = None if self._weights is None else self._weights.state()
-            if self._weights is None or weights != self._weights.when_captured:
-                # the graphs read memory that the model no longer owns
-                self._captured.clear()
+            ahead, self._ahead = self._captured.get(key) if self._ahead else None, False
+            out = None if ahead is None else self._replay(ahead, input_ids, mask)
+            if not check():
+                return None
+            if self.is_stale():
+                self._forget()
+            if self._weights is None:
                 self._weights = _Weights(model)
-                self._shared = self._done = None  # they belong to a device, which the model may have left
             if not self._weights.is_plain():
                 return None
-            key = (size, fixed)
-            after(self._done, input_ids)
             if key not in self._captured:
                 if len(self._captured) >= self.most:
                     return None
-                self._captured[key] = self._capture(forward, size, input_ids.device)
+                after(self._done, input_ids)
+                self._captured[key] = self._capture(forward, size, input_ids.device) if can_capture() else None
             graph = self._captured[key]
-            return None if graph is None else self._replay(graph, input_ids, keep)
+            if graph is None:
+                return None
+            if graph is not ahead:
+                out = self._replay(graph, input_ids, mask)
+            self._ahead = True
+            return out
+
+    def is_stale(self) -> bool:
+        """Whether the model is no longer what was captured."""
+        return self._weights is not None and self._weights.state() != self._weights.when_captured
+
+    def forget_if_stale(self) -> None:
+        """Free what the graphs hold, if they can serve no more."""
+        with self._lock:
+            if self.is_stale():
+                self._forget()
+
+    def _forget(self) -> None:
+        self._captured.clear()
+        self._weights = self._shared = self._done = None  # they belong to a device, which the model may have left
 
     def captured(self, batch: int, length: int) -> bool:
         """Whether a batch of this size is replayed."""
@@ -91,19 +121,21 @@ class Graphs:
         with torch.inference_mode(False), torch.no_grad():
             ids = torch.zeros(size, dtype=torch.int64, device=device)
             keep = torch.ones(size, dtype=torch.bool, device=device)
+            positions = torch.arange(size[1], device=device)[None]
             try:
-                replay, out, self._shared = capture(lambda: forward(ids, keep), device, self._shared)
+                replay, out, self._shared = capture(lambda: forward(ids, keep, positions), device, self._shared)
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph of a batch of {size[0]} x {size[1]}: {error}", stacklevel=4)
                 return None
-        return _Graph(ids, keep, replay, out)
+        return _Graph(ids, keep, positions, replay, out)
 
-    def _replay(self, graph: "_Graph", input_ids: Tensor, keep: Tensor | None) -> Tensor:
+    def _replay(self, graph: "_Graph", input_ids: Tensor, mask: Tensor | None) -> Tensor:
         batch, length = input_ids.shape
+        after(self._done, input_ids)
         graph.ids[:batch, :length] = input_ids
         if graph.keep.shape != input_ids.shape:
             graph.keep.zero_()
-        graph.keep[:batch, :length] = True if keep is None else keep
+        graph.keep[:batch, :length] = True if mask is None else mask  # nonzero is True
         graph.replay()
         out = graph.out[:batch, :length].clone()
         if input_ids.is_cuda:
@@ -117,46 +149,66 @@ def after(done: "torch.cuda.Event | None", ids: Tensor) -> None:
         torch.cuda.current_stream(ids.device).wait_event(done)
 
 
+@dataclass(frozen=True)
 class _Graph:
-    def __init__(self, ids: Tensor, keep: Tensor, replay: Callable[[], None], out: Tensor):
-        self.ids, self.keep, self.replay, self.out = ids, keep, replay, out
+    """What replays, and the memory that it reads and writes."""
+
+    ids: Tensor
+    keep: Tensor
+    positions: Tensor
+    replay: Callable[[], None]
+    out: Tensor
+
+
+# what a module's forward goes by beside its tensors and children
+SETTINGS = ("activation", "eps", "max_norm", "n_heads", "norm_first", "scaling")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
 class _Weights:
     """Where a model's tensors lie and what its modules compute: what a graph has fixed, compared at every call."""
 
     def __init__(self, model: nn.Module):
-        self.parts = [(m, m.__dict__, m._parameters, m._modules) for m in model.modules()]
+        self.modules = modules = list(model.modules())
+        self.kinds = list({type(module) for module in modules})
+        self.known = all(kind in PLAIN or kind.__module__.startswith("fastdistil.") for kind in self.kinds)
+        self.own: list[dict[str, Any]] = [module.__dict__ for module in modules]
+        self.settings = [(own, name) for own in self.own for name in SETTINGS if name in own]
+        self.hooks = [own[name] for own in self.own for name in HOOKS]
+        self.children = [module._modules for module in modules]
+        self.parameters = [module._parameters for module in modules]
+        self.held = [
+            p.detach() for p in self._tensors()
+        ]  # a replay that is launched before all this is compared reads it
         self.when_captured = self.state()
-        kinds = {type(module) for module in model.modules()}
-        self.known = all(kind in PLAIN or kind.__module__.startswith("fastdistil.") for kind in kinds)
-        self.watched = any(
-            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own
-            for _, own, _, _ in self.parts
-        )
 
     def is_plain(self) -> bool:
         """Whether state() sees all that the model computes: only known modules, without hooks."""
-        return self.known and not self.watched and not torch.nn.modules.module._has_any_global_hook()
+        watched = any(self.hooks) or any(map(contains, self.own, repeat("forward")))
+        return self.known and not watched and not torch.nn.modules.module._has_any_global_hook()
 
     def state(self) -> list[Any]:
-        found: list[Any] = []  # in one list, for a graph's replay takes less time than a careless walk
-        for module, own, parameters, children in self.parts:
-            found += (
-                *(type(module).forward, "forward" in own, own.get("eps"), own.get("activation"), own.get("n_heads")),
-                *(own["training"], own.get("scaling"), own.get("norm_first")),
-                *(len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), len(own["_backward_hooks"])),
-                *map(id, children.values()),
-            )
-            for p in parameters.values():
-                found += (None,) if p is None else (p.data_ptr(), p.dtype, p.stride(), p.numel())
-        return found
+        tensors = self._tensors()
+        return [  # lists by map, for a graph's replay takes less time than a careless walk
+            [*map(type, self.modules)],
+            [kind.forward for kind in self.kinds],
+            [own["training"] for own in self.own],
+            [own.get(name) for own, name in self.settings],
+            [*map(id, chain.from_iterable(map(dict.values, self.children)))],
+            [*map(Tensor.data_ptr, tensors)],
+            [*map(Tensor.stride, tensors)],
+            [*map(Tensor.numel, tensors)],
+            [p.dtype for p in tensors],
+        ]
+
+    def _tensors(self) -> list[Tensor]:
+        return [p for of_module in self.parameters for p in of_module.values() if p is not None]
 
 
 def state_of(model: nn.Module) -> tuple | None:
     """What a graph of a model would have fixed inside it, or None where that cannot be told."""
     weights = _Weights(model)
-    return tuple(weights.when_captured) if weights.is_plain() else None
+    return tuple(map(tuple, weights.when_captured)) if weights.is_plain() else None
 
 
 def can_capture(device: torch.device) -> bool:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
 from fastdistil import graphs, int8, ops, reference
-from fastdistil._register import can_look
+from fastdistil._register import can_look, is_transformed
 from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, is_merged, low_rank
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
@@ -242,8 +242,13 @@ class MultiHeadSelfAttention(nn.Module):
     def _still_fits(self) -> bool:
         if (torch.is_grad_enabled() and self.q_lin.weight.requires_grad) or forward_ad._current_level >= 0:
             return False  # the buffer is outside autograd
+        return self._lie_side_by_side()
+
+    def _lie_side_by_side(self) -> bool:
         q, k, v = self.q_lin, self.k_lin, self.v_lin
-        weight, bias = self._qkv  # type: ignore[misc]
+        if self._qkv is None:
+            return False
+        weight, bias = self._qkv
         return _are_thirds(weight, q.weight, k.weight, v.weight) and _are_thirds(bias, q.bias, k.bias, v.bias)
 
     @torch.no_grad()
@@ -273,7 +278,8 @@ class MultiHeadSelfAttention(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self._lay_side_by_side()
+        if not self._lie_side_by_side():
+            self._lay_side_by_side()
         return self
 
     def __getstate__(self) -> dict:
@@ -879,6 +885,11 @@ class DistilBertModel(PreTrainedModel):
         config = self.config
         want_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        more = head_mask is not None or inputs_embeds is not None or position_ids is not None
+        if self._graphs is not None and not (more or want_attentions or want_states or padding_too):
+            replayed = self._replayed(input_ids, attention_mask, token_type_ids, adapter_names, only)
+            if replayed is not None:
+                return Encoded(replayed, None, None, None)
         given = self._checked(
             *(input_ids, attention_mask, head_mask, inputs_embeds, position_ids, token_type_ids, adapter_names)
         )
@@ -898,11 +909,6 @@ class DistilBertModel(PreTrainedModel):
             at, states = self._packed(given, every=True)  # n_layers + 1 times [rows, dim]
             states = [at.unpack(x) for x in states]
             return Encoded(pick(states[-1], keep, only), None, tuple(states), None)
-        plain = given.embeds is None and position_ids is None and given.heads is None and not given.adapters
-        if self._graphs is not None and plain:
-            replayed = self._replayed(given.ids, keep)
-            if replayed is not None:
-                return Encoded(pick(replayed, keep, only), None, None, None)
         at, states = self._packed(given, only=only)
         return Encoded(states[-1], at if only is None else None, None, None)
 
@@ -955,23 +961,60 @@ class DistilBertModel(PreTrainedModel):
         A graph is captured when a batch of its size comes first, sizes rounded up (batch to a power of two, length to a
         multiple of 32), at most `most` of them. Everything else runs as before by itself: CPU, large batches, given
         positions, head masks or embeddings, hidden states, attentions, gradients, autocast, modules that are not the
-        model's own, hooks. Changed weights are noticed.
+        model's own, hooks. Changed weights are noticed at the next call (`to` and the like at once); until then the
+        memory of the old ones stays in use.
         """
         self.__dict__["_graphs"] = graphs.Graphs(most) if on else None
         return self
 
-    def _replayed(self, input_ids: Tensor | None, keep: Tensor | None) -> Tensor | None:
-        assert input_ids is not None and self._graphs is not None
-        if not graphs.can_capture(input_ids.device) or torch.is_autocast_enabled(input_ids.device.type):
-            return None  # autocast frees the weights it has cast, which a graph would go on reading
-        longest = self.config.max_position_embeddings
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        if self._graphs is not None:
+            self._graphs.forget_if_stale()
+        return self
 
-        def forward(ids: Tensor, keep: Tensor) -> Tensor:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    def _replayed(
+        self,
+        input_ids: Tensor | None,
+        mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        adapter_names: str | Sequence[str] | None,
+        only: Tensor | str | None,
+    ) -> Tensor | None:
+        """What `encode` gives, by a graph, or None where none serves. Here only what a launch needs is looked at; the
+        rest is checked while the device computes."""
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.numel() == 0:
+            return None
+        device, places = input_ids.device, input_ids.shape
+        if self.training or self._adapters(adapter_names) or is_transformed() or not graphs.can_capture(device):
+            return None
+        if torch.is_autocast_enabled(device.type):
+            return None  # it frees the weights it has cast, which a graph would go on reading
+        if mask is not None and (
+            not isinstance(mask, Tensor)
+            or mask.shape not in (places, (1, places[1]))
+            or mask.device != device
+            or mask.requires_grad
+        ):
+            return None
+        assert self._graphs is not None
+        keep: Tensor | None = None
+
+        def check() -> bool:
+            nonlocal keep
+            given = self._checked(input_ids, mask, None, None, None, token_type_ids, ())
+            keep = given.keep
+            if isinstance(only, Tensor):
+                _check_only(only, places[0], places[1], device)
+            return not self._is_trained(given)
+
+        def forward(ids: Tensor, keep: Tensor, positions: Tensor) -> Tensor:
             at, (hidden,) = self._packed(Inputs(ids, None, keep, None, positions))
             return at.unpack(hidden)
 
-        return self._graphs(self, forward, input_ids, keep, longest, ops.launch_modes())
+        longest, modes = self.config.max_position_embeddings, ops.launch_modes()
+        hidden = self._graphs(self, forward, input_ids, mask, longest, modes, check, self._can_pack)
+        return None if hidden is None else pick(hidden, keep, only)
 
     def forward_packed(
         self,
@@ -1065,6 +1108,10 @@ class DistilBertModel(PreTrainedModel):
     def _needs_dense(self, given: Inputs) -> bool:
         if self.training or given.mask is not None or 0 in _shape(given) or not self._can_pack():
             return True
+        return self._is_trained(given)
+
+    def _is_trained(self, given: Inputs) -> bool:
+        """Whether a gradient could be asked for."""
         if not torch.is_grad_enabled():
             return False
         tensors = [t for t in (given.embeds, given.heads) if t is not None]

@@ -128,22 +128,32 @@ def test_changed_weights_are_noticed(model, device, counts):
     same(model, *args)
     model.transformer.layer[1].ffn.activation = "relu"
     same(model, *args)
-    assert counts["captures"] == 6 and counts["replays"] == 7
+    assert counts["captures"] == 6 and counts["replays"] == 7 + 5  # five were launched and not used
     weight = model.transformer.layer[0].attention.out_lin.weight
     weight.data = weight.data.t()
     same(model, *args)
     for block in model.transformer.layer:
         block.attention.n_heads, block.attention.attention_head_size = 6, 8
     same(model, *args)
-    assert counts["captures"] == 8 and counts["replays"] == 9
+    assert counts["captures"] == 8 and counts["replays"] == 9 + 7
     hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     same(model, *args)
     hook.remove()
-    assert counts["captures"] == 8 and counts["replays"] == 9
+    assert counts["captures"] == 8 and counts["replays"] == 9 + 8
     table = model.embeddings.position_embeddings.weight
     table.data = table.data[:40]  # where it lies nothing has changed
     same(model, *args)
-    assert counts["captures"] == 9 and counts["replays"] == 10
+    assert (
+        counts["captures"] == 9 and counts["replays"] == 10 + 8
+    )  # after a call without a graph none is launched early
+    model.embeddings.word_embeddings.max_norm = 0.5
+    same(model, *args)
+    model.embeddings.word_embeddings.max_norm = None
+    same(model, *args)
+    torch.nn.utils.parametrize.register_parametrization(
+        model.transformer.layer[0].ffn.lin1, "weight", torch.nn.Identity()
+    )
+    same(model, *args)
 
 
 def test_what_is_not_the_models_own_runs_without_a_graph(model, device, counts):
@@ -170,10 +180,56 @@ def test_what_is_not_the_models_own_runs_without_a_graph(model, device, counts):
     layer.attention.out_lin = plain
     layer.forward = lambda *a: type(layer).forward(layer, *a) + 1
     same(model, *args)
-    assert counts["captures"] == counts["replays"] == 1
+    assert counts["captures"] == 1 and counts["replays"] == 2  # the hook was noticed after a launch
     del layer.forward
     same(model, *args)
-    assert counts["captures"] == counts["replays"] == 2
+    assert counts["captures"] == 2 and counts["replays"] == 3
+
+
+def test_a_replay_is_launched_before_the_call_is_checked(model, device, counts, monkeypatch):
+    model.cuda_graphs()
+    ids, keep = batch(device)
+    order = []
+    real = model._checked
+    monkeypatch.setattr(model, "_checked", lambda *a: order.append(counts["replays"]) or real(*a))
+    for _ in range(3):
+        same(model, ids, keep)
+    assert order[::2] == [0, 2, 3]  # from the second call on the replay comes first; those between run without graphs
+    with torch.inference_mode():
+        for wrong, error in (
+            ((ids, keep[:2]), "attention_mask must be"),
+            ((ids.float(), keep), "input_ids must be integers"),
+            ((ids, keep, None, None, None, None, None, None, ids[:, 1:]), "token_type_ids must be"),
+            ((torch.ones(1, 51, dtype=torch.int64, device=device),), "the input is 51 tokens long"),
+        ):
+            with pytest.raises(ValueError, match=error):
+                model(*wrong)
+    same(model, ids, keep)
+    same(model, ids, keep[:1])  # for all texts
+    same(model, ids, keep * 2.5)
+    other = keep.double().requires_grad_()
+    same(model, ids, other)
+    assert other.grad is None and counts["captures"] == 1
+
+
+def test_what_graphs_read_is_kept_until_it_is_known_that_it_changed(model, device, counts):
+    model.cuda_graphs()
+    args = batch(device)
+    same(model, *args)
+    weight = model.transformer.layer[0].ffn.lin1.weight
+    old = weight.data_ptr()
+    weight.data = weight.data.clone()
+    held = [t.data_ptr() for t in model._graphs._weights.held]
+    assert old in held
+    same(model, *args)
+    assert old not in [t.data_ptr() for t in model._graphs._weights.held]
+    model.to(device)  # changes nothing
+    same(model, *args)
+    assert counts["captures"] == 2
+    model.double()
+    assert model._graphs._weights is None and not model._graphs._captured
+    same(model, *args)
+    assert counts["captures"] == 3
 
 
 def test_compile_and_export_go_by_without_graphs(model, device, monkeypatch):
