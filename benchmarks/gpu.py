@@ -31,7 +31,7 @@ from benchmarks import encoder, engine, kernels, record, roofline, shapes, timin
 STAGES = {"environment": 1, "correctness": 12, "ceilings": 1, "kernels": 8, "encoder": 5, "engine": 3, "tune": 8}
 WITH_GPU = (  # what the most hangs on first
     *("kernels/test_encoder.py", "test_graphs.py", "test_engine.py", "test_ops.py"),
-    *(f"kernels/test_{name}.py" for name in ("gemm", "layer_norm", "pooling", "packing", "attention")),
+    *(f"kernels/test_{name}.py" for name in ("gemm", "layer_norm", "pooling", "pack", "attention")),
 )
 ALONE = "kernels/test_memcheck.py"  # it is slow, and checks the memory of a process of its own
 # "tests/x.py::test_y PASSED [ 1%]", or by several processes "[gw0] [ 1%] PASSED tests/x.py::test_y"

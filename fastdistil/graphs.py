@@ -63,9 +63,10 @@ class Graphs:
     ) -> Tensor | None:
         """forward(ids, keep, positions) by a graph, or None where none serves.
 
-        input_ids: integers [B, L]; mask: [B or 1, L], nonzero at real tokens, or None -> [B, L, dim]. longest: the
-        model's positions. fixed: what else decides how the forward runs. check: whether this call may be answered by a
-        graph; raises where an argument is wrong. can_capture: whether the model's forward is the one to capture.
+        input_ids: integers [B, L]; mask: [B or 1, L], nonzero at real tokens, or None -> [B, L, dim], or [B, dim] where
+        the forward gives that. longest: the model's positions. fixed: what else decides how the forward runs. check:
+        whether this call may be answered by a graph; raises where an argument is wrong. can_capture: whether the
+        model's forward is the one to capture.
         """
         batch, length = input_ids.shape
         size = bucket(batch, length, longest)
@@ -137,7 +138,7 @@ class Graphs:
             graph.keep.zero_()
         graph.keep[:batch, :length] = True if mask is None else mask  # nonzero is True
         graph.replay()
-        out = graph.out[:batch, :length].clone()
+        out = (graph.out[:batch, :length] if graph.out.dim() == 3 else graph.out[:batch]).clone()
         if input_ids.is_cuda:
             self._done = torch.cuda.current_stream(input_ids.device).record_event(self._done)
         return out

@@ -1008,13 +1008,15 @@ class DistilBertModel(PreTrainedModel):
                 _check_only(only, places[0], places[1], device)
             return not self._is_trained(given)
 
-        def forward(ids: Tensor, keep: Tensor, positions: Tensor) -> Tensor:
-            at, (hidden,) = self._packed(Inputs(ids, None, keep, None, positions))
-            return at.unpack(hidden)
+        first = isinstance(only, str)
 
-        longest, modes = self.config.max_position_embeddings, ops.launch_modes()
-        hidden = self._graphs(self, forward, input_ids, mask, longest, modes, check, self._can_pack)
-        return None if hidden is None else pick(hidden, keep, only)
+        def forward(ids: Tensor, keep: Tensor, positions: Tensor) -> Tensor:
+            at, (hidden,) = self._packed(Inputs(ids, None, keep, None, positions), only="first" if first else None)
+            return hidden if first else at.unpack(hidden)
+
+        longest, fixed = self.config.max_position_embeddings, (*ops.launch_modes(), first)
+        hidden = self._graphs(self, forward, input_ids, mask, longest, fixed, check, self._can_pack)
+        return hidden if hidden is None or first else pick(hidden, keep, only)
 
     def forward_packed(
         self,

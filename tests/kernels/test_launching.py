@@ -145,6 +145,8 @@ def test_the_memory_checked_pass_launches_every_kernel():
         "add_layer_norm": g.layer_norm,
         "bias_gelu": g.bias_gelu,
         "pool": g.pooling,
+        "pack": g.packing,
+        "unpack": g.packing,
     }
     script = re.sub(
         r"^torch.cuda.synchronize.*$|^    torch.cuda.synchronize.*$", "", PASS.replace('"cuda"', '"meta"'), flags=re.M
