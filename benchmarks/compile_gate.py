@@ -137,6 +137,7 @@ def recorded(arch: int) -> Iterator[list[Entry]]:
         binder = create_function_from_signature(self.signature, self.params, backend)
         bound, specialization, options = binder(*args, **(kwargs | {"debug": False}))
         parsed, signature, constants, attributes = self._pack_args(backend, options, bound, specialization, options)
+        assert parsed.enable_fp_fusion, f"{self.__name__} goes by Triton's default"
         entries.append(
             Entry(
                 self.fn.__module__,
@@ -254,7 +255,8 @@ def binary(entry: Entry) -> Any:
         {path: [list(pair) for pair in value] for path, value in entry.attributes},
     )
     backend = make_backend(target)
-    return triton.compile(src, target=target, options=backend.parse_options(dict(entry.options)).__dict__)
+    options = dict(entry.options) | {"enable_fp_fusion": True}  # as every launch
+    return triton.compile(src, target=target, options=backend.parse_options(options).__dict__)
 
 
 def compiled(entry: Entry) -> dict[str, Any]:

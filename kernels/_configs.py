@@ -161,11 +161,12 @@ def live(cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1)
 
 
-def overlap(device: torch.device) -> dict[str, bool]:
-    """What every launch is given besides its own: whether it overlaps the one before (CUDA's programmatic dependent
-    launch)."""
+def every_launch(device: torch.device) -> dict[str, bool]:
+    """What a launch is given besides its own: to multiply and add in one step, whatever Triton's default is, and
+    whether it overlaps the one before (CUDA's programmatic dependent launch)."""
     on = modes.overlap and architecture(device) >= 90 and not interpreted()
-    return {"OVERLAP": True, "launch_pdl": True} if on else {"OVERLAP": False}
+    fused = {"enable_fp_fusion": True}
+    return fused | ({"OVERLAP": True, "launch_pdl": True} if on else {"OVERLAP": False})
 
 
 def dense(x: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
         ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,
         PRECISION=launch.precision,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
-        num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers, **_configs.overlap(x.device),
+        num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers, **_configs.every_launch(x.device),
     )  # fmt: skip
     tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
     if c.family == "tma":

@@ -178,7 +178,7 @@ def attention(
     precision = _configs.matmul_precision() if qkv.dtype is torch.float32 else "ieee"
     common = dict(
         HEAD=head_size, BLOCK_D=_configs.power_of_two(head_size), T=c.tile, PRECISION=precision,
-        num_warps=c.warps, num_stages=c.stages, **_configs.overlap(qkv.device),
+        num_warps=c.warps, num_stages=c.stages, **_configs.every_launch(qkv.device),
     )  # fmt: skip
     if c.form == "short":
         assert c.longest is not None

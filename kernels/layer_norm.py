@@ -85,7 +85,7 @@ def add_layer_norm(
         _add_layer_norm[(_configs.cdiv(rows, c.rows),)](
             x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), y,
             *_configs.live(cu_seqlens), rows, eps, DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
-            **_configs.overlap(y.device),
+            **_configs.every_launch(y.device),
         )  # fmt: skip
     return y
 
@@ -109,6 +109,6 @@ def embed_layer_norm(
             word_embeddings.contiguous(), position_embeddings.contiguous(), weight.contiguous(), bias.contiguous(), y,
             *_configs.live(cu_seqlens), rows, word_embeddings.shape[0], position_embeddings.shape[0], eps,
             DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
-            **_configs.overlap(y.device),
+            **_configs.every_launch(y.device),
         )  # fmt: skip
     return y

@@ -101,7 +101,7 @@ def pack(
             keep.contiguous().view(torch.uint8), ids, positions, cu_seqlens, source, target, row_ids, row_positions,
             length, total, 0 if positions is None or len(positions) == 1 else length,
             COUNT=count, BEFORE=2_048, BLOCK=128 if length <= 128 else 1_024, num_warps=4,
-            **_configs.overlap(device),
+            **_configs.every_launch(device),
         )  # fmt: skip
     return cu_seqlens, source, target, row_ids, row_positions
 
@@ -113,6 +113,6 @@ def unpack(rows: Tensor, target: Tensor, fill: Tensor | None = None) -> Tensor: 
         c = _configs.row_kernel("unpack", min(dim, WIDEST), rows.dtype, rows.device)
         _unpack[(_configs.cdiv(total, c.rows), _configs.cdiv(dim, c.block))](
             rows.contiguous(), target.contiguous(), None if fill is None else fill.contiguous(), y, total,
-            DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps, **_configs.overlap(y.device),
+            DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps, **_configs.every_launch(y.device),
         )  # fmt: skip
     return y

@@ -57,6 +57,6 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
         _pool[(batch,)](
             _configs.dense(x), cu_seqlens.contiguous(), y, rows,
             MEAN=mode == "mean", NORMALIZE=normalize, DIM=dim, BLOCK=c.block, ROWS=c.rows, STAGES=c.stages,
-            num_warps=c.warps, **_configs.overlap(y.device),
+            num_warps=c.warps, **_configs.every_launch(y.device),
         )  # fmt: skip
     return y

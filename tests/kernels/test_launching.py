@@ -128,6 +128,15 @@ def test_batch_invariant_launches_are_the_same_for_every_size(modes):
     assert launched(1, 1) == launched(64, 64) == launched(500, 128) == launched(16_896, 512)
 
 
+def test_no_launch_goes_by_tritons_default_of_fused_multiplications(monkeypatch):
+    """Which Triton 3.10 is to change."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    with compile_gate.recorded(90) as launches:
+        compile_gate.launch_all("ieee")
+        compile_gate.launch_overlapped()
+    assert len(launches) > 100
+
+
 def test_the_memory_checked_pass_launches_every_kernel():
     """What test_memcheck runs, recorded: on sm_90 it must meet every kernel, that of tensor descriptors too."""
     from fastdistil import ops
