@@ -75,6 +75,8 @@ class Graphs:
         key = (size, fixed)
         with self._lock:
             ahead, self._ahead = self._captured.get(key) if self._ahead else None, False
+            if ahead is not None and ahead.ids.device != input_ids.device:
+                ahead = None  # which is an error
             out = None if ahead is None else self._replay(ahead, input_ids, mask)
             if not check():
                 return None

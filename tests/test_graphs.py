@@ -202,6 +202,7 @@ def test_a_replay_is_launched_before_the_call_is_checked(model, device, counts, 
             ((ids, keep, None, None, None, None, None, None, ids[:, 1:]), "token_type_ids must be"),
             ((torch.ones(1, 51, dtype=torch.int64, device=device),), "the input is 51 tokens long"),
         ):
+            model(ids, keep)  # so that the next one may be launched early
             with pytest.raises(ValueError, match=error):
                 model(*wrong)
     same(model, ids, keep)
