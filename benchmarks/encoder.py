@@ -56,9 +56,11 @@ class Batch:
         return self.ids.device
 
     @property
-    def packed(self) -> tuple[Tensor, Tensor, int]:
-        """ids int32 [rows], cu_seqlens int32 [batch + 1], longest: what the engine passes."""
-        return self.ids[self.keep].int(), cu_seqlens(list(self.lengths), str(self.device)), max(self.lengths)
+    def packed(self) -> tuple[Tensor, Tensor, int, Tensor]:
+        """ids int32 [rows], cu_seqlens int32 [batch + 1], longest, positions int32 [rows]: what the engine passes."""
+        starts = cu_seqlens(list(self.lengths), str(self.device))
+        column = torch.arange(self.ids.shape[1], dtype=torch.int32, device=self.device).expand(self.ids.shape)
+        return self.ids[self.keep].int(), starts, max(self.lengths), column[self.keep]
 
 
 Make = Callable[[Batch, ExitStack], timing.Run]
@@ -86,8 +88,8 @@ def padded(batch: Batch, stack: ExitStack) -> timing.Run:
 
 @provider("fastdistil, packed call")
 def packed(batch: Batch, stack: ExitStack) -> timing.Run:
-    ids, cu, longest = batch.packed
-    return lambda: batch.model.forward_packed(ids, cu, longest, all_live=True)
+    packed = batch.packed
+    return lambda: batch.model.forward_packed(*packed, all_live=True)
 
 
 CAPTURED = "fastdistil, captured graph"
