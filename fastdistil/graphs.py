@@ -8,8 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, repeat
-from operator import contains
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ class Graphs:
         self.most = most
         self._captured: dict[Any, _Graph | None] = {}
         self._weights: _Weights | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a warning of ours may be handled by whoever moves the model
         self._shared: Any = None
         self._done: torch.cuda.Event | None = None
         self._ahead = False  # the last call was served: this one may be launched before it is checked
@@ -90,8 +89,9 @@ class Graphs:
                 if len(self._captured) >= self.most:
                     return None
                 after(self._done, input_ids)
+                self._weights.hold()
                 self._captured[key] = self._capture(forward, size, input_ids.device) if can_capture() else None
-            graph = self._captured[key]
+            graph = self._captured.get(key)
             if graph is None:
                 return None
             if graph is not ahead:
@@ -110,6 +110,8 @@ class Graphs:
                 self._forget()
 
     def _forget(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()  # what is freed here may be written to until then
         self._captured.clear()
         self._weights = self._shared = self._done = None  # they belong to a device, which the model may have left
 
@@ -173,28 +175,28 @@ class _Weights:
 
     def __init__(self, model: nn.Module):
         self.modules = modules = list(model.modules())
-        self.kinds = list({type(module) for module in modules})
-        self.known = all(kind in PLAIN or kind.__module__.startswith("fastdistil.") for kind in self.kinds)
+        kinds = {type(module) for module in modules}
+        self.known = all(kind in PLAIN or kind.__module__.startswith("fastdistil.") for kind in kinds)
         self.own: list[dict[str, Any]] = [module.__dict__ for module in modules]
         self.settings = [(own, name) for own in self.own for name in SETTINGS if name in own]
-        self.hooks = [own[name] for own in self.own for name in HOOKS]
         self.children = [module._modules for module in modules]
         self.parameters = [module._parameters for module in modules]
-        self.held = [
-            p.detach() for p in self._tensors()
-        ]  # a replay that is launched before all this is compared reads it
+        self.held: list[Tensor] = []
         self.when_captured = self.state()
+
+    def hold(self) -> None:
+        """Keep the memory that a replay reads which is launched before all this is compared."""
+        self.held = self.held or [p.detach() for p in self._tensors()]
 
     def is_plain(self) -> bool:
         """Whether state() sees all that the model computes: only known modules, without hooks."""
-        watched = any(self.hooks) or any(map(contains, self.own, repeat("forward")))
+        watched = any("forward" in own or own[hooks] for own in self.own for hooks in HOOKS)
         return self.known and not watched and not torch.nn.modules.module._has_any_global_hook()
 
     def state(self) -> list[Any]:
         tensors = self._tensors()
         return [  # lists by map, for a graph's replay takes less time than a careless walk
             [*map(type, self.modules)],
-            [kind.forward for kind in self.kinds],
             [own["training"] for own in self.own],
             [own.get(name) for own, name in self.settings],
             [*map(id, chain.from_iterable(map(dict.values, self.children)))],

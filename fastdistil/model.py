@@ -278,7 +278,7 @@ class MultiHeadSelfAttention(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        if not self._lie_side_by_side():
+        if not (all(map(is_plain, (self.q_lin, self.k_lin, self.v_lin))) and self._lie_side_by_side()):
             self._lay_side_by_side()
         return self
 
@@ -890,6 +890,8 @@ class DistilBertModel(PreTrainedModel):
             replayed = self._replayed(input_ids, attention_mask, token_type_ids, adapter_names, only)
             if replayed is not None:
                 return Encoded(replayed, None, None, None)
+            if not torch.compiler.is_compiling():
+                self._graphs.forget_if_stale()
         given = self._checked(
             *(input_ids, attention_mask, head_mask, inputs_embeds, position_ids, token_type_ids, adapter_names)
         )
@@ -985,6 +987,8 @@ class DistilBertModel(PreTrainedModel):
         rest is checked while the device computes."""
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.numel() == 0:
             return None
+        if input_ids.dtype not in INTEGERS or input_ids.layout is not torch.strided:
+            return None
         device, places = input_ids.device, input_ids.shape
         if self.training or self._adapters(adapter_names) or is_transformed() or not graphs.can_capture(device):
             return None
@@ -994,7 +998,7 @@ class DistilBertModel(PreTrainedModel):
             not isinstance(mask, Tensor)
             or mask.shape not in (places, (1, places[1]))
             or mask.device != device
-            or mask.requires_grad
+            or mask.layout is not torch.strided
         ):
             return None
         assert self._graphs is not None

@@ -241,6 +241,7 @@ def unpack(rows: Tensor, target: Tensor, fill: Tensor | None = None) -> Tensor:
         if fill.shape != (1, rows.shape[1]):
             raise ValueError(f"fill must be [1, {rows.shape[1]}], got {list(fill.shape)}")
         _check_dtypes(rows, fill)
+        fill = fill.to(rows.dtype)
     return (reference.unpack if _wants_grad(rows, fill) else _unpack)(rows, target, fill)
 
 
@@ -466,7 +467,7 @@ _pool = _op(
 def _packed_like(keep: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
     n = keep.shape[0] * keep.shape[1]
     of_rows = [keep.new_empty(0 if t is None else n, dtype=torch.int64 if t is None else t.dtype) for t in given]
-    of_rows += [keep.new_empty(0, dtype=torch.int64)] * (2 - len(given))  # defaults are left out
+    of_rows += [keep.new_empty(0, dtype=torch.int64) for _ in range(2 - len(given))]  # defaults are left out
     source, target = (keep.new_empty(n, dtype=torch.int64) for _ in range(2))
     return (keep.new_empty(keep.shape[0] + 1, dtype=torch.int32), source, target, *of_rows)
 

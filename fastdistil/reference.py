@@ -168,6 +168,8 @@ def unpack(
     fill: Tensor | None = None,  # [1, dim]
 ) -> Tensor:  # [batch * length, dim]
     """rows[target], and fill (by default 0) where target is -1."""
+    if rows.shape[0] == 0:
+        rows = rows.new_zeros(1, rows.shape[1])
     padded = (target < 0)[:, None]
     out = rows[target.clamp(min=0)]
     return out.masked_fill(padded, 0) if fill is None else torch.where(padded, fill, out)

@@ -36,17 +36,17 @@ def _pack(
     if COUNT:
         whole = first // BEFORE * BEFORE
         for start in range(0, whole, BEFORE):  # without a mask, so by 16 bytes
-            row += tl.sum(tl.load(keep_ptr + start + tl.arange(0, BEFORE)).to(tl.int32), axis=0)
+            row += tl.sum((tl.load(keep_ptr + start + tl.arange(0, BEFORE)) != 0).to(tl.int32), axis=0)
         tail = whole + tl.arange(0, BEFORE)
-        row += tl.sum(tl.load(keep_ptr + tail, mask=tail < first, other=0).to(tl.int32), axis=0)
+        row += tl.sum((tl.load(keep_ptr + tail, mask=tail < first, other=0) != 0).to(tl.int32), axis=0)
     else:
         row = tl.load(cu_seqlens_ptr + sequence)
     for start in range(0, length, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside, p = column < length, first + column
-        kept = tl.load(keep_ptr + p, mask=inside, other=0).to(tl.int32)
+        real = tl.load(keep_ptr + p, mask=inside, other=0) != 0  # a byte of True need not be 1
+        kept = real.to(tl.int32)
         after = row + tl.cumsum(kept, axis=0)  # real tokens up to and with this one
-        real = kept != 0
         at = tl.where(real, after - 1, total - 1 - (p - after))
         tl.store(source_ptr + at, tl.where(real, p, 0), mask=inside)
         tl.store(target_ptr + p, tl.where(real, after - 1, -1), mask=inside)

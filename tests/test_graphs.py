@@ -3,8 +3,10 @@
 Without a GPU a stand-in captures: it keeps the function and runs it again into the first result.
 """
 
+import collections
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -156,6 +158,50 @@ def test_changed_weights_are_noticed(model, device, counts):
     same(model, *args)
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _reinterpret(layer):
+    layer.ffn.lin2.requires_grad_(False).weight.data = layer.ffn.lin2.weight.data.view(torch.int32)
+
+
+def _own_hooks(layer):
+    layer.ffn.lin1._forward_hooks = collections.OrderedDict()  # as some clear them
+    layer.ffn.lin1.register_forward_hook(lambda module, args, out: out * 2)
+
+
+CHANGES = {
+    "pointer": lambda layer: setattr(layer.ffn.lin1.weight, "data", layer.ffn.lin1.weight.data.clone()),
+    "dtype": _reinterpret,
+    "strides": lambda layer: setattr(layer.attention.q_lin.weight, "data", layer.attention.q_lin.weight.data.t()),
+    "size": lambda layer: setattr(layer.ffn.lin1.weight, "data", layer.ffn.lin1.weight.data[:40]),
+    "no bias": lambda layer: setattr(layer.ffn.lin1, "bias", None),
+    "class": lambda layer: setattr(layer.ffn.lin1, "__class__", Doubled),
+    "child": lambda layer: setattr(layer, "ffn", copy.deepcopy(layer.ffn)),
+    "training": lambda layer: layer.attention.dropout.train(),
+    "eps": lambda layer: setattr(layer.sa_layer_norm, "eps", 0.1),
+    "heads": lambda layer: setattr(layer.attention, "n_heads", 6),
+    "activation": lambda layer: setattr(layer.ffn, "activation", "relu"),
+    "forward": lambda layer: setattr(layer.ffn, "forward", lambda x: x),
+    "hook": lambda layer: layer.ffn.lin1.register_forward_hook(lambda module, args, out: out * 2),
+    "pre-hook": lambda layer: layer.ffn.lin1.register_forward_pre_hook(lambda module, args: None),
+    "hooks of its own": _own_hooks,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_change_is_seen(change, model, device):
+    """Values tell nothing here: what stands in for a replay computes anew."""
+    model.cuda_graphs()
+    same(model, *batch(device))
+    found = model._graphs
+    assert found._weights.is_plain() and not found.is_stale()
+    change(model.transformer.layer[0])
+    assert found.is_stale() or not found._weights.is_plain()
+
+
 def test_what_is_not_the_models_own_runs_without_a_graph(model, device, counts):
     model.cuda_graphs()
     args = batch(device)
@@ -231,6 +277,29 @@ def test_what_graphs_read_is_kept_until_it_is_known_that_it_changed(model, devic
     assert model._graphs._weights is None and not model._graphs._captured
     same(model, *args)
     assert counts["captures"] == 3
+    for training in (False, True):  # calls that no graph serves
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        before = counts["replays"]
+        model.train(training)(*args)
+        assert counts["replays"] == before + (not training)
+        assert model._graphs._weights is None and not model._graphs._captured
+        same(model.eval(), *args)
+    model.transformer.layer[0].ffn.lin1 = torch.nn.Sequential(model.transformer.layer[0].ffn.lin1, torch.nn.Softplus())
+    same(model, *args)
+    assert not model._graphs._weights.held  # without a graph there is nothing to keep
+
+
+def test_the_model_may_be_moved_where_a_warning_is_handled(model, device, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    monkeypatch.setattr(warnings, "showwarning", lambda *args, **kwargs: model.double().float())
+    model.cuda_graphs()
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda *args, **kwargs: model.double().float())
+        assert model(*batch(device))[0].dtype is torch.float32
 
 
 def test_compile_and_export_go_by_without_graphs(model, device, monkeypatch):
@@ -259,6 +328,7 @@ def test_what_a_graph_cannot_serve_runs_without(model, device, counts):
         {"output_attentions": True},
         {"position_ids": torch.arange(21, device=device).flip(0)},
         {"head_mask": torch.tensor([1.0, 0.0, 0.5], device=device)},
+        {"padding_too": True},
     ):
         same(model, ids, keep, **extra)
     assert counts["captures"] == 1
@@ -268,6 +338,37 @@ def test_what_a_graph_cannot_serve_runs_without(model, device, counts):
     model.cuda_graphs(False)
     same(model, ids, keep)
     assert counts == before
+
+
+def test_all_tokens_and_the_first_of_each_text_have_graphs_of_their_own(model, device, counts):
+    ids, keep = batch(device)
+    keep[1] = keep[1].flip(0)  # padding on the left
+    for graphs_on in (False, True):
+        model.cuda_graphs(graphs_on)
+        with torch.inference_mode():
+            whole = model.encode(ids, keep)
+            whole = whole.hidden if whole.at is None else whole.at.unpack(whole.hidden)
+            first = model.encode(ids, keep, only="first").hidden
+            chosen = torch.tensor([[0, 0], [2, 0], [1, 20]], device=device)
+            some = model.encode(ids, keep, only=chosen).hidden
+            with pytest.raises(ValueError, match="positions must be int64"):
+                model.encode(ids, keep, only=chosen.int())
+        column = keep.to(torch.int8).argmax(1)
+        torch.testing.assert_close(first, whole[torch.arange(3, device=device), column], rtol=0, atol=1e-5)
+        torch.testing.assert_close(some, whole[chosen[:, 0], chosen[:, 1]], rtol=0, atol=1e-5)
+    assert counts["captures"] == 2
+
+
+def test_a_transform_runs_without(model, device, counts):
+    model.cuda_graphs()
+    ids, keep = batch(device)
+    with torch.inference_mode():
+        for _ in range(2):
+            model(ids[:1], keep[:1])
+        before = dict(counts)
+        mapped = torch.func.vmap(lambda ids, keep: model(ids[None], keep[None])[0])(ids, keep)[:, 0]
+        assert counts == before
+        torch.testing.assert_close(mapped, model(ids, keep)[0], rtol=0, atol=1e-5)
 
 
 def test_large_batches_run_without(model, device, counts, monkeypatch):

@@ -288,6 +288,20 @@ def test_weights_never_go_stale():
     check_fresh(ours.double().float())
 
 
+def test_other_modules_for_q_k_and_v_may_be_moved_and_cast():
+    ours, _ = pair()
+    pointer = attention_of(ours).q_lin.weight.data_ptr()
+    ours.to("cpu"), ours.float()  # which change nothing
+    assert attention_of(ours).q_lin.weight.data_ptr() == pointer
+    attention_of(ours).k_lin.bias = None
+    ours.to("cpu"), ours.float()
+    for put_in in (torch.nn.Identity(), torch.nn.Sequential(torch.nn.Linear(48, 48), torch.nn.Tanh())):
+        ours, _ = pair()
+        attention_of(ours).v_lin = put_in
+        ours.to("cpu"), ours.double(), ours.float()
+        check_fresh(ours, expect_fused=False)
+
+
 def test_copies_are_independent_and_saved_without_the_buffer(tmp_path):
     ours, _ = pair()
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastdistil import ops
 from fastdistil.packing import find_rows
 
 MASKS = {
@@ -30,6 +31,22 @@ def test_round_trip(mask, traced, monkeypatch):
     rows[live:] = float("nan")
     out = at.unpack(rows)
     torch.testing.assert_close(out, x.masked_fill(~keep[..., None], 0))
+
+
+def test_gradients_and_transforms_go_through_the_definition(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    keep = torch.tensor(MASKS["holes"]).bool()
+    at = find_rows(keep, 3, 5, keep.device)
+    rows, fill = torch.randn(15, 4, requires_grad=True), torch.randn(1, 4, requires_grad=True)
+    at.unpack(rows, fill).sum().backward()
+    assert (rows.grad == (torch.arange(15) < keep.sum())[:, None]).all() and (fill.grad == (~keep).sum()).all()
+    fill.grad = None
+    at.unpack(rows.detach(), fill).sum().backward()
+    assert (fill.grad == (~keep).sum()).all()
+    many = torch.func.vmap(at.unpack)(rows.detach().expand(2, 15, 4))
+    assert torch.equal(many[1], at.unpack(rows.detach()))
+    packed = torch.func.vmap(ops.pack)(keep.expand(2, 3, 5))
+    assert all(torch.equal(a[1], b) for a, b in zip(packed, ops.pack(keep), strict=True))
 
 
 def test_static_form_reads_nothing_back():

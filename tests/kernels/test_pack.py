@@ -47,6 +47,14 @@ def test_a_part_of_a_batch(device, counting):
             assert torch.equal(result, expected)
 
 
+def test_a_byte_of_true_need_not_be_1(device, counting):
+    keep = mask((70, 50), 0.5, device)
+    for result, expected in zip(
+        ops.pack((keep.to(torch.uint8) * 255).view(torch.bool)), reference.pack(keep), strict=True
+    ):
+        assert torch.equal(result, expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)], ids=str)
 def test_nothing_to_pack(shape, device):
     keep, ids = torch.ones(shape, dtype=torch.bool, device=device), torch.ones(shape, dtype=torch.int64, device=device)
@@ -55,6 +63,12 @@ def test_nothing_to_pack(shape, device):
     target = ops.pack(keep)[2]
     assert ops.unpack(torch.ones(4, 3, device=device), target).shape == (0, 3)
     assert ops.unpack(torch.ones(4, 0, device=device), torch.zeros(5, dtype=torch.int64, device=device)).shape == (5, 0)
+    none, fill = torch.ones(0, 3, device=device), torch.full((1, 3), 7.0, device=device)
+    for form in (ops, reference):  # without a row
+        target = torch.full((5,), -1, dtype=torch.int64, device=device)
+        assert (form.unpack(none, target) == 0).all() and (form.unpack(none, target, fill) == 7).all()
+    with torch.autocast(device):
+        assert ops.unpack(fill.bfloat16(), target, fill).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("dim", [1, 2, 48, 384, 768, 1_000, 2_049])
@@ -111,7 +125,7 @@ def test_what_does_not_fit_is_named(device):
 
 def test_opcheck(device):
     keep, ids = mask((3, 5), 0.5, device), torch.ones(3, 5, dtype=torch.int64, device=device)
-    for args in ((keep, ids), (keep, ids, ids[:1].int())):
+    for args in ((keep,), (keep, ids), (keep, ids, ids[:1].int())):
         torch.library.opcheck(torch.ops.fastdistil.pack.default, args)
     rows, target = torch.randn(15, 4, device=device), reference.pack(keep)[2]
     for args in ((rows, target), (rows, target, rows[:1])):
