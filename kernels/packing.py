@@ -100,7 +100,7 @@ def pack(
         _pack[(batch,)](
             keep.contiguous().view(torch.uint8), ids, positions, cu_seqlens, source, target, row_ids, row_positions,
             length, total, 0 if positions is None or len(positions) == 1 else length,
-            COUNT=count, BEFORE=2_048, BLOCK=128 if length <= 128 else 1_024, num_warps=4,
+            COUNT=count, BEFORE=2_048, BLOCK=128 if length <= 128 else 256, num_warps=4,
             **_configs.every_launch(device),
         )  # fmt: skip
     return cu_seqlens, source, target, row_ids, row_positions
