@@ -6,6 +6,7 @@ may look at values.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,16 @@ def is_transformed() -> bool:
     return peek_interpreter_stack() is not None
 
 
+def is_exported_to_onnx() -> bool:
+    """Whether torch.onnx traces the call; ONNX has none of our ops."""
+    onnx = sys.modules.get("torch.onnx")  # to import it takes long
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
 # what torch.compiler.assume_constant_result does, which imports the compiler: Dynamo cannot see inside, and keeps apart
 # what it compiles within a transform
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_exported_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def register(

@@ -112,6 +112,8 @@ def complete(config: Any) -> dict[str, Any]:
         if found is None or name not in NAMED:
             raise ValueError(f"an adapter's config is one of {', '.join(NAMED)}, or a dictionary; got {config!r}")
         config = NAMED[name] | _changes(found[2] or "", config)
+    elif hasattr(config, "peft_type"):
+        raise TypeError("this is a configuration of peft's: use peft.get_peft_model(model, config), or the name lora")
     elif hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, Mapping):

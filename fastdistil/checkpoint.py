@@ -420,9 +420,10 @@ def save(
     wanted: Callable[[str], bool],
     *,
     max_shard_size: int | str = "50GB",
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write config.json and model.safetensors (or its shards and their index), which transformers reads back. wanted:
-    whether a tensor of this name is written."""
+    whether a tensor of this name is written. state_dict: the tensors, by default the model's own."""
     from huggingface_hub import save_torch_state_dict
 
     if directory.exists() and not directory.is_dir():
@@ -430,8 +431,9 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     tied = getattr(model, "_tied_weights_keys", None) or {}
-    state = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
-    kept = {n: t for n, t in state.items() if not (n in tied and t.data_ptr() == state[tied[n]].data_ptr())}
+    given = model.state_dict() if state_dict is None else state_dict
+    state = {name: tensor for name, tensor in given.items() if wanted(name)}
+    kept = {n: t for n, t in state.items() if not (tied.get(n) in state and t.data_ptr() == state[tied[n]].data_ptr())}
     save_torch_state_dict(
         kept,
         directory,

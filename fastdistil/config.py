@@ -54,6 +54,7 @@ class DistilBertConfig:
     """
 
     model_type: ClassVar[str] = "distilbert"
+    _commit_hash: ClassVar[str | None] = None  # which transformers' pipelines ask for
     _aliases: ClassVar[dict[str, str]] = {
         "hidden_size": "dim",
         "num_attention_heads": "n_heads",

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu
 from torch.nn.modules import module as _every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
 from fastdistil import graphs, int8, ops, reference
-from fastdistil._register import can_look, is_transformed
+from fastdistil._register import can_look, is_exported_to_onnx, is_transformed
 from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, is_merged, low_rank
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
@@ -56,10 +57,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     return (
         type(module) is kind
         and module.bias is not None
+        and not is_packed_otherwise(module.weight)
         and "forward" not in module.__dict__  # patched on the instance
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
         and not (_every_module._global_forward_hooks or _every_module._global_forward_pre_hooks)
     )
+
+
+def is_packed_otherwise(weight: Any) -> bool:
+    """Whether a weight is a tensor of tensors, as torchao's quantised and torch's distributed ones are."""
+    return hasattr(type(weight), "__tensor_flatten__")
 
 
 _UNHOOKED: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
@@ -130,6 +137,7 @@ class Embeddings(nn.Module):
             and all(
                 type(table) is nn.Embedding
                 and table.max_norm is None
+                and not is_packed_otherwise(table.weight)
                 and "forward" not in table.__dict__
                 and not (table._forward_hooks or table._forward_pre_hooks)
                 for table in (self.word_embeddings, self.position_embeddings)
@@ -408,7 +416,7 @@ class Transformer(nn.Module):
     def __init__(self, config: DistilBertConfig):
         super().__init__()
         self.layer = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpointing_step, self.checkpoints_on_host = False, 1, False
         self.checkpointing_options: dict[str, Any] = {}
 
     def forward(
@@ -424,8 +432,9 @@ class Transformer(nn.Module):
         block: Any
         for i, block in enumerate(self.layer):
             args = (x, mask, None if head_mask is None else head_mask[i], probabilities, adapters)
-            if self.gradient_checkpointing and self.training:
-                x = recompute(block, *args, **({"use_reentrant": False} | self.checkpointing_options))
+            if self.gradient_checkpointing and self.training and i % self.checkpointing_step == 0:
+                with save_on_cpu(pin_memory=x.is_cuda) if self.checkpoints_on_host else nullcontext():
+                    x = recompute(block, *args, **({"use_reentrant": False} | self.checkpointing_options))
             else:
                 x = block(*args)
             if probabilities:
@@ -468,6 +477,7 @@ class PreTrainedModel(WithAdapters):
             raise TypeError(f"config must be a fastdistil.DistilBertConfig, got {type(config).__name__}")
         config._validate()
         self.config = config
+        self.name_or_path = ""  # of the checkpoint, for tools that write down where a model came from
 
     # --- weights ------------------------------------------------------------------------------------------------
 
@@ -541,6 +551,7 @@ class PreTrainedModel(WithAdapters):
             model.__dict__["_load_device"] = as_device("cpu" if device is None else device)
             report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.name_or_path = "" if path_or_repo is None else str(path_or_repo)
         if to_int8:
             if model.adapters_config:
                 raise ValueError("dtype int8 takes no adapters; use float32, or save the model with one merged")
@@ -579,9 +590,18 @@ class PreTrainedModel(WithAdapters):
         max_shard_size: int | str = "50GB",
         safe_serialization: bool = True,
         is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        save_function: Callable | None = None,
+        push_to_hub: bool = False,
+        variant: str | None = None,
+        token: str | bool | None = None,
     ) -> None:
         """Write config.json and model.safetensors, or shards of at most max_shard_size with their index; nothing unless
-        is_main_process. safe_serialization is always on."""
+        is_main_process. state_dict: tensors gathered elsewhere, in place of the model's own. safe_serialization is
+        always on; save_function and token are for transformers' callers and mean nothing here."""
+        if push_to_hub or variant:
+            what = "push_to_hub=True" if push_to_hub else f"variant={variant!r}"
+            raise ValueError(f"{what} is not supported; save into a directory and upload it with huggingface_hub")
         if not safe_serialization:
             raise ValueError("safe_serialization=False asks for a pickle; only safetensors are written")
         if not is_main_process:
@@ -604,7 +624,7 @@ class PreTrainedModel(WithAdapters):
                 "adapter %r is merged: the weights are saved with it, and it is not saved beside them", merged
             )
         kept = (lambda name: True) if merged is None else (lambda name: f".loras.{merged}." not in name)
-        save(self, Path(save_directory), config, kept, max_shard_size=max_shard_size)
+        save(self, Path(save_directory), config, kept, max_shard_size=max_shard_size, state_dict=state_dict)
 
     def post_init(self) -> None:
         """Initial values in transformers' order, so that one seed gives one model in both libraries."""
@@ -766,10 +786,19 @@ class PreTrainedModel(WithAdapters):
 
     # --- gradient checkpointing ---------------------------------------------------------------------------------
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations; only in training mode."""
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute each block, or each n-th, in the backward pass instead of keeping its activations; only in training
+        mode. offload: what is kept for that lies in the host's memory. The keywords go to torch's checkpoint."""
+        if isinstance(every_n_layers, bool) or not isinstance(every_n_layers, int) or every_n_layers < 1:
+            raise ValueError(f"every_n_layers is {every_n_layers!r}; it must be an integer from 1 on")
         transformer = self.base_model.transformer
-        transformer.gradient_checkpointing = True
+        transformer.gradient_checkpointing, transformer.checkpointing_step = True, every_n_layers
+        transformer.checkpoints_on_host = bool(offload)
         transformer.checkpointing_options = dict(gradient_checkpointing_kwargs or {})
 
     def gradient_checkpointing_disable(self) -> None:
@@ -949,7 +978,7 @@ class DistilBertModel(PreTrainedModel):
         x = self.embeddings.packed(table, row_ids, row_positions, at.live)  # [rows, dim]
         if only is None:
             return at, self.transformer.packed(x, at, heads, every, adapters=adapters)
-        if len(x) == 0:  # nothing is real
+        if x.shape[0] == 0:  # nothing is real; len() would fix the size in an export
             return at, [x.new_zeros(batch if isinstance(only, str) else len(only), x.shape[1])]
         flat, outside = (None, None) if isinstance(only, str) else _flat(only, batch, length)
         rows, there = at.first() if flat is None else at.find(flat)
@@ -1113,6 +1142,8 @@ class DistilBertModel(PreTrainedModel):
 
     def _needs_dense(self, given: Inputs) -> bool:
         if self.training or given.mask is not None or 0 in _shape(given) or not self._can_pack():
+            return True
+        if is_exported_to_onnx():
             return True
         return self._is_trained(given)
 
@@ -1295,10 +1326,10 @@ def pick(hidden: Tensor, keep: Tensor | None, only: Tensor | str | None) -> Tens
         chosen = hidden.flatten(0, 1)[flat]
         return chosen if outside is None else chosen.masked_fill(outside[:, None], torch.nan)
     if hidden.shape[1] == 0:
-        return hidden.new_zeros(len(hidden), hidden.shape[2])
+        return hidden.new_zeros(hidden.shape[0], hidden.shape[2])
     if keep is None:
         return hidden[:, 0]
-    return hidden[torch.arange(len(hidden), device=hidden.device), keep.to(torch.int8).argmax(1)]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), keep.to(torch.int8).argmax(1)]
 
 
 class _WithoutInit(TorchFunctionMode):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdistil import cpu, reference
-from fastdistil._register import by_autocast, can_look, is_transformed, register
+from fastdistil._register import by_autocast, can_look, is_exported_to_onnx, is_transformed, register
 from fastdistil.kernels import _configs, _target
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -284,10 +284,11 @@ def _check_eps(eps: float) -> None:
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd, forward-mode differentiation or a transform of torch.func has to see the steps inside."""
+    """Whether autograd, forward-mode differentiation, a transform of torch.func or torch.onnx has to see the steps
+    inside."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return forward_ad._current_level >= 0 or is_transformed()
+    return forward_ad._current_level >= 0 or is_transformed() or is_exported_to_onnx()
 
 
 def _cast(kind: str, *tensors: Tensor | None) -> list[Any]:

@@ -1,6 +1,7 @@
 """Model outputs that read as attributes, by name, by number and as a tuple, like transformers' ModelOutput."""
 
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -12,7 +13,8 @@ class ModelOutput(OrderedDict):
     """Ordered mapping of the fields that are not None. Subclasses are dataclasses whose fields default to None.
 
     `out.name` is None for an absent field and `out["name"]` a KeyError; `out[0]`, `out[:2]` and `to_tuple()` leave the
-    absent ones out. Items cannot be deleted or added.
+    absent ones out. Items cannot be deleted or added. `type(out)(mapping or pairs)` makes one from names and values, as
+    tools do that move or cast a model's results.
     """
 
     def __init_subclass__(cls) -> None:
@@ -27,6 +29,14 @@ class ModelOutput(OrderedDict):
         )
 
     def __post_init__(self) -> None:
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        first, *rest = (getattr(self, name) for name in names)
+        if all(value is None for value in rest) and isinstance(first, (Mapping, Iterator, list, tuple)):
+            given = _by_name(first, names[0])
+            if unknown := [name for name in given if name not in names]:
+                raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}; it has {', '.join(names)}")
+            for name in names:
+                super().__setattr__(name, given.get(name))
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if value is not None:
@@ -54,6 +64,14 @@ class ModelOutput(OrderedDict):
         raise TypeError(f"the fields of {type(self).__name__} cannot be added or removed")
 
     __delitem__ = pop = popitem = setdefault = update = _refuse
+
+
+def _by_name(given: Any, name: str) -> dict[str, Any]:
+    """A mapping or pairs of names and values as a dictionary; anything else is the value of `name`."""
+    pairs = list(given.items() if isinstance(given, Mapping) else given)
+    if all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        return dict(pairs)
+    return {name: pairs if isinstance(given, Iterator) else given}
 
 
 @dataclass

@@ -56,7 +56,7 @@ class Packing:
         starts = self.cu_seqlens[:-1].long()
         if self.source is None:
             return starts, None
-        return starts.clamp(max=max(len(self.source) - 1, 0)), self.cu_seqlens.diff() > 0
+        return starts.clamp(max=max(self.source.shape[0] - 1, 0)), self.cu_seqlens.diff() > 0
 
     def find(self, flat: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rows of flat padded positions [n], and which of them hold a token (None: all); [n] each."""
@@ -65,7 +65,7 @@ class Packing:
         if self.target is not None:
             row = self.target[flat]
             return row.clamp(min=0), row >= 0
-        row = torch.searchsorted(self.source, flat).clamp(max=max(len(self.source) - 1, 0))
+        row = torch.searchsorted(self.source, flat).clamp(max=max(self.source.shape[0] - 1, 0))
         return row, self.source[row] == flat
 
 

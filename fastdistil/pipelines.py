@@ -178,7 +178,7 @@ class Pipeline:
     def _encodings(self, texts: list[str], **options: Any) -> list[Encoding]:
         try:
             with self.stages.timed("tokenizer"):
-                return self.tokenizer(texts, **options).encodings
+                return list(self.tokenizer(texts, **options).encodings)
         except (ValueError, TypeError) as error:
             raise type(error)(_with_rows(str(error), range(len(texts)))) from error
 

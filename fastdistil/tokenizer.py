@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,9 +33,10 @@ Text = str | Sequence[str]
 
 
 class BatchEncoding(dict):
-    """The tokenizer's result: a dictionary whose keys are attributes too. `encodings` are the library's objects."""
+    """The tokenizer's result: a dictionary whose keys are attributes too. `encodings` are the library's objects, where
+    the texts themselves were tokenised: what tools make of a result, and `pad` of several, has none."""
 
-    def __init__(self, data: dict[str, Any], encodings: list[Encoding]):
+    def __init__(self, data: Any = (), encodings: Sequence[Encoding] = ()):
         super().__init__(data)
         self.encodings = encodings
 
@@ -49,14 +50,19 @@ class BatchEncoding(dict):
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
         return BatchEncoding(moved, self.encodings)
 
+    def _encoding(self, row: int) -> Encoding:
+        if not self.encodings:
+            raise ValueError("these ids come from no text: ask what the tokenizer itself returned")
+        return self.encodings[row]
+
     def tokens(self, row: int = 0) -> list[str]:
-        return self.encodings[row].tokens
+        return self._encoding(row).tokens
 
     def word_ids(self, row: int = 0) -> list[int | None]:
-        return self.encodings[row].word_ids
+        return self._encoding(row).word_ids
 
     def sequence_ids(self, row: int = 0) -> list[int | None]:
-        found = self.encodings[row]  # whose own forgets the first text of a pair
+        found = self._encoding(row)  # whose own forgets the first text of a pair
         own = zip(found.special_tokens_mask, found.sequence_ids, strict=True)
         return [None if special else int(kind == 1) for special, kind in own]
 
@@ -70,6 +76,9 @@ class DistilBertTokenizer:
     """
 
     model_input_names = ("input_ids", "attention_mask")
+    is_fast = True
+    truncation_side = "right"
+    pad_token_type_id = 0
 
     def __init__(
         self,
@@ -541,9 +550,73 @@ class DistilBertTokenizer:
                     ) from error
             raise
 
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Texts already tokenised as one batch, as transformers' data collators ask for it.
+
+        encoded_inputs: a dictionary a text, in a list, or one dictionary of lists; with input_ids. attention_mask,
+        token_type_ids and special_tokens_mask are padded along; what else there is, such as labels, stays as it is.
+        padding, max_length, pad_to_multiple_of, return_tensors: as when it is called. padding_side: by default the
+        tokenizer's own. return_attention_mask: by default true. Raises ValueError naming the row.
+        """
+        side = self.padding_side if padding_side is None else padding_side
+        if side not in ("right", "left"):
+            raise ValueError(f"padding_side must be right or left, got {side!r}")
+        data = {name: _plain(values) for name, values in _by_name(encoded_inputs).items()}
+        ids = data.get("input_ids")
+        if not isinstance(ids, list):
+            raise ValueError(f"the texts to pad need input_ids; they have {', '.join(map(str, data)) or 'nothing'}")
+        if single := bool(ids) and not isinstance(ids[0], list):
+            data = {name: [values] for name, values in data.items()}
+        ids = data["input_ids"]
+        if return_attention_mask is not False:
+            data.setdefault("attention_mask", [[1] * len(row) for row in ids])
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+        if padding and padding != "do_not_pad":
+            length = self._padded_length([len(row) for row in ids], padding, max_length, pad_to_multiple_of)
+            for name in fills.keys() & data.keys():
+                for row, (values, own) in enumerate(zip(data[name], ids, strict=True)):
+                    if len(values) != len(own):
+                        raise ValueError(f"row {row}: {len(own)} input_ids, but {len(values)} of {name}")
+                more = [[fills[name]] * (length - len(row)) for row in ids]
+                pairs = zip(data[name], more, strict=True)
+                data[name] = [own + rest if side == "right" else rest + own for own, rest in pairs]
+        if single:
+            data = {name: values[0] for name, values in data.items()}
+        return BatchEncoding({name: _as_tensor(name, v, return_tensors) for name, v in data.items()})
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 at special tokens: at those there are, or at those that would be put around the texts."""
+        if already_has_special_tokens:
+            special = set(self.all_special_ids)
+            return [int(i in special) for i in token_ids_0]
+        second = [] if token_ids_1 is None else [*[0] * len(token_ids_1), 1]
+        return [1, *[0] * len(token_ids_0), 1, *second]
+
     def _pad(
         self, encodings: list[Encoding], padding: bool | str, max_length: int | None, multiple: int | None
     ) -> None:
+        length = self._padded_length([len(e) for e in encodings], padding, max_length, multiple)
+        for encoding in encodings:
+            encoding.pad(length, direction=self.padding_side, pad_id=self.pad_token_id, pad_token=self.pad_token)
+
+    def _padded_length(
+        self, lengths: list[int], padding: bool | str, max_length: int | None, multiple: int | None
+    ) -> int:
         for name, number in (("max_length", max_length), ("pad_to_multiple_of", multiple)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
                 raise TypeError(f"{name} must be an integer, got {number!r}")
@@ -556,13 +629,12 @@ class DistilBertTokenizer:
                 raise ValueError("padding='max_length' needs max_length, for the tokenizer has no model_max_length")
             length = max_length
         else:
-            length = max((len(e) for e in encodings), default=0)
+            length = max(lengths, default=0)
         if multiple:
             length = -(-length // multiple) * multiple
         if length > MOST_TOKENS:
             raise ValueError(f"cannot pad to {length} tokens; the most is {MOST_TOKENS}")
-        for encoding in encodings:
-            encoding.pad(length, direction=self.padding_side, pad_id=self.pad_token_id, pad_token=self.pad_token)
+        return length
 
     # --- ids to text --------------------------------------------------------------------------------------------
 
@@ -706,6 +778,40 @@ def _without_rest(encoding: Encoding) -> Encoding:
     plain = Encoding()
     plain.__setstate__(json.dumps(state | {"overflowing": []}).encode())
     return plain
+
+
+def _by_name(encoded: Any) -> dict[str, Any]:
+    """A dictionary of lists, of one or of a list of dictionaries with the same names."""
+    if isinstance(encoded, Mapping):
+        return dict(encoded)
+    if not isinstance(encoded, (list, tuple)) or not all(isinstance(row, Mapping) for row in encoded):
+        raise TypeError(f"pad takes dictionaries with input_ids, or a list of them, got {type(encoded).__name__}")
+    names = list(encoded[0]) if encoded else []
+    for row, one in enumerate(encoded):
+        if missing := [name for name in names if name not in one]:
+            raise ValueError(f"row {row} has no {missing[0]}, which row 0 has")
+    return {name: [row[name] for row in encoded] for name in names}
+
+
+def _plain(values: Any) -> Any:
+    """Tensors and arrays, also those in a list, as lists and numbers."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [_plain(value) for value in values] if isinstance(values, (list, tuple)) else values
+
+
+def _as_tensor(name: str, values: Any, kind: str | None) -> Any:
+    if kind not in (None, "pt", "np"):
+        raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {kind!r}")
+    if kind is None:
+        return values
+    try:
+        return torch.tensor(values) if kind == "pt" else np.array(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot be a tensor: its rows differ in length or are no numbers; use padding=True, and leave out "
+            "what is for people to read"
+        ) from error
 
 
 def _to_tensors(data: dict[str, list], kind: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,7 @@ def test_saved_with_the_model(tmp_path, caplog):
         (lambda m: m.add_adapter("a.b"), "cannot be named 'a.b'"),
         (lambda m: m.add_adapter("lora"), "there is an adapter 'lora'"),
         (lambda m: m.add_adapter("x", {"is_parallel": True}), "is_parallel=True is not supported, only False"),
+        (lambda m: m.add_adapter("x", SimpleNamespace(peft_type="LORA")), "use peft.get_peft_model"),
         (lambda m: m.add_adapter("x", {"reduction_factor": 0}), "reduction_factor must be above 0"),
         (lambda m: m.add_adapter("x", {"scaling": "learned"}), "scaling must be a number, got 'learned'"),
         (lambda m: m.add_adapter("x", {"non_linearity": "maybe"}), "'maybe' is not one of relu"),

@@ -26,6 +26,9 @@ from fastdistil.tokenizer import DistilBertTokenizer
 logger = logging.getLogger("fastdistil")
 
 
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+
+
 class Embedder:
     """Sentence embeddings from a DistilBERT or BERT encoder.
 
@@ -33,8 +36,8 @@ class Embedder:
     with the special ones, at most the model's positions; longer texts are cut. prompt is put before every text, unless
     `encode` is given another or one of the named prompts; lower_case lowers it first. layers: what the pooled vectors
     go through, float32 [rows, dim] -> [rows, out], such as sentence-transformers' Dense. truncate_dim: so many of the
-    numbers are kept (Matryoshka embeddings, Kusupati et al., 2022), before normalize divides. Source: Sentence-BERT
-    (Reimers and Gurevych, 2019).
+    numbers are kept (Matryoshka embeddings, Kusupati et al., 2022), before normalize divides. similarity_fn_name:
+    cosine, dot, euclidean or manhattan, what `similarity` computes. Source: Sentence-BERT (Reimers and Gurevych, 2019).
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Embedder:
         lower_case: bool = False,
         layers: Iterable[nn.Module] = (),
         truncate_dim: int | None = None,
+        similarity_fn_name: str = "cosine",
     ):
         if not isinstance(model, DistilBertModel) or not isinstance(tokenizer, DistilBertTokenizer):
             given = f"{type(model).__name__} and {type(tokenizer).__name__}"
@@ -86,6 +90,9 @@ class Embedder:
             if not isinstance(text, str):
                 raise TypeError(f"a prompt must be a string, got {text!r}")
         self.prompt, self.lower_case = prompt, lower_case
+        if similarity_fn_name not in SIMILARITIES:
+            raise ValueError(f"similarity_fn_name {similarity_fn_name!r} is not one of {', '.join(SIMILARITIES)}")
+        self.similarity_fn_name = similarity_fn_name
         self._graphs = GraphCache()
 
     @classmethod
@@ -153,8 +160,13 @@ class Embedder:
         prompt: str | None = None,
         prompt_name: str | None = None,
         tokenizer_processes: int = 0,
-    ) -> np.ndarray:
-        """Embeddings of texts, float32 [len(texts), dim] in their order; of one string, [dim].
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        convert_to_numpy: bool = True,
+        normalize_embeddings: bool = False,
+    ) -> Any:
+        """Embeddings of texts, a float32 array [len(texts), dim] in their order; of one string, [dim].
 
         max_batch_tokens: by default 2,048 on CPU and about 16,896 on CUDA. show_progress: texts/s and tokens/s on
         stderr; by default when that is a terminal. prompt, prompt_name: what is put before these texts, instead of the
@@ -162,9 +174,73 @@ class Embedder:
         that waits for this one's threads. Memory beyond the output is bounded by the token budget and a look-ahead of
         65,536 texts. Equal texts are computed once. Raises TypeError or ValueError naming the text, MemoryError for a
         text that does not fit alone.
+
+        The rest is sentence-transformers': batch_size means nothing here, show_progress_bar is show_progress,
+        convert_to_tensor gives a tensor on the model's device, convert_to_numpy=False without it a list of tensors, and
+        normalize_embeddings divides by the L2 norm.
         """
+        show_progress = show_progress_bar if show_progress is None else show_progress
         if isinstance(texts, str):
-            return self.encode([texts], max_batch_tokens, False, prompt=prompt, prompt_name=prompt_name)[0]
+            vectors = self._encode([texts], max_batch_tokens, False, prompt, prompt_name, tokenizer_processes)
+        else:
+            vectors = self._encode(texts, max_batch_tokens, show_progress, prompt, prompt_name, tokenizer_processes)
+        if normalize_embeddings:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        found: Any = vectors
+        if convert_to_tensor or not convert_to_numpy:
+            found = torch.from_numpy(vectors).to(self.device)
+            found = found if convert_to_tensor else list(found)
+        return found[0] if isinstance(texts, str) else found
+
+    def encode_query(self, texts: str | Iterable[str], max_batch_tokens: int | None = None, **options: Any) -> Any:
+        """`encode` with the checkpoint's prompt for queries, unless another is given."""
+        return self.encode(texts, max_batch_tokens, **self._with_prompt(("query",), options))
+
+    def encode_document(self, texts: str | Iterable[str], max_batch_tokens: int | None = None, **options: Any) -> Any:
+        """`encode` with the checkpoint's prompt for documents, unless another is given."""
+        return self.encode(texts, max_batch_tokens, **self._with_prompt(("document", "passage", "corpus"), options))
+
+    def _with_prompt(self, names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("prompt") is not None or options.get("prompt_name") is not None:
+            return options
+        return options | {"prompt_name": next((name for name in names if name in self.prompts), None)}
+
+    def similarity(self, one: Any, other: Any) -> Tensor:
+        """Cosine similarity of every pair, or what the checkpoint says: float32 [n, m] of [n, dim] and [m, dim], arrays
+        or tensors (or [dim] for one)."""
+        a, b = (self._as_rows(vectors) for vectors in (one, other))
+        if self.similarity_fn_name == "cosine":
+            a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+        if self.similarity_fn_name in ("cosine", "dot"):
+            return a @ b.T
+        return -torch.cdist(a, b, p=1.0 if self.similarity_fn_name == "manhattan" else 2.0)
+
+    @staticmethod
+    def _as_rows(vectors: Any) -> Tensor:
+        if isinstance(vectors, (list, tuple)):
+            vectors = torch.stack([torch.as_tensor(vector) for vector in vectors])
+        return torch.atleast_2d(torch.as_tensor(vectors)).float()
+
+    def get_sentence_embedding_dimension(self) -> int:
+        return self.dim
+
+    @property
+    def max_seq_length(self) -> int:
+        return self.max_length
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def _encode(
+        self,
+        texts: Iterable[str],
+        max_batch_tokens: int | None,
+        show_progress: bool | None,
+        prompt: str | None,
+        prompt_name: str | None,
+        tokenizer_processes: int,
+    ) -> np.ndarray:
         if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a string or an iterable of strings, got {type(texts).__name__}")
         if isinstance(dimensions := getattr(texts, "ndim", 1), (int, np.integer)) and dimensions != 1:

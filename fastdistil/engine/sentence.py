@@ -60,6 +60,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise ValueError(f"{where}: truncate_dim is {dim!r}; it must be an integer of 1 or more")
         settings["truncate_dim"] = dim
+    if (similarity := told.get("similarity_fn_name")) is not None:
+        settings["similarity_fn_name"] = similarity
     prompts = told.get("prompts") or {}
     if not isinstance(prompts, dict):
         raise ValueError(f"{where}: prompts is a JSON {type(prompts).__name__}, not an object")
