@@ -596,4 +596,5 @@ print(sum(faults() for _ in range(8)))
 """.replace("TOKENS", str(tokens))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     out = subprocess.run([sys.executable, "-c", code], env=clean | chosen, capture_output=True, text=True, check=True)
-    assert (int(out.stdout) < 16_000) == kept, out.stdout
+    # 1,500 to 6,000 alone on two cores, 43,000 once beside other work; not kept: from 137,000 on
+    assert (int(out.stdout) < 80_000) == kept, out.stdout
