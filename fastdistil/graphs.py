@@ -40,7 +40,7 @@ class Graphs:
     def __init__(self, most: int = 64):
         self.most = most
         self._captured: dict[Any, _Graph | None] = {}
-        self._weights: _Weights | None = None
+        self._weights: Snapshot | None = None
         self._lock = threading.RLock()  # a warning of ours may be handled by whoever moves the model
         self._shared: Any = None
         self._done: torch.cuda.Event | None = None
@@ -82,7 +82,7 @@ class Graphs:
             if self.is_stale():
                 self._forget()
             if self._weights is None:
-                self._weights = _Weights(model)
+                self._weights = Snapshot(model)
             if not self._weights.is_plain():
                 return None
             if key not in self._captured:
@@ -170,7 +170,7 @@ SETTINGS = ("activation", "eps", "max_norm", "n_heads", "norm_first", "scaling")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
-class _Weights:
+class Snapshot:
     """Where a model's tensors lie and what its modules compute: what a graph has fixed, compared at every call."""
 
     def __init__(self, model: nn.Module):
@@ -208,12 +208,6 @@ class _Weights:
 
     def _tensors(self) -> list[Tensor]:
         return [p for of_module in self.parameters for p in of_module.values() if p is not None]
-
-
-def state_of(model: nn.Module) -> tuple | None:
-    """What a graph of a model would have fixed inside it, or None where that cannot be told."""
-    weights = _Weights(model)
-    return tuple(map(tuple, weights.when_captured)) if weights.is_plain() else None
 
 
 def can_capture(device: torch.device) -> bool:

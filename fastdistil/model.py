@@ -64,6 +64,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
+def to_eval(module: nn.Module) -> None:
+    """`eval()` where it changes something: to see that it does not takes a fifth of its time, which a query feels."""
+    if any(part.training for part in module.modules()):
+        module.eval()
+
+
 def is_packed_otherwise(weight: Any) -> bool:
     """Whether a weight is a tensor of tensors, as torchao's quantised and torch's distributed ones are."""
     return hasattr(type(weight), "__tensor_flatten__")

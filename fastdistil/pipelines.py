@@ -32,7 +32,7 @@ from fastdistil.heads import (
     score,
 )
 from fastdistil.heads import model_class as class_named_in
-from fastdistil.model import DistilBertModel, as_device, one_device
+from fastdistil.model import DistilBertModel, as_device, one_device, to_eval
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
@@ -75,7 +75,7 @@ class Pipeline:
 
     def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
         """`answer(inputs, ...)` with the pipeline's own options where the call gives none."""
-        self.model.eval()  # it may have been trained meanwhile
+        to_eval(self.model)  # it may have been trained meanwhile
         return self.answer(inputs, *args, **(self.options | _ours(options)))
 
     # looked up at every call, for the model may change: its active head, its labels

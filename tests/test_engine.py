@@ -393,6 +393,25 @@ def test_graphs_know_the_layers_behind_the_pooling(embedder):
     assert key() is None
 
 
+def test_what_graphs_know_of_a_model_is_looked_at_anew():
+    config = DistilBertConfig(vocab_size=99, dim=16, n_heads=2, hidden_dim=24, n_layers=1)
+    model, other, layers = DistilBertModel(config).eval(), DistilBertModel(config).eval(), torch.nn.Sequential()
+    cache = runner.GraphCache()
+    first = cache.state_of(model, layers)
+    assert first is not None and cache.state_of(model, layers) is first
+    weight = model.embeddings.word_embeddings.weight
+    weight.data = weight.data.clone()
+    second = cache.state_of(model, layers)
+    assert second is not first and cache.state_of(model, layers) is second
+    third = cache.state_of(other, layers)
+    assert third is not second and cache.state_of(other, torch.nn.Sequential(torch.nn.Tanh())) is not third
+    hook = model.transformer.register_forward_hook(lambda *args: None)
+    assert cache.state_of(model, layers) is None
+    hook.remove()
+    assert cache.state_of(model, layers) is not None
+    assert pickle.loads(pickle.dumps(cache))._seen is None
+
+
 def test_adapters_are_part_of_what_graphs_know(embedder, texts, captured):
     """And training one leaves no dropout on."""
     model = DistilBertModel(embedder.model.config)

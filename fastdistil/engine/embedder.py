@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdistil import graphs, ops
+from fastdistil import ops
 from fastdistil._register import FORMS
 from fastdistil.checkpoint import find
 from fastdistil.engine.runner import Done, Engine, GraphCache, budget_for
 from fastdistil.engine.scheduler import Window, cuts
 from fastdistil.engine.sentence import Normalize, read_settings
 from fastdistil.engine.tokens import TextWindows, ahead
-from fastdistil.model import DistilBertModel, as_device, one_device
+from fastdistil.model import DistilBertModel, as_device, one_device, to_eval
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
@@ -324,13 +324,13 @@ class Embedder:
         key = None
         if engine.device.type != "cpu":  # where the model has the cores that the tokenizer would need
             windows = ahead(windows)
-            if (state := graphs.state_of(nn.ModuleList([self.model, self.layers]))) is not None:
+            if (state := self._graphs.state_of(self.model, self.layers)) is not None:
                 key = state, *self.model.active_adapters, self.pooling, self.normalize, self.truncate_dim
         return engine.run(windows, self._compute, key=key)
 
     def engine(self, max_batch_tokens: int | None = None) -> Engine:
-        self.model.eval()  # training, of adapters too, leaves the other mode on
-        self.layers.eval().to(self.model.device)
+        for part in (self.model, self.layers.to(self.model.device)):
+            to_eval(part)  # training, of adapters too, leaves the other mode on
         return Engine(self.model.device, self.budget(max_batch_tokens), self._graphs)
 
     def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistil import cpu, ops
 from fastdistil.engine.scheduler import CPU_BUDGET, Batch, Window, batches, cuda_budget
-from fastdistil.graphs import after, can_capture, capture
+from fastdistil.graphs import Snapshot, after, can_capture, capture
 
 logger = logging.getLogger("fastdistil")
 
@@ -318,9 +318,20 @@ class GraphCache:
         self._shared: Any = None
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
+        self._seen: tuple[tuple[nn.Module, ...], Snapshot] | None = None
 
     def __reduce__(self) -> tuple:
         return GraphCache, ()
+
+    def state_of(self, *parts: nn.Module) -> Snapshot | None:
+        """What a graph of these modules has fixed inside it, one object for as long as that is so; None where it cannot
+        be told."""
+        with self._lock:
+            now = None if self._seen is None or self._seen[0] != parts else self._seen[1]
+            if now is None or now.state() != now.when_captured:
+                now = Snapshot(nn.ModuleList(parts))
+                self._seen = parts, now
+            return now if now.is_plain() else None
 
     def clear(self) -> bool:
         """Frees the memory of all graphs; whether there was one."""
@@ -332,6 +343,8 @@ class GraphCache:
         return held
 
     def _clear(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()  # what is freed here may be written to until then
         self._graphs.clear()
         self._shared = self._done = None  # they belong to a device, which the model may have left
 
