@@ -419,10 +419,12 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
+    checkpointing_step, checkpoints_on_host = 1, False  # see gradient_checkpointing_enable
+
     def __init__(self, config: DistilBertConfig):
         super().__init__()
         self.layer = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
-        self.gradient_checkpointing, self.checkpointing_step, self.checkpoints_on_host = False, 1, False
+        self.gradient_checkpointing = False
         self.checkpointing_options: dict[str, Any] = {}
 
     def forward(
@@ -476,6 +478,7 @@ class PreTrainedModel(WithAdapters):
     config_class = DistilBertConfig
     base_model_prefix = "distilbert"
     main_input_name = "input_ids"
+    name_or_path = ""  # of the checkpoint, for tools that write down where a model came from
 
     def __init__(self, config: DistilBertConfig):
         super().__init__()
@@ -483,7 +486,6 @@ class PreTrainedModel(WithAdapters):
             raise TypeError(f"config must be a fastdistil.DistilBertConfig, got {type(config).__name__}")
         config._validate()
         self.config = config
-        self.name_or_path = ""  # of the checkpoint, for tools that write down where a model came from
 
     # --- weights ------------------------------------------------------------------------------------------------
 
@@ -557,7 +559,8 @@ class PreTrainedModel(WithAdapters):
             model.__dict__["_load_device"] = as_device("cpu" if device is None else device)
             report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
-        model.name_or_path = "" if path_or_repo is None else str(path_or_repo)
+        for one in {model, model.base_model}:
+            one.name_or_path = "" if path_or_repo is None else str(path_or_repo)
         if to_int8:
             if model.adapters_config:
                 raise ValueError("dtype int8 takes no adapters; use float32, or save the model with one merged")
@@ -592,19 +595,21 @@ class PreTrainedModel(WithAdapters):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
-        max_shard_size: int | str = "50GB",
-        safe_serialization: bool = True,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         save_function: Callable | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
         variant: str | None = None,
         token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        *,
+        safe_serialization: bool = True,
     ) -> None:
         """Write config.json and model.safetensors, or shards of at most max_shard_size with their index; nothing unless
         is_main_process. state_dict: tensors gathered elsewhere, in place of the model's own. safe_serialization is
-        always on; save_function and token are for transformers' callers and mean nothing here."""
+        always on; save_function, token and the save_..._format are for transformers' callers and mean nothing here."""
         if push_to_hub or variant:
             what = "push_to_hub=True" if push_to_hub else f"variant={variant!r}"
             raise ValueError(f"{what} is not supported; save into a directory and upload it with huggingface_hub")

@@ -1,7 +1,7 @@
 """Model outputs that read as attributes, by name, by number and as a tuple, like transformers' ModelOutput."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -31,10 +31,8 @@ class ModelOutput(OrderedDict):
     def __post_init__(self) -> None:
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         first, *rest = (getattr(self, name) for name in names)
-        if all(value is None for value in rest) and isinstance(first, (Mapping, Iterator, list, tuple)):
-            given = _by_name(first, names[0])
-            if unknown := [name for name in given if name not in names]:
-                raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}; it has {', '.join(names)}")
+        if all(value is None for value in rest) and isinstance(first, Iterable) and not isinstance(first, Tensor):
+            given = _by_name(first, names)
             for name in names:
                 super().__setattr__(name, given.get(name))
         for field in fields(self):  # type: ignore[arg-type]
@@ -66,12 +64,12 @@ class ModelOutput(OrderedDict):
     __delitem__ = pop = popitem = setdefault = update = _refuse
 
 
-def _by_name(given: Any, name: str) -> dict[str, Any]:
-    """A mapping or pairs of names and values as a dictionary; anything else is the value of `name`."""
+def _by_name(given: Iterable[Any], names: list[str]) -> dict[str, Any]:
+    """A mapping or pairs of these names and values as a dictionary; anything else is the value of the first."""
     pairs = list(given.items() if isinstance(given, Mapping) else given)
-    if all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+    if all(isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in names for pair in pairs):
         return dict(pairs)
-    return {name: pairs if isinstance(given, Iterator) else given}
+    return {names[0]: pairs if isinstance(given, Iterator) else given}
 
 
 @dataclass

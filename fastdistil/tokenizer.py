@@ -32,6 +32,9 @@ CHARS_PER_TOKEN = 8  # a first cut this long nearly always holds enough tokens; 
 Text = str | Sequence[str]
 
 
+PADDED = frozenset(("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"))
+
+
 class BatchEncoding(dict):
     """The tokenizer's result: a dictionary whose keys are attributes too. `encodings` are the library's objects, where
     the texts themselves were tokenised: what tools make of a result, and `pad` of several, has none."""
@@ -571,7 +574,8 @@ class DistilBertTokenizer:
         side = self.padding_side if padding_side is None else padding_side
         if side not in ("right", "left"):
             raise ValueError(f"padding_side must be right or left, got {side!r}")
-        data = {name: _plain(values) for name, values in _by_name(encoded_inputs).items()}
+        data = _by_name(encoded_inputs)
+        data |= {name: _plain(data[name]) for name in PADDED & data.keys()}
         ids = data.get("input_ids")
         if not isinstance(ids, list):
             raise ValueError(f"the texts to pad need input_ids; they have {', '.join(map(str, data)) or 'nothing'}")
@@ -580,8 +584,10 @@ class DistilBertTokenizer:
         ids = data["input_ids"]
         if return_attention_mask is not False:
             data.setdefault("attention_mask", [[1] * len(row) for row in ids])
-        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+        fills = dict.fromkeys(PADDED, 0) | {"input_ids": self.pad_token_id, "special_tokens_mask": 1}
         if padding and padding != "do_not_pad":
+            if padding == "max_length" and max_length is None and self.model_max_length < NO_LIMIT:
+                max_length = self.model_max_length
             length = self._padded_length([len(row) for row in ids], padding, max_length, pad_to_multiple_of)
             for name in fills.keys() & data.keys():
                 for row, (values, own) in enumerate(zip(data[name], ids, strict=True)):
@@ -603,7 +609,7 @@ class DistilBertTokenizer:
         """1 at special tokens: at those there are, or at those that would be put around the texts."""
         if already_has_special_tokens:
             special = set(self.all_special_ids)
-            return [int(i in special) for i in token_ids_0]
+            return [int(int(i) in special) for i in token_ids_0]
         second = [] if token_ids_1 is None else [*[0] * len(token_ids_1), 1]
         return [1, *[0] * len(token_ids_0), 1, *second]
 
@@ -806,8 +812,16 @@ def _as_tensor(name: str, values: Any, kind: str | None) -> Any:
     if kind is None:
         return values
     try:
-        return torch.tensor(values) if kind == "pt" else np.array(values)
-    except (TypeError, ValueError) as error:
+        if name in PADDED:
+            whole = np.array(values, np.int64)  # also of no tokens
+            return torch.from_numpy(whole) if kind == "pt" else whole
+        if kind == "np":
+            return np.array(values)
+        first = values[0] if isinstance(values, (list, tuple)) and values else values
+        if isinstance(first, torch.Tensor):  # each keeps its type
+            return values if first is values else torch.stack(list(values))
+        return torch.from_numpy(np.array(values)) if hasattr(first, "dtype") else torch.tensor(values)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{name} cannot be a tensor: its rows differ in length or are no numbers; use padding=True, and leave out "
             "what is for people to read"

@@ -41,16 +41,17 @@ def test_results_are_made_from_names_and_values():
         type(out)((name, value) for name, value in out.items()),
         type(out)([("loss", loss), ("logits", logits)]),
         type(out)(out),
+        type(out)(out.items()),
     ):
         assert made.loss is loss and made.logits is logits and list(made) == ["loss", "logits"]
         assert made[1] is logits and made.hidden_states is None
     only = type(out)({"logits": logits})
     assert only.loss is None and list(only) == ["logits"]
     assert list(type(out)({})) == []
-    for value in ([loss], (loss, loss), "text", 3.0, object()):  # no names: the first field's value
+    for value in ([loss], (loss, loss), "text", 3.0, object(), {"other": loss}, [(logits, loss)]):  # none of its names
         assert type(out)(value).loss is value
-    with pytest.raises(ValueError, match="SequenceClassifierOutput has no field 'logit'; it has loss, logits"):
-        type(out)({"logit": logits})
+    mapped = torch.utils._pytree.tree_map(lambda t: {"size": t.shape}, type(out)(loss=loss))
+    assert mapped.loss == {"size": ()}
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -188,8 +189,10 @@ def test_what_is_saved_may_be_given(tmp_path):
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state, save_function=torch.save, push_to_hub=False, token=None)
     found = fastdistil.DistilBertForMaskedLM.from_pretrained(tmp_path)
-    assert found.name_or_path == str(tmp_path) and model.name_or_path == ""
+    assert found.name_or_path == found.distilbert.name_or_path == str(tmp_path) and model.name_or_path == ""
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in state.items())
+    model.save_pretrained(tmp_path / "none", False)  # not the main process
+    assert not (tmp_path / "none").exists()
     for wrong in ({"push_to_hub": True}, {"variant": "fp16"}):
         with pytest.raises(ValueError, match="is not supported; save into a directory and upload it"):
             model.save_pretrained(tmp_path / "other", **wrong)
@@ -238,7 +241,18 @@ def same(a, b):
 @pytest.mark.parametrize(
     "options", [{}, {"pad_to_multiple_of": 8}, {"padding": "max_length", "max_length": 12}], ids=str
 )
-@pytest.mark.parametrize("label", [lambda ids: len(ids), lambda ids: [0.5, 1.0]], ids=["class", "several"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        len,
+        lambda ids: [0.5, 1.0],
+        lambda ids: np.float64(0.1),
+        lambda ids: torch.tensor(0.1, dtype=torch.float64),
+        lambda ids: torch.tensor(2, dtype=torch.int32),
+        lambda ids: True,
+    ],
+    ids=["class", "several", "float64", "tensor", "int32", "bool"],
+)
 def test_collating_with_padding(options, label, tokenizers):
     ours, theirs = (transformers.DataCollatorWithPadding(one, **options)(rows(one, label=label)) for one in tokenizers)
     same(ours, theirs)
@@ -261,6 +275,7 @@ def test_other_collators(tokenizers):
         {"return_tensors": "np"},
         {"padding_side": "left", "return_tensors": "pt"},
         {"padding": "max_length", "max_length": 9},
+        {"padding": "max_length"},
         {"padding": False},
     ],
     ids=str,
@@ -273,6 +288,7 @@ def test_pad(options, tokenizers):
         {"input_ids": [101, 5, 102]},
         {"input_ids": [[101, 5, 102], [101, 102]], "token_type_ids": [[0, 0, 1], [0, 1]]},
         {"input_ids": [torch.tensor([101, 102]), torch.tensor([101])]},
+        {"input_ids": [[], []]},
     ):
         expected = other.pad(copy.deepcopy(given), **({"return_tensors": "pt"} | options | {"padding": True}))
         same(one.pad(given, **({"return_tensors": "pt"} | options | {"padding": True})), expected)
@@ -280,6 +296,7 @@ def test_pad(options, tokenizers):
     ids = other("a pair", "of texts")["input_ids"]
     masks = [t.get_special_tokens_mask(ids, already_has_special_tokens=True) for t in tokenizers]
     assert masks[0] == masks[1] and sum(masks[0]) == 3
+    assert one.get_special_tokens_mask(torch.tensor(ids), already_has_special_tokens=True) == masks[0]
     assert one.get_special_tokens_mask([5, 6], [7]) == [1, 0, 0, 1, 0, 1]
     for name in ("is_fast", "pad_token_type_id", "truncation_side", "padding_side"):
         assert getattr(one, name) == getattr(other, name)
@@ -310,6 +327,12 @@ def test_an_encoding_is_made_from_names_and_values(tokenizers):
             ValueError,
             "words cannot be a tensor",
         ),
+        (
+            {"input_ids": [[1], [2]], "labels": [None, None]},
+            {"return_tensors": "pt"},
+            ValueError,
+            "labels cannot be a tensor",
+        ),
         ({"input_ids": [[1], [2, 3]]}, {"padding": False, "return_tensors": "pt"}, ValueError, "use padding=True"),
     ],
 )
@@ -323,7 +346,6 @@ def test_what_cannot_be_padded(given, options, error, message, tokenizers):
 
 def test_an_embedder_answers_as_a_sentence_transformer(minilm):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    evaluation = pytest.importorskip("sentence_transformers.evaluation")
     theirs = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")
     ours = fastdistil.Embedder.from_pretrained(minilm, device="cpu", normalize=False)
     texts = ["a cat sat", "temporary directory", "a dog sat", "the sky"]
@@ -333,6 +355,7 @@ def test_an_embedder_answers_as_a_sentence_transformer(minilm):
         {"convert_to_tensor": True},
         {"convert_to_numpy": False},
         {"convert_to_tensor": True, "convert_to_numpy": False, "normalize_embeddings": True},
+        {"truncate_dim": 9, "normalize_embeddings": True, "precision": "float32", "chunk_size": 3, "device": "cpu"},
     ):
         for given in (texts, texts[0]):
             a, b = ours.encode(given, **options), theirs.encode(given, **options)
@@ -346,17 +369,32 @@ def test_an_embedder_answers_as_a_sentence_transformer(minilm):
     assert not torch.allclose(torch.as_tensor(ours.encode(texts)).norm(dim=1), torch.ones(4), atol=1e-2)
     assert ours.get_sentence_embedding_dimension() == theirs.get_sentence_embedding_dimension()
     assert ours.max_seq_length == theirs.max_seq_length and ours.device == theirs.device
-    whole = fastdistil.Embedder.from_pretrained(minilm, device="cpu")
-    scores = [0.9, 0.1, 0.8, 0.2]
-    found, expected = (
-        evaluation.EmbeddingSimilarityEvaluator(texts, texts[::-1], scores, show_progress_bar=False).compute_metrices(
-            one
-        )
-        if hasattr(evaluation.EmbeddingSimilarityEvaluator, "compute_metrices")
-        else one.similarity(one.encode(texts), one.encode(texts[::-1])).flatten().tolist()
-        for one in (whole, theirs)
-    )
-    assert found == pytest.approx(expected, abs=1e-5)
+    for wrong, error in (
+        ({"batch_size": 0}, "batch_size is 0; it must be an integer of 1 or more"),
+        ({"truncate_dim": 500}, "truncate_dim is 500; it must be from 1 to 384"),
+        ({"precision": "int8"}, "precision='int8' is not supported"),
+        ({"output_value": "token_embeddings"}, "output_value='token_embeddings' is not supported"),
+        ({"normalise": True}, r"encode\(\) has no argument 'normalise'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            ours.encode(texts, **wrong)
+
+
+@pytest.mark.filterwarnings("ignore:Importing from:DeprecationWarning")
+def test_evaluators_of_sentence_transformers_take_an_embedder(minilm):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    evaluation = pytest.importorskip("sentence_transformers.evaluation")
+    theirs = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")
+    ours = fastdistil.Embedder.from_pretrained(minilm, device="cpu")
+    one, other = ["a cat sat", "the sky is blue", "dogs run"], ["a kitten sat", "the sea", "dogs walk"]
+    corpus = dict(zip("012345", one + other, strict=True))
+    for evaluator in (
+        evaluation.EmbeddingSimilarityEvaluator(one, other, [0.9, 0.2, 0.8], show_progress_bar=False),
+        evaluation.InformationRetrievalEvaluator({"q": "cats"}, corpus, {"q": {"0", "3"}}, show_progress_bar=False),
+        evaluation.TripletEvaluator(one, other, one[::-1]),
+    ):
+        found, expected = evaluator(ours), evaluator(theirs)
+        assert len(found) > 0 and found == pytest.approx(expected, abs=1e-4)
 
 
 def test_prompts_for_queries_and_documents(minilm):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,9 @@ class Embedder:
     numbers are kept (Matryoshka embeddings, Kusupati et al., 2022), before normalize divides. similarity_fn_name:
     cosine, dot, euclidean or manhattan, what `similarity` computes. Source: Sentence-BERT (Reimers and Gurevych, 2019).
     """
+
+    # into which sentence-transformers' evaluators write their figures
+    model_card_data = SimpleNamespace(set_evaluation_metrics=lambda *args, **kwargs: None)
 
     def __init__(
         self,
@@ -78,10 +82,7 @@ class Embedder:
         self.layers = nn.Sequential(*layers)
         self._dim = _out_features(self.layers, model.config.dim)
         if truncate_dim is not None:
-            if isinstance(truncate_dim, bool) or not isinstance(truncate_dim, int):
-                raise TypeError(f"truncate_dim must be an integer, got {truncate_dim!r}")
-            if not 0 < truncate_dim <= self._dim:
-                raise ValueError(f"truncate_dim is {truncate_dim}; it must be from 1 to {self._dim}")
+            _check_dim(truncate_dim, self._dim)
         self.truncate_dim = truncate_dim
         self.model, self.tokenizer = model.eval(), tokenizer.lowered() if lower_case else tokenizer
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
@@ -165,6 +166,8 @@ class Embedder:
         convert_to_tensor: bool = False,
         convert_to_numpy: bool = True,
         normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        **others: Any,
     ) -> Any:
         """Embeddings of texts, a float32 array [len(texts), dim] in their order; of one string, [dim].
 
@@ -176,14 +179,24 @@ class Embedder:
         text that does not fit alone.
 
         The rest is sentence-transformers': batch_size means nothing here, show_progress_bar is show_progress,
-        convert_to_tensor gives a tensor on the model's device, convert_to_numpy=False without it a list of tensors, and
-        normalize_embeddings divides by the L2 norm.
+        convert_to_tensor gives a tensor on the model's device, convert_to_numpy=False without it a list of tensors,
+        truncate_dim keeps so many numbers, and normalize_embeddings then divides by the L2 norm. Its other keywords may
+        be given if they ask for nothing.
         """
+        _check_theirs(others, self.device)
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise ValueError(f"batch_size is {batch_size!r}; it must be an integer of 1 or more")
+        if truncate_dim is not None:
+            _check_dim(truncate_dim, self.dim)
         show_progress = show_progress_bar if show_progress is None else show_progress
         if isinstance(texts, str):
             vectors = self._encode([texts], max_batch_tokens, False, prompt, prompt_name, tokenizer_processes)
         else:
             vectors = self._encode(texts, max_batch_tokens, show_progress, prompt, prompt_name, tokenizer_processes)
+        if truncate_dim is not None:
+            vectors = np.ascontiguousarray(vectors[:, :truncate_dim])
         if normalize_embeddings:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         found: Any = vectors
@@ -367,6 +380,25 @@ class Embedder:
             return ops.pool(hidden, cu_seqlens, self.pooling, self.normalize).float()  # [batch, dim]
         out = self.layers(ops.pool(hidden, cu_seqlens, self.pooling).float())[:, : self.truncate_dim]
         return F.normalize(out, dim=-1) if self.normalize else out
+
+
+def _check_dim(truncate_dim: Any, dim: int) -> None:
+    if isinstance(truncate_dim, bool) or not isinstance(truncate_dim, int):
+        raise TypeError(f"truncate_dim must be an integer, got {truncate_dim!r}")
+    if not 0 < truncate_dim <= dim:
+        raise ValueError(f"truncate_dim is {truncate_dim}; it must be from 1 to {dim}")
+
+
+def _check_theirs(given: dict[str, Any], device: torch.device) -> None:
+    """Keywords of SentenceTransformer.encode that are not ours: TypeError for a name that it does not have, ValueError
+    for what asks for something else than `encode` gives."""
+    nothing = {"output_value": "sentence_embedding", "precision": "float32", "device": None, "pool": None}
+    for name, value in given.items():
+        if name not in (*nothing, "chunk_size"):
+            raise TypeError(f"encode() has no argument {name!r}")
+        same = value is None or (name == "device" and as_device(value) == device)
+        if name in nothing and value != nothing[name] and not same:
+            raise ValueError(f"{name}={value!r} is not supported; leave it out")
 
 
 def _out_features(layers: nn.Sequential, dim: int) -> int:
