@@ -33,8 +33,8 @@ def is_transformed() -> bool:
 
 def is_exported_to_onnx() -> bool:
     """Whether torch.onnx traces the call; ONNX has none of our ops."""
-    onnx = sys.modules.get("torch.onnx")  # to import it takes long
-    return onnx is not None and onnx.is_in_onnx_export()
+    onnx = sys.modules.get("torch.onnx")  # to import it takes long, and another thread may be about it
+    return getattr(onnx, "is_in_onnx_export", bool)()
 
 
 # what torch.compiler.assume_constant_result does, which imports the compiler: Dynamo cannot see inside, and keeps apart

@@ -182,6 +182,8 @@ class Snapshot:
         self.children = [module._modules for module in modules]
         self.parameters = [module._parameters for module in modules]
         self.held: list[Tensor] = []
+        # tensors of tensors have no address of their own
+        self.known &= not any(hasattr(type(p), "__tensor_flatten__") for p in self._tensors())
         self.when_captured = self.state()
 
     def hold(self) -> None:

@@ -1,6 +1,8 @@
 """What the tools around transformers' models ask of a model, its results and its tokenizer."""
 
 import copy
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertTokenizer
+from fastdistil.graphs import Snapshot
 from fastdistil.outputs import SequenceClassifierOutput
 
 transformers = pytest.importorskip("transformers")
@@ -147,6 +150,20 @@ def test_weights_that_are_tensors_of_tensors_are_left_to_their_modules(accelerat
     with torch.inference_mode():
         ours, expected = model(**given)[0][real], rounded(**given)[0][real]
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_no_graph_knows_weights_that_are_tensors_of_tensors():
+    model = model_of("Model")
+    assert Snapshot(model).is_plain()
+    quantize(model.transformer.layer[0].ffn.lin2)
+    assert not Snapshot(model).is_plain()
+
+
+def test_calls_while_another_thread_imports_onnx(monkeypatch):
+    model, given = model_of("Model"), batch(2, 9)
+    monkeypatch.setitem(sys.modules, "torch.onnx", types.ModuleType("torch.onnx"))  # as far as it has come
+    with torch.inference_mode():
+        assert model(**given)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["Model", *HEADS])
