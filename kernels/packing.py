@@ -2,7 +2,7 @@
 
     pack    row r is the r-th real token: source[r] = p and target[p] = r for its flat position p = b * length + l
             cu_seqlens[b] = the real tokens before sequence b; row_ids[r] = input_ids[p]; row_positions alike
-    unpack  y[p] = rows[target[p]], or fill (0) where target[p] is -1
+    unpack  y[p] = rows[target[p]], or fill (0) where target[p] is -1, or NaN where there is no such row
 
 keep: bool [batch, length]; input_ids: [batch, length]; position_ids: [1 or batch, length]; cu_seqlens: int32
 [batch + 1]; source, target: int64 [batch * length]; rows: [capacity, dim]; y: [batch * length, dim]. The real tokens
@@ -62,9 +62,9 @@ def _pack(
             tl.store(cu_seqlens_ptr, 0)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "capacity"])
 def _unpack(
-    rows_ptr, target_ptr, fill_ptr, y_ptr, total,
+    rows_ptr, target_ptr, fill_ptr, y_ptr, total, capacity,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
@@ -72,7 +72,9 @@ def _unpack(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(target_ptr + p, mask=p < total, other=-1)  # [ROWS]
     inside = (column < DIM)[None, :]
-    x = tl.load(rows_ptr + row[:, None] * DIM + column[None, :], mask=(row >= 0)[:, None] & inside, other=0.0)
+    there = (row >= 0) & (row < capacity)
+    x = tl.load(rows_ptr + row[:, None] * DIM + column[None, :], mask=there[:, None] & inside, other=0.0)
+    x = tl.where((row < capacity)[:, None], x, float("nan"))
     if fill_ptr is not None:
         fill = tl.load(fill_ptr + column, mask=column < DIM, other=0.0)
         x = tl.where((row >= 0)[:, None], x, fill[None, :])
@@ -112,7 +114,8 @@ def unpack(rows: Tensor, target: Tensor, fill: Tensor | None = None) -> Tensor: 
     if total and dim:
         c = _configs.row_kernel("unpack", min(dim, WIDEST), rows.dtype, rows.device)
         _unpack[(_configs.cdiv(total, c.rows), _configs.cdiv(dim, c.block))](
-            rows.contiguous(), target.contiguous(), None if fill is None else fill.contiguous(), y, total,
+            rows.contiguous(), target.contiguous(), None if fill is None else fill.contiguous(), y,
+            total, rows.shape[0],
             DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps, **_configs.every_launch(y.device),
         )  # fmt: skip
     return y

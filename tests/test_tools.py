@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertTokenizer
@@ -60,10 +61,12 @@ def test_results_are_made_from_names_and_values():
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_second_block_is_computed_again():
+def test_every_second_block_is_computed_again(monkeypatch):
     """every_n_layers and offload of transformers' gradient_checkpointing_enable."""
     model, given = model_of("Model", n_layers=3, dropout=0.2).train(), batch(3, 9)
-    seen, grads = [], []
+    seen, grads, offloaded = [], [], []
+    real = save_on_cpu
+    monkeypatch.setattr("fastdistil.model.save_on_cpu", lambda **how: offloaded.append(how) or real(**how))
     for block in model.transformer.layer:
         block.forward = (lambda real, n: lambda *args: seen.append(n) or real(*args))(block.forward, len(grads))
         grads.append(None)
@@ -85,6 +88,7 @@ def test_every_second_block_is_computed_again():
                 None if options is None else options.get("every_n_layers", 1)
             ]
         )
+    assert offloaded == [{"pin_memory": False}] * 2
     for other in grads[1:]:
         for a, b in zip(grads[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -143,6 +147,10 @@ def test_weights_that_are_tensors_of_tensors_are_left_to_their_modules(accelerat
             plain.attention.q_lin.weight.copy_(quantize(layer.attention.q_lin))
             plain.ffn.lin1.weight.copy_(quantize(layer.ffn.lin1))
             plain.ffn.lin2.weight.copy_(quantize(layer.ffn.lin2))
+    for one, plain in ((model, rounded),):
+        tables = one.embeddings.word_embeddings, plain.embeddings.word_embeddings
+        with torch.no_grad():
+            tables[1].weight.copy_(quantize(tables[0]))
     if accelerated:
         fastdistil.accelerate(model)
     given = batch(4, 12)
@@ -361,7 +369,7 @@ def test_what_cannot_be_padded(given, options, error, message, tokenizers):
 # --- an Embedder where a SentenceTransformer was ----------------------------------------------------------------------
 
 
-def test_an_embedder_answers_as_a_sentence_transformer(minilm):
+def test_an_embedder_answers_as_a_sentence_transformer(minilm, capsys):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     theirs = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")
     ours = fastdistil.Embedder.from_pretrained(minilm, device="cpu", normalize=False)
@@ -381,6 +389,8 @@ def test_an_embedder_answers_as_a_sentence_transformer(minilm):
                 a, b = torch.stack(a), torch.stack(b)
             a, b = (F.normalize(torch.as_tensor(x), dim=-1) for x in (a, b))  # MiniLM's own are
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    ours.encode(texts, show_progress_bar=True)
+    assert "text" in capsys.readouterr().err
     norms = torch.as_tensor(ours.encode(texts, normalize_embeddings=True)).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(4), rtol=0, atol=1e-5)
     assert not torch.allclose(torch.as_tensor(ours.encode(texts)).norm(dim=1), torch.ones(4), atol=1e-2)
@@ -424,6 +434,8 @@ def test_prompts_for_queries_and_documents(minilm):
         np.testing.assert_array_equal(
             encode(["a cat"], prompt_name="query"), model.encode(["a cat"], prompt_name="query")
         )
+    model.prompts |= {"corpus": model.prompts.pop("passage")}
+    np.testing.assert_array_equal(model.encode_document(["a cat"]), model.encode(["a cat"], prompt_name="corpus"))
     model.prompts.clear()
     np.testing.assert_array_equal(model.encode_query(["a cat"]), model.encode(["a cat"]))
 

@@ -25,7 +25,14 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from fastdistil import ops
 from fastdistil.config import ACTIVATION_ALIASES
-from fastdistil.model import FFN, MultiHeadSelfAttention, TransformerBlock, apply_add_norm, is_plain
+from fastdistil.model import (
+    FFN,
+    MultiHeadSelfAttention,
+    TransformerBlock,
+    apply_add_norm,
+    is_packed_otherwise,
+    is_plain,
+)
 from fastdistil.packing import Packing, find_tokens
 
 # heads that read each sequence's first token alone, by the end of their names
@@ -297,6 +304,7 @@ class Live:
         kinds = getattr(own, "token_type_embeddings", None)
         plain = type(table) is type(place) is nn.Embedding and is_plain(norm, nn.LayerNorm)
         plain = plain and norm.weight.dtype is table.weight.dtype
+        plain = plain and not any(is_packed_otherwise(one.weight) for one in (table, place))
         if embeds is None and kinds is None and plain:
             return ops.embed_layer_norm(
                 ids, positions, table.weight, place.weight, norm.weight, norm.bias, norm.eps, at.live

@@ -272,9 +272,10 @@ MUTANTS = {
     "unpack: dead rows": (
         "packing",
         "pack::unpack",
-        "mask=(row >= 0)[:, None] & inside",
-        "mask=(row >= -1)[:, None] & inside",
+        "there = (row >= 0) &",
+        "there = (row >= -1) &",
     ),
+    "unpack: rows that are not there": ("packing", "pack::unpack", "(row < capacity)", "(row <= capacity)"),
     "unpack: fill everywhere": (
         "packing",
         "pack::unpack",

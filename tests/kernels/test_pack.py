@@ -68,7 +68,7 @@ def test_nothing_to_pack(shape, device):
         target = torch.full((5,), -1, dtype=torch.int64, device=device)
         assert (form.unpack(none, target) == 0).all() and (form.unpack(none, target, fill) == 7).all()
     with torch.autocast(device):
-        assert ops.unpack(fill.bfloat16(), target, fill).dtype is torch.bfloat16
+        assert ops.unpack(fill.half(), target, fill).dtype is torch.float16
 
 
 @pytest.mark.parametrize("dim", [1, 2, 48, 384, 768, 1_000, 2_049])
@@ -85,6 +85,11 @@ def test_unpack(dim, filled, dtype, device, guarded):
     assert out.dtype is dtype and torch.equal(out, reference.unpack(rows, target, fill))
     assert torch.equal(out.view(7, 33, dim)[keep], rows[:live])
     assert (out.view(7, 33, dim)[~keep] == (0 if fill is None else fill)).all()
+    target[[3, 5]] = torch.tensor([7 * 33, 2**40], device=device)  # nobody's rows
+    wrong = packing.unpack(rows, target, fill)
+    assert wrong[[3, 5]].isnan().all() and guarded()
+    target[[3, 5]] = -1
+    out = ops.unpack(rows, target, fill)
     strided = torch.cat([rows, rows], 1)[:, :dim]
     assert torch.equal(ops.unpack(strided, target, fill), out)
 
