@@ -31,15 +31,16 @@ def guarded(monkeypatch):
     def empty(*size, dtype=None, device=None, **rest):
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         n = torch.Size(shape).numel()
-        whole = real(n + 2 * width, dtype=dtype, device=device).fill_(7)
-        made.append((whole, n))
+        whole = real(n + 2 * width, dtype=dtype, device=device)
+        guard = 7.25 if whole.is_floating_point() else 7
+        made.append((whole.fill_(guard), n, guard))
         return whole[width : width + n].view(shape)
 
     monkeypatch.setattr(torch, "empty", empty)
 
     def whole():
         assert made
-        return all(bool((w[:width] == 7).all() and (w[width + n :] == 7).all()) for w, n in made)
+        return all(bool((w[:width] == guard).all() and (w[width + n :] == guard).all()) for w, n, guard in made)
 
     return whole
 
