@@ -59,8 +59,8 @@ def roofline(ax: Any, result: dict[str, Any]) -> bool:
     dtype = precision(result["rows"])
     largest: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
-        counts = row["flops"] or row["op"] in ELEMENTWISE if "cold" in row else False  # else it computes nothing
-        if row["provider"] == "fastdistil" and row["dtype"] == dtype and counts:
+        computes = "cold" in row and (row["flops"] or row["op"] in ELEMENTWISE)  # which pack and unpack do not
+        if row["provider"] == "fastdistil" and row["dtype"] == dtype and computes:
             label = row["op"] if row["op"] != "linear" else f"linear, {row['shape'].partition(' x ')[2]}"
             if label not in largest or row["bytes"] > largest[label]["bytes"]:
                 largest[label] = row

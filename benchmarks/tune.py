@@ -150,9 +150,8 @@ def forced(arch: int, found: Class, config: Config | None) -> Iterator[None]:
 def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Iterator[tuple[Config, str | None]]:
     """Each configuration, and why it is not worth timing or None."""
     case = found.cases[0]
-    given = (
-        case.args if found.op in kernels.SELF_CONTAINED else (*case.args, case.cu_seqlens)
-    )  # as the encoder calls it
+    alone = found.op in kernels.SELF_CONTAINED
+    given = case.args if alone else (*case.args, case.cu_seqlens)  # as the encoder calls it
     args = [a.to("meta") if isinstance(a, Tensor) else a for a in given]
     launch = _launcher(found.op)
     wanted: dict[compile_gate.Entry, list[Config]] = {}  # some differ in more than their binary

@@ -64,10 +64,9 @@ def register(
         _LIBRARY.impl(name, form, device)
     torch.library.register_fake(f"fastdistil::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastdistil, name).default
-    for device in forms:
-        if autocast is None:
-            break
-        _LIBRARY.impl(name, _autocast_form(op, device.lower(), autocast), f"Autocast{device}")
+    if autocast is not None:
+        for device in forms:
+            _LIBRARY.impl(name, _autocast_form(op, device.lower(), autocast), f"Autocast{device}")
     FORMS[name] = {device.lower(): form for device, form in forms.items()}
     return op
 

@@ -89,11 +89,11 @@ class Graphs:
                 if len(self._captured) >= self.most:
                     return None
                 after(self._done, input_ids)
-                self._weights.hold()
                 self._captured[key] = self._capture(forward, size, input_ids.device) if can_capture() else None
             graph = self._captured.get(key)
             if graph is None:
                 return None
+            self._weights.hold()
             if graph is not ahead:
                 out = self._replay(graph, input_ids, mask)
             self._ahead = True

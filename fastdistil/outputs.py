@@ -67,9 +67,10 @@ class ModelOutput(OrderedDict):
 def _by_name(given: Iterable[Any], names: list[str]) -> dict[str, Any]:
     """A mapping or pairs of these names and values as a dictionary; anything else is the value of the first."""
     pairs = list(given.items() if isinstance(given, Mapping) else given)
-    if all(isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in names for pair in pairs):
-        return dict(pairs)
-    return {names[0]: pairs if isinstance(given, Iterator) else given}
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and pair[0] in names):
+            return {names[0]: pairs if isinstance(given, Iterator) else given}
+    return dict(pairs)
 
 
 @dataclass

@@ -590,6 +590,8 @@ class DistilBertTokenizer:
                 max_length = self.model_max_length
             length = self._padded_length([len(row) for row in ids], padding, max_length, pad_to_multiple_of)
             for name in fills.keys() & data.keys():
+                if len(data[name]) != len(ids):
+                    raise ValueError(f"{len(ids)} rows of input_ids, but {len(data[name])} of {name}")
                 for row, (values, own) in enumerate(zip(data[name], ids, strict=True)):
                     if len(values) != len(own):
                         raise ValueError(f"row {row}: {len(own)} input_ids, but {len(values)} of {name}")

@@ -165,8 +165,7 @@ def every_launch(device: torch.device) -> dict[str, bool]:
     """What a launch is given besides its own: to multiply and add in one step, whatever Triton's default is, and
     whether it overlaps the one before (CUDA's programmatic dependent launch)."""
     on = modes.overlap and architecture(device) >= 90 and not interpreted()
-    fused = {"enable_fp_fusion": True}
-    return fused | ({"OVERLAP": True, "launch_pdl": True} if on else {"OVERLAP": False})
+    return {"enable_fp_fusion": True, "OVERLAP": on} | ({"launch_pdl": True} if on else {})
 
 
 def dense(x: Tensor) -> Tensor:

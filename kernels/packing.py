@@ -92,7 +92,7 @@ def pack(
         torch.empty(0 if given is None else total, dtype=torch.int64 if given is None else given.dtype, device=device)
         for given in (input_ids, position_ids)
     )
-    count = 0 < batch * total // 2 <= COUNTED
+    count = total > 0 and batch * total // 2 <= COUNTED
     if count:
         cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device=device)
     else:

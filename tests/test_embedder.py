@@ -320,6 +320,10 @@ def test_bad_budgets(embedder, budget):
             "prompts is a JSON list",
         ),
         ({"config_sentence_transformers.json": '{"default_prompt_name": "q", "prompts": {"q": 1}}'}, "not a string"),
+        (
+            {"config_sentence_transformers.json": '{"similarity_fn_name": ["dot"]}'},
+            r"json: similarity_fn_name is \['dot'\]",
+        ),
     ],
 )
 def test_bad_settings_files(checkpoint, files, message):

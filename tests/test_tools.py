@@ -52,7 +52,16 @@ def test_results_are_made_from_names_and_values():
     only = type(out)({"logits": logits})
     assert only.loss is None and list(only) == ["logits"]
     assert list(type(out)({})) == []
-    for value in ([loss], (loss, loss), "text", 3.0, object(), {"other": loss}, [(logits, loss)]):  # none of its names
+    for value in (
+        [loss],
+        (loss, loss),
+        "text",
+        3.0,
+        object(),
+        {"other": loss},
+        [(logits, loss)],
+        [(np.ones(2), 1)],
+    ):  # none of its names
         assert type(out)(value).loss is value
     mapped = torch.utils._pytree.tree_map(lambda t: {"size": t.shape}, type(out)(loss=loss))
     assert mapped.loss == {"size": ()}
@@ -147,10 +156,8 @@ def test_weights_that_are_tensors_of_tensors_are_left_to_their_modules(accelerat
             plain.attention.q_lin.weight.copy_(quantize(layer.attention.q_lin))
             plain.ffn.lin1.weight.copy_(quantize(layer.ffn.lin1))
             plain.ffn.lin2.weight.copy_(quantize(layer.ffn.lin2))
-    for one, plain in ((model, rounded),):
-        tables = one.embeddings.word_embeddings, plain.embeddings.word_embeddings
-        with torch.no_grad():
-            tables[1].weight.copy_(quantize(tables[0]))
+    with torch.no_grad():
+        rounded.embeddings.word_embeddings.weight.copy_(quantize(model.embeddings.word_embeddings))
     if accelerated:
         fastdistil.accelerate(model)
     given = batch(4, 12)
@@ -344,6 +351,7 @@ def test_an_encoding_is_made_from_names_and_values(tokenizers):
         ([{"ids": [1]}], {}, ValueError, "the texts to pad need input_ids; they have ids"),
         (["text"], {}, TypeError, "pad takes dictionaries with input_ids, or a list of them, got list"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, {}, ValueError, "row 0: 2 input_ids, but 1 of attention"),
+        ({"input_ids": [[1], [2]], "attention_mask": [[1]]}, {}, ValueError, "2 rows of input_ids, but 1 of attention"),
         ({"input_ids": [[1]]}, {"padding_side": "up"}, ValueError, "padding_side must be right or left, got 'up'"),
         ({"input_ids": [[1]]}, {"return_tensors": "tf"}, ValueError, "return_tensors must be 'pt', 'np' or None"),
         (

@@ -19,15 +19,12 @@ from fastdistil._register import FORMS
 from fastdistil.checkpoint import find
 from fastdistil.engine.runner import Done, Engine, GraphCache, budget_for
 from fastdistil.engine.scheduler import Window, cuts
-from fastdistil.engine.sentence import Normalize, read_settings
+from fastdistil.engine.sentence import SIMILARITIES, Normalize, read_settings
 from fastdistil.engine.tokens import TextWindows, ahead
 from fastdistil.model import DistilBertModel, as_device, one_device, to_eval
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")
-
-
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
 class Embedder:
@@ -396,9 +393,13 @@ def _check_theirs(given: dict[str, Any], device: torch.device) -> None:
     for name, value in given.items():
         if name not in (*nothing, "chunk_size"):
             raise TypeError(f"encode() has no argument {name!r}")
-        same = value is None or (name == "device" and as_device(value) == device)
+        same = value is None or (name == "device" and _is_at(as_device(value), device))
         if name in nothing and value != nothing[name] and not same:
             raise ValueError(f"{name}={value!r} is not supported; leave it out")
+
+
+def _is_at(asked: torch.device, device: torch.device) -> bool:
+    return asked.type == device.type and asked.index in (None, device.index)
 
 
 def _out_features(layers: nn.Sequential, dim: int) -> int:

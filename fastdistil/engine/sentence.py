@@ -14,6 +14,7 @@ from fastdistil import ops
 from fastdistil.checkpoint import Weights, read_json, read_object
 
 ACTIVATIONS = {kind.__name__: kind for kind in (nn.Tanh, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
 class Normalize(nn.Module):
@@ -61,6 +62,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{where}: truncate_dim is {dim!r}; it must be an integer of 1 or more")
         settings["truncate_dim"] = dim
     if (similarity := told.get("similarity_fn_name")) is not None:
+        if similarity not in SIMILARITIES:
+            raise ValueError(
+                f"{where}: similarity_fn_name is {similarity!r}; one of {', '.join(SIMILARITIES)} is known"
+            )
         settings["similarity_fn_name"] = similarity
     prompts = told.get("prompts") or {}
     if not isinstance(prompts, dict):
