@@ -183,10 +183,7 @@ def of_encoder(stage: Stage, keep: Keep) -> Result:
     stage.more = {"shape": asdict(stage.matrix.shape)}
     rows = encoder.run(stage.matrix, stage.device, minutes=stage.minutes, keep=keep)
     lines = list(encoder.lines(rows))
-    name = torch.cuda.get_device_name() if stage.device.type == "cuda" else ""
-    processors = torch.cuda.get_device_properties().multi_processor_count if name else 0
-    chips = (chip for key, chip in roofline.CHIPS.items() if re.search(rf"\b{key}\b", name))
-    for chip in (chip for chip in chips if chip.processors == processors):  # an H100 PCIe has fewer
+    if (chip := roofline.at_hand(stage.device)) is not None:
         found = encoder.predicted(rows, chip, stage.matrix.shape)
         lines += [
             f"predicted {batch}: {guess:,.0f} tokens/s, measured {real / guess:.2f} of it"

@@ -369,16 +369,17 @@ def cases(
                 yield Case(op, name, (rand(places, dim), target), cost, cu, tuple(lengths))
             elif dtype is matrix.dtypes[0]:
                 ids = torch.randint(30_522, keep.shape, device=device)
-                yield Case(op, name, (keep, ids, column[None]), roofline.pack(places), cu, tuple(lengths), dtype)
+                cost = roofline.pack(len(lengths), longest)
+                yield Case(op, name, (keep, ids, column[None]), cost, cu, tuple(lengths), dtype)
     elif op in ("attention", "pool"):
         for longest, form in product(matrix.lengths, forms):
             lengths = shapes.lengths(form, longest, matrix.attended)
             cu, rows, name = cu_seqlens(lengths, str(device)), sum(lengths), f"L={longest}, {form}"
             if op == "attention":
-                cost = roofline.attention(lengths, dim, size)
+                cost = roofline.attention(lengths, dim, heads, size)
                 yield Case(op, name, (rand(rows, 3 * dim), cu, longest, heads), cost, cu, tuple(lengths))
             else:
-                cost = roofline.pool(rows, len(lengths), dim, size)
+                cost = roofline.pool(lengths, dim, size)
                 yield Case(op, name, (rand(rows, dim), cu, "mean", True), cost, cu, tuple(lengths))
     else:
         raise ValueError(f"{op!r} is none of {', '.join(OPS)}")
@@ -399,7 +400,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take. late: only
     those that compile for long, or only the others. keep: gets the rows so far after each provider."""
-    about = {"op": case.op, "shape": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
+    about: dict[str, Any] = {"op": case.op, "shape": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
+    kind = "tf32" if about["dtype"] == "float32" and _configs.matmul_precision() == "tf32" else about["dtype"]
+    about["predicted_us"] = roofline.microseconds(roofline.at_hand(case.device), case.cost, kind)  # for fastdistil
     known: list[tuple[Tensor, Tensor]] = []  # of the case, and of the case turned
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> tuple[timing.Timing, timing.Timing]:
@@ -686,6 +689,8 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         peers = {name: row for name, row in timed.items() if not name.startswith("fastdistil")}
         cold, graph = mine["cold"], mine["graph"]["median_us"]
         line = f"{op:16} {shape:20} {dtype:8} {cold['median_us']:9.1f} us (IQR {cold['iqr_us']:.1f}), graph {graph:.1f}"
+        if mine.get("predicted_us"):
+            line += f", predicted {mine['predicted_us']:.1f}"
         line += f", {mine['bytes'] / cold['median_us'] / 1e3:.0f} GB/s {mine['of_copy']:.0%} of copy"
         if mine["flops"]:
             line += f", {mine['flops'] / cold['median_us'] / 1e6:.2f} TFLOP/s {mine['of_matmul']:.0%} of matmul"

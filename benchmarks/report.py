@@ -127,10 +127,11 @@ def kernels_table() -> str:
         largest = cases.get(kinds.get(kind, ""), case)
         if "fastdistil" in case and case["fastdistil"]["bytes"] >= largest["fastdistil"]["bytes"]:
             kinds[kind] = name
+    predicted = any(row.get("predicted_us") for case in cases.values() for row in case.values())
     lines = [
-        f"| op, {dtype} | fastdistil, us (IQR) | in a graph | GB/s, of a copy | TFLOP/s, of a product | best peer "
-        "| ratio | largest error by its |",
-        "|---|--:|--:|--:|--:|---|--:|--:|",
+        f"| op, {dtype} | fastdistil, us (IQR) {'| predicted ' * predicted}| in a graph | GB/s, of a copy "
+        "| TFLOP/s, of a product | best peer | ratio | largest error by its |",
+        f"|---|--:|{'--:|' * predicted}--:|--:|--:|---|--:|--:|",
     ]
     for name in kinds.values():
         case = dict(cases[name])
@@ -141,7 +142,10 @@ def kernels_table() -> str:
         graph = f"{mine['graph']['median_us']:,.0f}" if result["gpu"] else "none on CPU"
         moved = f"{mine['bytes'] / took['median_us'] / 1e3:,.0f}, {mine['of_copy']:.0%}"
         computed = f"{mine['flops'] / took['median_us'] / 1e6:.2f}, {mine['of_matmul']:.0%}" if mine["flops"] else ""
-        line = f"| {name} | {took['median_us']:,.0f} ({took['iqr_us']:,.0f}) | {graph} "
+        line = f"| {name} | {took['median_us']:,.0f} ({took['iqr_us']:,.0f}) "
+        if predicted:
+            line += f"| {_guess(mine['predicted_us'], took['median_us'])} "
+        line += f"| {graph} "
         line += f"| {moved} | {computed} |"
         if best:
             off = peers[best]["error"]["max"]
@@ -156,6 +160,11 @@ def kernels_table() -> str:
     return "\n".join(
         [*lines, "", *([f"Missing: {'; '.join(absent)}."] if absent else []), *_wrong(result), "", _where(result)]
     )
+
+
+def _guess(predicted: float | None, measured: float) -> str:
+    """The roofline model's time, and how much of it was taken."""
+    return f"{predicted:,.0f}, {measured / predicted:.0%}" if predicted else "none"
 
 
 def pictures() -> str:

@@ -24,6 +24,12 @@ GAP = 1e-6  # seconds between two kernels of a captured graph; an assumption, no
 # bytes a second from L2 to each multiprocessor: what published fp8 GEMMs with tiles of 128 x 256 must have read on an
 # H100 (7.9 TB/s over 132); assumed for every chip
 L2_FEED = 60e9
+LATENCY = 0.6e-6  # seconds of a read of memory with others under way; an assumption, not measured
+EXPONENTIALS = 16  # a clock and multiprocessor
+SCORE, GELU = 6, 20  # float32 instructions for each score of attention and each number that GELU is taken of, about
+# of the multipliers' rate in IEEE precision, for q @ k.T waits for shared memory two to three times as long (counted)
+IEEE_ATTENTION = 0.4
+GEMMS = ("qkv_projection", "linear", "bias_gelu")
 EFFICIENCY = 0.8  # of a chip's peak, what dense matrix products reach at best (H200: 785 of 989 TFLOP/s, published)
 
 
@@ -42,12 +48,18 @@ BASE, MINILM, LARGE = Shape(), Shape(384, 1536, 6, 12), Shape(1024, 4096, 24, 16
 
 @dataclass(frozen=True)
 class Op:
-    """One launch: FLOPs of matrix products, bytes read and written; of a GEMM also m, n, k."""
+    """One launch: FLOPs of matrix products, bytes read and written.
+
+    shape: m, n, k of a GEMM, rows and width of the others (of pack: batch and length); lengths: of the sequences, where
+    they matter.
+    """
 
     name: str
     flops: float
     bytes: float
-    gemm: tuple[int, int, int] | None = None
+    shape: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,22 +74,31 @@ class Chip:
     peak_float32: float
     bandwidth: float
     l2: float
-    registers: int = 65_536  # a multiprocessor
+    registers: int = 65_536  # a multiprocessor, as what follows
     shared: int = 233_472
+    warps: int = 64
+    lanes: int = 128  # of float32
 
     def rate(self, dtype: str) -> float:
         return {"float32": self.peak_float32, "tf32": self.peak_tf32}.get(dtype, self.peak)
 
+    def resident(self, registers: int, warps: int, shared: int) -> int:
+        """Programs that a multiprocessor holds at a time, of `registers` a thread and `shared` bytes each."""
+        by_registers = self.registers // (8 * math.ceil(registers / 8) * 32 * warps)
+        return max(1, min(by_registers, self.warps // warps, self.shared // (shared + 1_024)))
+
 
 # NVIDIA's data sheets and architecture white papers, without sparsity
 CHIPS = {
-    "A100": Chip("A100 SXM 80 GB", 80, 108, 312e12, 156e12, 19.5e12, 2.039e12, 40e6, shared=167_936),
-    "A10": Chip("A10", 86, 72, 125e12, 62.5e12, 31.2e12, 0.6e12, 6e6, shared=102_400),
-    "L4": Chip("L4", 89, 58, 121e12, 60e12, 30.3e12, 0.3e12, 48e6, shared=102_400),
+    "A100": Chip("A100 SXM 80 GB", 80, 108, 312e12, 156e12, 19.5e12, 2.039e12, 40e6, shared=167_936, lanes=64),
+    "A10": Chip("A10", 86, 72, 125e12, 62.5e12, 31.2e12, 0.6e12, 6e6, shared=102_400, warps=48),
+    "L4": Chip("L4", 89, 58, 121e12, 60e12, 30.3e12, 0.3e12, 48e6, shared=102_400, warps=48),
     "H100": Chip("H100 SXM", 90, 132, 989e12, 494e12, 67e12, 3.35e12, 50e6),
     "H200": Chip("H200 SXM", 90, 132, 989e12, 494e12, 67e12, 4.8e12, 50e6),
     "B200": Chip("B200", 100, 148, 2_250e12, 1_100e12, 75e12, 8.0e12, 126e6),
-    "RTX 5090": Chip("GeForce RTX 5090", 120, 170, 209.5e12, 104.8e12, 104.8e12, 1.792e12, 96e6, shared=102_400),
+    "RTX 5090": Chip(
+        "GeForce RTX 5090", 120, 170, 209.5e12, 104.8e12, 104.8e12, 1.792e12, 96e6, shared=102_400, warps=48
+    ),
 }
 
 
@@ -86,34 +107,37 @@ def gemm(name: str, m: int, n: int, k: int, size: int) -> Op:
     return Op(name, 2.0 * m * n * k, size * (m * k + n * k + n + m * n), (m, n, k))
 
 
-def attention(lengths: list[int], dim: int, size: int) -> Op:
+def attention(lengths: list[int], dim: int, heads: int, size: int) -> Op:
     """Scores and their product with the values: [rows, 3 * dim] -> [rows, dim]"""
-    return Op("attention", 4.0 * dim * sum(n * n for n in lengths), size * 4 * dim * sum(lengths))
+    rows, flops = sum(lengths), 4.0 * dim * sum(n * n for n in lengths)
+    return Op("attention", flops, size * 4 * dim * rows, (rows, dim), tuple(lengths), heads)
 
 
 def add_layer_norm(rows: int, dim: int, size: int) -> Op:
-    return Op("add_layer_norm", 0, size * (3 * rows * dim + 2 * dim))
+    return Op("add_layer_norm", 0, size * (3 * rows * dim + 2 * dim), (rows, dim))
 
 
 def embed_layer_norm(rows: int, dim: int, size: int, vocabulary: int = 30_522, positions: int = 512) -> Op:
     """Two int32 ids a row, and of the tables what random ids ask for, each row once -> [rows, dim]"""
     words = vocabulary * (1 - (1 - 1 / vocabulary) ** rows)
-    return Op("embed_layer_norm", 0, size * dim * (rows + words + min(rows, positions) + 2) + 8 * rows)
+    moved = size * dim * (rows + words + min(rows, positions) + 2) + 8 * rows
+    return Op("embed_layer_norm", 0, moved, (rows, dim))
 
 
-def pool(rows: int, sequences: int, dim: int, size: int) -> Op:
+def pool(lengths: list[int], dim: int, size: int) -> Op:
     """[rows, dim] -> float32 [sequences, dim]"""
-    return Op("pool", 0, size * rows * dim + 4 * sequences * dim)
+    rows = sum(lengths)
+    return Op("pool", 0, size * rows * dim + 4 * len(lengths) * dim, (rows, dim), tuple(lengths))
 
 
-def pack(places: int) -> Op:
-    """bool [places] and int64 ids of as many -> source, target, and the rows' ids and positions, int64 each"""
-    return Op("pack", 0, (1 + 8 + 4 * 8) * places)
+def pack(batch: int, length: int) -> Op:
+    """bool [batch, length] and int64 ids of as many -> source, target, and the rows' ids and positions, int64 each"""
+    return Op("pack", 0, (1 + 8 + 4 * 8) * batch * length, (batch, length))
 
 
 def unpack(rows: int, places: int, dim: int, size: int) -> Op:
     """[rows, dim] and an int64 for each place -> [places, dim]"""
-    return Op("unpack", 0, size * dim * (rows + places) + 8 * places)
+    return Op("unpack", 0, size * dim * (rows + places) + 8 * places, (places, dim))
 
 
 def forward(lengths: list[int], shape: Shape = BASE, dtype: str = "bfloat16") -> list[Op]:
@@ -121,14 +145,14 @@ def forward(lengths: list[int], shape: Shape = BASE, dtype: str = "bfloat16") ->
     rows, size, dim = sum(lengths), BYTES[dtype], shape.dim
     layer = [
         gemm("qkv_projection", rows, 3 * dim, dim, size),
-        attention(lengths, dim, size),
+        attention(lengths, dim, shape.heads, size),
         gemm("linear", rows, dim, dim, size),
         add_layer_norm(rows, dim, size),
         gemm("bias_gelu", rows, shape.hidden, dim, size),
         gemm("linear", rows, dim, shape.hidden, size),
         add_layer_norm(rows, dim, size),
     ]
-    return [embed_layer_norm(rows, dim, size), *layer * shape.layers, pool(rows, len(lengths), dim, size)]
+    return [embed_layer_norm(rows, dim, size), *layer * shape.layers, pool(lengths, dim, size)]
 
 
 def flops_per_token(length: int, shape: Shape = BASE) -> float:
@@ -146,28 +170,33 @@ def bound(chip: Chip, lengths: list[int], shape: Shape = BASE, dtype: str = "bfl
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A shipped GEMM configuration and what its binary needs of a multiprocessor."""
+class Launch:
+    """A shipped launch: how many programs, how many of them a multiprocessor holds, and what one does on average.
 
-    m: int
-    n: int
-    warps: int
-    registers: int
-    shared: int
+    products: FLOPs, also those of a tile that nothing needs. scores: exponentials. vector: float32 instructions.
+    moved: bytes from and to L2. waits: reads of memory, one after another. pipelined: it multiplies meanwhile.
+    """
 
-    def resident(self, chip: Chip) -> int:
-        """Programs that a multiprocessor holds at a time."""
-        by_registers = chip.registers // (self.registers * self.warps * 32)
-        return max(1, min(by_registers, chip.shared // (self.shared + 1_024)))
+    programs: int
+    resident: int
+    moved: float
+    waits: float
+    products: float = 0
+    scores: float = 0
+    vector: float = 0
+    pipelined: bool = False
 
 
-def tile(chip: Chip, op: Op, dtype: str) -> Tile | None:
-    """The tile that the heuristic of kernels/_configs.py takes for a GEMM, with the compile gate's figures; None where
-    torch's library computes it."""
+def launch(chip: Chip, op: Op, dtype: str) -> Launch | None:
+    """The launch that kernels/_configs.py chooses, with the compile gate's figures; None where torch's library computes
+    it."""
+    return (_gemm if op.name in GEMMS else _attention if op.name == "attention" else _rows)(chip, op, dtype)
+
+
+def _gemm(chip: Chip, op: Op, dtype: str) -> Launch | None:
     from fastdistil.kernels import _configs as configs  # needs Triton
 
-    assert op.gemm is not None
-    m, n, k = op.gemm
+    m, n, k = op.shape
     kind = {"float32": "ieee", "tf32": "tf32"}.get(dtype, "half")
     table, size = configs.GEMM[chip.arch], configs.size_class(m, n, k, chip.processors)
     config = table.get((kind, size)) or table[kind, "many"]
@@ -175,8 +204,73 @@ def tile(chip: Chip, op: Op, dtype: str) -> Tile | None:
     config = recorded if isinstance(recorded, (configs.Gemm, configs.Library)) else config
     if isinstance(config, configs.Library):
         return None
-    row = _binary(chip.arch, f"gemm_{config.family}", config.block_m, config.block_n, config.block_k, dtype)
-    return Tile(config.block_m, config.block_n, config.warps, row["registers"], row["shared"])
+    wanted = f"BLOCK_M={config.block_m} BLOCK_N={config.block_n} BLOCK_K={config.block_k}"
+    return Launch(
+        math.ceil(m / config.block_m) * math.ceil(n / config.block_n),
+        _resident(chip, f"gemm_{config.family}", dtype, config.warps, wanted),
+        moved=BYTES[dtype] * ((config.block_m + config.block_n) * k + config.block_m * config.block_n),
+        waits=max(1.0, math.ceil(k / config.block_k) / max(1, config.stages - 1)),
+        products=2.0 * config.block_m * config.block_n * k,
+        vector=GELU * config.block_m * config.block_n * (op.name == "bias_gelu"),
+        pipelined=True,
+    )
+
+
+def _attention(chip: Chip, op: Op, dtype: str) -> Launch:
+    import torch
+
+    from fastdistil.kernels import _configs as configs
+
+    _, dim = op.shape
+    head, size = dim // op.heads, BYTES[dtype]
+    longest, block, _ = configs.attention_class(max(op.lengths), head, torch.bfloat16)
+    c = configs._attention(longest, block, {"float32": "ieee", "tf32": "tf32"}.get(dtype, "half"), chip.arch)
+    width, waits = configs.power_of_two(head), 3.0  # the live count, where its sequence starts, its rows
+    wanted = f"T={c.tile}"
+    if c.form == "short":
+        assert c.longest is not None
+        step = c.tile - c.longest + 1
+        programs, keys, wanted = math.ceil(sum(op.lengths) / step), float(c.tile), f"{wanted} STEP={step}"
+    elif c.form == "single":
+        programs, keys, waits = len(op.lengths), float(c.tile), 2.0
+    else:
+        tiles = [math.ceil(n / c.tile) for n in op.lengths]
+        programs, wanted = sum(tiles), f"{wanted} KEYS={c.keys}"
+        blocks = sum(t * math.ceil(n / c.keys) for t, n in zip(tiles, op.lengths, strict=True)) / programs
+        keys, waits = blocks * c.keys, waits + blocks / max(1, c.stages - 1)
+    return Launch(
+        programs * op.heads,
+        _resident(chip, c.form, dtype, c.warps, wanted, f"HEAD={head}"),
+        moved=2.0 * size * width * (c.tile + keys),
+        waits=waits,
+        products=4.0 * width * c.tile * keys,
+        scores=c.tile * keys,
+        vector=SCORE * c.tile * keys,
+    )
+
+
+def _rows(chip: Chip, op: Op, dtype: str) -> Launch:
+    from fastdistil.kernels import _configs as configs
+    from fastdistil.kernels import packing
+
+    rows, dim = op.shape
+    if op.name == "pack":  # a program reads the mask before its own row, and the last one all of it
+        batch, length = op.shape
+        before, block = batch * length, 128 if length <= 128 else 256
+        if batch * before // 2 > packing.COUNTED:
+            before = 0
+        resident = _resident(chip, "pack", "", 4, f"COUNT={before > 0} BEFORE=2048 BLOCK={block}")
+        waits = 2 + before / 2_048 + 2 * math.ceil(length / block)
+        return Launch(batch, resident, before / 2 + op.bytes / batch, waits)
+    width = min(dim, packing.WIDEST) if op.name == "unpack" else dim
+    c = configs._row_kernel(op.name, width, "float32" if dtype in ("float32", "tf32") else "half", chip.arch)
+    resident = _resident(chip, op.name, dtype, c.warps, "", f"BLOCK={c.block}", f"ROWS={c.rows}", f"DIM={dim}")
+    if op.name == "pool":
+        programs, waits = len(op.lengths), 2 + rows / len(op.lengths) / c.rows / max(1, c.stages - 1)
+    else:
+        programs = math.ceil(rows / c.rows) * math.ceil(dim / c.block)
+        waits = 3.0 if op.name == "embed_layer_norm" else 2.0
+    return Launch(programs, resident, op.bytes / programs, waits)
 
 
 @cache
@@ -190,36 +284,62 @@ def _table() -> list[dict[str, Any]]:
 
 
 @cache
-def _binary(arch: int, kernel: str, m: int, n: int, k: int, dtype: str) -> dict[str, int]:
-    """Registers and shared memory of the largest binary of a configuration."""
-    numbers = {"float32": "*fp32", "tf32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
-    wanted = f"BLOCK_M={m} BLOCK_N={n} BLOCK_K={k} "
-    found = [
-        row
-        for row in _table()
-        if row["sm"] == str(arch) and row["kernel"] == kernel and wanted in row["launch"] and numbers in row["launch"]
-    ]
+def _resident(chip: Chip, kernel: str, dtype: str, warps: int, wanted: str, *closer: str) -> int:
+    """Programs of a configuration's largest binary that a multiprocessor holds: of those that are all that is wanted,
+    and of what is closer as much as the compile table has."""
+    numbers = {"float32": "*fp32", "tf32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}.get(dtype, "")
+    of_kernel = [row for row in _table() if (row["sm"], row["kernel"]) == (str(chip.arch), kernel)]
+    found = [row for row in of_kernel if {numbers, *wanted.split()} <= {"", *row["launch"].split()}]
     if not found:
-        raise LookupError(f"the compile table has no {kernel} {wanted}for sm_{arch} in {dtype}")
-    return {name: max(int(row[name]) for row in found) for name in ("registers", "shared")}
+        raise LookupError(f"the compile table has no {kernel} {wanted} for sm_{chip.arch} in {dtype}")
+    for more in closer:
+        found = [row for row in found if set(more.split()) <= set(row["launch"].split())] or found
+    return chip.resident(max(int(row["registers"]) for row in found), warps, max(int(row["shared"]) for row in found))
 
 
 def seconds(chip: Chip, op: Op, dtype: str = "bfloat16") -> float:
-    """Predicted duration of one launch, without the gap after it."""
-    moving = op.bytes / (0.9 * chip.bandwidth)
-    if op.gemm is None:
-        # exponentials share the work with the products of attention: half of the peak at best
-        return max(moving, op.flops / (0.5 * EFFICIENCY * chip.rate(dtype)))
-    (m, n, _), used = op.gemm, tile(chip, op, dtype)
+    """Predicted duration of one launch, without the gap after it.
+
+    The programs of a multiprocessor share its multipliers, its exponentials and what L2 gives it, and each fills the
+    waits of the others; the chip's memory gives no op more than 90 % of its bandwidth.
+    """
+    used, moving = launch(chip, op, dtype), op.bytes / (0.9 * chip.bandwidth)
     if used is None:
         return max(moving, op.flops / (EFFICIENCY * chip.rate(dtype)))
-    tiles, room = math.ceil(m / used.m) * math.ceil(n / used.n), chip.processors * used.resident(chip)
-    # the last wave occupies the chip for as long as a full one; tiles that hang over an edge compute nothing
-    waves = tiles / (math.ceil(tiles / room) * room) * (m * n) / (tiles * used.m * used.n)
-    fed = chip.processors * L2_FEED * 2 * used.m * used.n / (BYTES[dtype] * (used.m + used.n))
-    if dtype == "float32":
-        fed = math.inf  # far below what L2 gives
-    return max(moving, op.flops / (waves * min(EFFICIENCY * chip.rate(dtype), fed)))
+    clock = chip.peak_float32 / (2 * chip.processors * chip.lanes)
+    at_ieee = IEEE_ATTENTION if op.name == "attention" and dtype == "float32" else 1
+    products = used.products / (at_ieee * EFFICIENCY * chip.rate(dtype) / chip.processors)
+    scores, vector = used.scores / (EXPONENTIALS * clock), used.vector / (chip.lanes * clock)
+    moved = 0.0 if dtype == "float32" and op.name in GEMMS else used.moved / L2_FEED  # L2 gives IEEE far more
+    waits = used.waits * LATENCY
+    alone = (max(products, waits, moved) if used.pipelined else products + scores + moved + waits) + vector
+    fullest = math.ceil(used.programs / chip.processors)  # programs of one multiprocessor
+    busy = max(products, scores, vector, moved, alone / min(used.resident, fullest))
+    return max(moving, fullest * busy)
+
+
+def at_hand(device: Any) -> Chip | None:
+    """The chip that a torch device is, if it is one of these."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return named(found.name, found.multi_processor_count)
+
+
+def named(name: str, processors: int) -> Chip | None:
+    """By how its driver calls it; others of the name have fewer multiprocessors, such as the H100 PCIe."""
+    chips = (chip for key, chip in CHIPS.items() if re.search(rf"\b{key}\b", name))
+    return next((chip for chip in chips if chip.processors == processors), None)
+
+
+def microseconds(chip: Chip | None, op: Op, dtype: str) -> float | None:
+    """What is predicted for an op alone; None where the chip or its configuration's binary is not known."""
+    try:
+        return None if chip is None else 1e6 * seconds(chip, op, dtype)
+    except LookupError:  # a configuration that was recorded and never compiled for the table
+        return None
 
 
 def predict(chip: Chip, lengths: list[int], shape: Shape = BASE, dtype: str = "bfloat16") -> float:

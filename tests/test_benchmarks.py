@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import runpy
 import signal
@@ -78,6 +79,125 @@ def test_a_prediction_is_below_the_bound(chip, shape):
     """From the compile table's data, on every architecture and in every precision."""
     for dtype, lengths in [("bfloat16", [128] * 132), ("float32", [64] * 64), ("float16", [16])]:
         assert 0 < roofline.predict(chip, lengths, shape, dtype) < roofline.bound(chip, lengths, shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("chip", "binary", "programs"),
+    [
+        ("H200", (64, 4, 0), 8),  # 65,536 registers by 64 of 128 threads
+        ("H200", (65, 4, 0), 7),  # which are given out in eights
+        ("H200", (16, 4, 0), 16),  # 64 warps
+        ("RTX 5090", (16, 4, 0), 12),  # 48 warps
+        ("H200", (32, 4, 76_800), 3),  # 233,472 bytes, of which each program costs 1,024 more
+        ("H200", (32, 4, 76_801), 2),
+        ("A100", (32, 4, 76_800), 2),
+        ("H200", (255, 16, 0), 1),
+    ],
+)
+def test_programs_that_a_multiprocessor_holds(chip, binary, programs):
+    assert CHIPS[chip].resident(*binary) == programs
+
+
+def compiled_as(monkeypatch, **figures):
+    """The roofline model as if every binary had these figures."""
+    table = [row | figures for row in roofline._table()]
+    monkeypatch.setattr(roofline, "_table", lambda: table)
+    monkeypatch.setattr(roofline, "_resident", roofline._resident.__wrapped__)
+
+
+OPS_OF_A_FORWARD = (*roofline.forward([128] * 132)[:6], roofline.pool([128] * 132, 768, 2))
+PLACED = (roofline.pack(132, 128), roofline.unpack(8_448, 16_896, 768, 2), roofline.attention([512] * 33, 768, 12, 2))
+
+
+@pytest.mark.parametrize("op", (*OPS_OF_A_FORWARD, *PLACED), ids=lambda op: f"{op.name}-{op.shape}")
+@pytest.mark.parametrize("chip", ["A100", "L4", "H200", "B200"])
+def test_predictions_go_by_the_binaries(op, chip, monkeypatch):
+    """Every op's; what takes more of a multiprocessor leaves fewer programs to fill each other's waits."""
+    chip, before = CHIPS[chip], {}
+    for registers in ("24", "255"):
+        with monkeypatch.context() as patch:
+            compiled_as(patch, registers=registers, shared="100000" if registers == "255" else "0")
+            before[registers] = roofline.launch(chip, op, "bfloat16").resident, roofline.seconds(chip, op)
+    (many, quick), (few, slow) = before.values()
+    assert few <= 2 < many and quick <= slow
+    with monkeypatch.context() as patch, pytest.raises(LookupError, match="the compile table has no"):
+        compiled_as(patch, kernel="another")
+        roofline.launch(chip, op, "bfloat16")
+
+
+def test_launches_of_the_model_by_hand():
+    """DistilBERT-base on an H200: 132 texts of 128 tokens by a program a text and head, shorter ones in shared tiles,
+    longer ones in loops; rows of LayerNorm by fours; tiles of GEMMs."""
+    chip, of = CHIPS["H200"], lambda lengths: roofline.attention(lengths, 768, 12, 2)
+    single = roofline.launch(chip, of([128] * 132), "bfloat16")
+    assert single.programs == 132 * 12 and single.scores == 128 * 128 and single.products == 4 * 64 * 128 * 128
+    assert single.moved == 4 * 128 * 64 * 2 and single.waits == 2
+    short = roofline.launch(chip, of([16] * 1_056), "bfloat16")
+    assert short.programs == 345 * 12 and short.scores == 64 * 64  # a tile begins every 49 rows
+    looped = roofline.launch(chip, of([512, 130]), "bfloat16")  # 4 tiles of 8 blocks of keys and 2 of 3
+    assert looped.programs == 6 * 12 and looped.scores == pytest.approx(128 * 64 * (4 * 8 + 2 * 3) / 6)
+    assert looped.waits == pytest.approx(3 + (4 * 8 + 2 * 3) / 6 / 2)
+    assert roofline.launch(chip, roofline.add_layer_norm(17, 768, 2), "bfloat16").programs == 5
+    gemm = roofline.launch(chip, roofline.gemm("linear", 64, 768, 3_072, 2), "bfloat16")  # 16 x 32, 128 deep, 5 stages
+    assert gemm.programs == 4 * 24 and gemm.moved == 2 * (48 * 3_072 + 16 * 32) and gemm.waits == 24 / 4
+    unpacked = roofline.launch(chip, roofline.unpack(8, 6, 2_048, 2), "bfloat16")  # 4 rows of 1,024 columns
+    assert unpacked.programs == 2 * 2
+    assert roofline.launch(chip, roofline.gemm("linear", 64, 768, 768, 4), "float32") is None  # the library's
+
+
+def test_times_of_the_model_by_hand(monkeypatch):
+    """Many rows of LayerNorm are bound by memory, few by what they wait for; attention in float32 by its products."""
+    chip = CHIPS["H200"]
+    rows = roofline.add_layer_norm(16_896, 768, 2)
+    assert roofline.seconds(chip, rows) == pytest.approx(rows.bytes / (0.9 * 4.8e12))
+    one = roofline.add_layer_norm(4, 768, 2)
+    assert roofline.seconds(chip, one) == pytest.approx(2 * roofline.LATENCY + one.bytes / roofline.L2_FEED)
+    texts = roofline.attention([128] * 132, 768, 12, 4)
+    used, rate = roofline.launch(chip, texts, "float32"), roofline.IEEE_ATTENTION * 0.8 * 67e12 / 132
+    assert roofline.seconds(chip, texts, "float32") >= math.ceil(used.programs / 132) * used.products / rate
+    compiled_as(monkeypatch, registers="255", shared="200000")  # one program at a time
+    texts = roofline.attention([128] * 132, 768, 12, 2)
+    clock = 67e12 / (2 * 132 * 128)
+    alone = 4 * 64 * 128 * 128 / (0.8 * 989e12 / 132) + 2 * roofline.LATENCY + 4 * 128 * 64 * 2 / roofline.L2_FEED
+    alone += 128 * 128 / (16 * clock) + 6 * 128 * 128 / (128 * clock)
+    assert roofline.seconds(chip, texts) == pytest.approx(12 * alone)
+
+
+def test_predictions_of_what_was_not_compiled(monkeypatch):
+    """A width that the table lacks goes by the others; a tile that it lacks has no prediction."""
+    chip = CHIPS["H200"]
+    assert roofline.microseconds(chip, roofline.add_layer_norm(64, 760, 2), "bfloat16") > 0
+    assert roofline.predict(chip, [100] * 10, Shape(2_048, 8_192, 2, 16), "float32") > 0
+    assert roofline.predict(chip, [1, 700], Shape(96, 200, 1, 3), "float16") > 0
+    class_of = (90, "linear", "half/few")
+    monkeypatch.setitem(_configs.RECORDED, class_of, Gemm("pointer", 16, 48, 80, warps=4, stages=3))
+    op = roofline.gemm("linear", 16, 768, 768, 2)
+    assert roofline.microseconds(chip, op, "bfloat16") is None and roofline.microseconds(None, op, "bfloat16") is None
+
+
+def test_the_chip_at_hand(monkeypatch):
+    found = types.SimpleNamespace(name="NVIDIA H200", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert roofline.at_hand(torch.device("cuda", 0)) is CHIPS["H200"] and roofline.at_hand(CPU) is None
+    assert roofline.named("NVIDIA A100-SXM4-80GB", 108) is CHIPS["A100"] and roofline.named("NVIDIA A10G", 80) is None
+    assert roofline.named("NVIDIA H100 PCIe", 114) is None
+
+
+def test_a_prediction_is_told_beside_the_measurement(quick, monkeypatch, tmp_path):
+    """By the kernels' lines and table, where the model knows the chip."""
+    monkeypatch.setattr(roofline, "at_hand", lambda device: CHIPS["H200"])
+    rows = kernels.run(shapes.TOY, CPU, CEILINGS, names=("add_layer_norm",))
+    mine = [row for row in rows if row["provider"] == "fastdistil"]
+    op = roofline.add_layer_norm(int(mine[0]["shape"].split()[0]), shapes.TOY.shape.dim, 4)
+    assert mine[0]["predicted_us"] == pytest.approx(1e6 * roofline.seconds(CHIPS["H200"], op, "float32"))
+    for row, line in zip(mine, kernels.lines(rows), strict=True):
+        assert f", predicted {row['predicted_us']:.1f}" in line
+    record.write(tmp_path / "h200" / "kernels.json", AROUND | {"gpu": CARD, "rows": rows})
+    real = goals.Results
+    monkeypatch.setattr(goals, "Results", lambda: real(tmp_path))
+    table = report.kernels_table()
+    took, guess = mine[-1]["cold"]["median_us"], mine[-1]["predicted_us"]
+    assert "| predicted |" in table and f"| {guess:,.0f}, {took / guess:.0%} |" in table
 
 
 def test_tiles_that_fill_the_chip_are_quicker():
