@@ -69,8 +69,8 @@ def class_of(case: Case, processors: int) -> str:
     """As the functions of kernels/_configs.py name it."""
     kind = _configs.matmul_precision() if case.dtype is torch.float32 else "half"
     if case.op in kernels.GEMMS:
-        (m, k), n = case.rows.shape, case.args[1].shape[0]
-        return f"{kind}/{_configs.size_class(m, n, k, processors)}"
+        m, n = case.rows.shape[0], case.args[1].shape[0]
+        return f"{kind}/{_configs.size_class(case.op, m, n, processors)}"
     if case.op == "attention":
         _, _, longest, heads = case.args
         size = case.rows.shape[1] // 3 // heads

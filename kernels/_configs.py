@@ -110,11 +110,12 @@ SMALL: dict[tuple[str, str], Gemm | Library] = {  # every architecture
     ("ieee", "many"): Gemm("pointer", 128, 64, 16, warps=8, stages=3, across=True),
 }
 AMPERE = SMALL | {("half", "many"): Gemm("pointer", 128, 128, 32, warps=8, stages=3)}
-# two programs of 128 x 128 share an SM, so one's epilogue overlaps the other's loop; a long K has no need of that
+# two programs of 128 x 128 share a multiprocessor, so that one's activation overlaps the other's loop; tiles of 128 x
+# 256 read a quarter less of L2 for the same products, which is what the roofline model has the smaller ones wait for
 TWO = Gemm("tma", 128, 128, 64, warps=8, stages=3, halves=2, per_sm=2, registers=128)
 TMA = SMALL | {
     ("half", "many"): TWO,
-    ("half", "long"): Gemm("tma", 128, 256, 64, warps=8, stages=3, halves=2),
+    ("half", "wide"): Gemm("tma", 128, 256, 64, warps=8, stages=3, halves=2),
 }
 GEMM: dict[int, dict[tuple[str, str], Gemm | Library]] = {
     80: AMPERE,
@@ -124,7 +125,7 @@ GEMM: dict[int, dict[tuple[str, str], Gemm | Library]] = {
     100: TMA | {("half", "many"): replace(TWO, flatten=False)},  # the registers of exact gelu spill otherwise
     120: AMPERE,
 }
-LONG_K = 1_024
+WIDE = 0.77  # of the smaller tiles' time, that the model predicts for the same products in wide ones
 
 # The first that serves. Up to 32 rows a tile of 64 is shared block-diagonally; one of 128 for up to 64 rows would
 # compute more scores than a tile a sequence does. What is missing from a list spills: wide heads, TF32, IEEE float32.
@@ -199,22 +200,23 @@ def gemm(
 ) -> GemmLaunch:
     """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need. whole: no row is
     dead."""
-    size = size_class(m, n, k, processors(device))
+    size = size_class(op, m, n, processors(device))
     precision = matmul_precision() if dtype is torch.float32 else "half"
     # the library's kernels go by the number of rows, and under the interpreter it is ours that are run
     library = not modes.batch_invariant and not interpreted()
     return _gemm(op, architecture(device), size, precision, aligned, whole, library, modes.exact_gelu, device)
 
 
-def size_class(m: int, n: int, k: int, processors: int) -> str:
-    """few or some rows; many: tiles of 128 x 128 occupy at least half of the chip; long: those of 128 x 256, of which a
-    deep K needs fewer bytes a product, all of it. The batch-invariant mode goes by the layer alone."""
-    fixed, tall = modes.batch_invariant, 0 if m <= FEW else cdiv(m, 128)
-    if k > LONG_K and n % 256 == 0 and (fixed or tall * (n // 256) >= processors):
-        return "long"
-    if fixed or 2 * tall * cdiv(n, 128) >= processors:
+def size_class(op: str, m: int, n: int, processors: int) -> str:
+    """few or some rows; many: tiles of 128 x 128 occupy at least half of the chip; wide: no activation follows, and the
+    last tiles of 128 x 256 do not leave too much of the chip idle. The batch-invariant mode goes by the layer alone.
+    """
+    fixed, tiles = modes.batch_invariant, cdiv(m, 128) * cdiv(n, 128)
+    if not fixed and (m <= FEW or 2 * tiles < processors):
+        return "some" if m > FEW else "few"
+    if op == "bias_gelu" or n % 256:
         return "many"
-    return "some" if m > FEW else "few"
+    return "wide" if fixed or WIDE * cdiv(tiles // 2, processors) * 2 <= cdiv(tiles, processors) else "many"
 
 
 @functools.cache

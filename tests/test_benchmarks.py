@@ -400,7 +400,7 @@ def test_classes_are_what_is_looked_up(monkeypatch):
                     looked = _configs.gemm(case.op, m, n, k, case.dtype, meta, True).config
             assert looked == marked, (found.op, found.name, case.name)
     assert {
-        ("linear", "half/long"),
+        ("linear", "half/wide"),
         ("linear", "ieee/some"),
         ("attention", "half/64/16"),
         ("pool", "half/1024"),
@@ -440,18 +440,18 @@ def test_winners_are_recorded_in_order(monkeypatch):
         {"arch": 90, "op": "pool", "class": "half/1024", "winner": tune._written(Rows(8, 1_024, 4))},
         {"arch": 90, "op": "linear", "class": "half/many", "winner": tune._written(Gemm("tma", 128, 256, 64, 8, 3))},
         {"arch": 80, "op": "linear", "class": "half/many", "winner": None},
-        {"arch": 90, "op": "linear", "class": "half/long", "winner": None, "whole": "Library()"},
+        {"arch": 90, "op": "linear", "class": "half/wide", "winner": None, "whole": "Library()"},
     ]
     once = tune.apply(rows, path.read_text())
     module = types.ModuleType("configs")
     monkeypatch.setitem(sys.modules, "configs", module)  # where its dataclasses look for their module
     exec(compile(once, "configs", "exec"), module.__dict__)
-    library, many = (90, "linear", "half/long/whole"), (90, "linear", "half/many")
+    library, many = (90, "linear", "half/wide/whole"), (90, "linear", "half/many")
     assert list(module.RECORDED) == [library, many, (90, "pool", "half/1024")]
     assert module.RECORDED[library] == module.Library()
     with monkeypatch.context() as patch:  # another search that finds it no quicker
         patch.setitem(_configs.RECORDED, library, _configs.Library())
-        given = '"half/long/whole"): Library()'
+        given = '"half/wide/whole"): Library()'
         assert given in tune.apply([], once) and given not in tune.apply([rows[-1] | {"whole": None}], once)
     assert module.RECORDED[90, "linear", "half/many"] == module.Gemm("tma", 128, 256, 64, 8, 3)
     assert module.GEMM.keys() == _configs.GEMM.keys()
@@ -468,7 +468,7 @@ LIBRARY, TILES = "Library()", "Gemm(family='tma', block_m=128)"
         ({TILES: 0.99, LIBRARY: 0.98}, "half/many", None, None),
         ({TILES: 0.9, LIBRARY: 0.89}, "half/many", TILES, None),
         ({TILES: 0.9, LIBRARY: 0.8}, "half/many", TILES, LIBRARY),
-        ({TILES: 1.1, LIBRARY: 0.96}, "half/long", None, LIBRARY),
+        ({TILES: 1.1, LIBRARY: 0.96}, "half/wide", None, LIBRARY),
         ({LIBRARY: 0.9}, "ieee/some", None, LIBRARY),
         ({TILES: 0.9, LIBRARY: 0.8}, "half/few", LIBRARY, None),
         ({TILES: 0.8, LIBRARY: 1.0}, "ieee/few", TILES, None),

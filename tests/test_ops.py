@@ -271,7 +271,10 @@ def test_products_by_onednn(onednn, rows, terms):
                 onednn.clear()
                 result, definition = getattr(ops, op)(given, *args), getattr(reference, op)
                 wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-                error_law(result, definition(x, *args), definition(x.double(), *wide), largest=4)
+                if torch.backends.cpu.get_cpu_capability() == "AVX512":
+                    error_law(result, definition(x, *args), definition(x.double(), *wide), largest=4)
+                else:  # where it is not used; MKL's mean error is half of its there
+                    torch.testing.assert_close(result, definition(x, *args), rtol=1e-5, atol=4e-7 * terms)
                 parts = -(-terms // cpu.CHAIN)
                 assert onednn == ([] if cut and rows < cpu.MANY_ROWS else [cpu.grid(rows)] * parts)
 
