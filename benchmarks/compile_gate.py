@@ -99,6 +99,8 @@ class Entry:
         absent = [f"no {names[path[0]].removesuffix('_ptr')}" for path, value in self.constants if value is None]
         options = dict(self.options)
         launch = [f"warps={options['num_warps']}", f"stages={options['num_stages']}"]
+        if options.get("launch_pdl"):
+            launch.append("pdl")
         if options["maxnreg"]:
             launch.append(f"registers={options['maxnreg']}")
         return " ".join([*types, *fixed, *absent, *launch])
@@ -138,6 +140,7 @@ def recorded(arch: int) -> Iterator[list[Entry]]:
         bound, specialization, options = binder(*args, **(kwargs | {"debug": False}))
         parsed, signature, constants, attributes = self._pack_args(backend, options, bound, specialization, options)
         assert parsed.enable_fp_fusion, f"{self.__name__} goes by Triton's default"
+        assert parsed.launch_pdl == kwargs["OVERLAP"], f"{self.__name__} overlaps in its body or in its launch alone"
         entries.append(
             Entry(
                 self.fn.__module__,
@@ -146,7 +149,8 @@ def recorded(arch: int) -> Iterator[list[Entry]]:
                 tuple(signature.items()),
                 tuple(constants.items()),
                 tuple((path, tuple(map(tuple, value))) for path, value in attributes.items()),
-                tuple((name, getattr(parsed, name)) for name in ("num_warps", "num_stages", "maxnreg")),
+                tuple((name, getattr(parsed, name)) for name in ("num_warps", "num_stages", "maxnreg"))
+                + ((("launch_pdl", True),) if parsed.launch_pdl else ()),
             )
         )
 
@@ -222,6 +226,7 @@ def launch_overlapped() -> None:
     with patch.object(_configs.modes, "overlap", True):
         for rows in (x[:64], x[:1_024], x):
             linear.linear(rows, square, vector, cu)
+            bias_gelu.bias_gelu(rows, square, vector, "gelu", cu)
         for longest in (16, 128, 512):
             attention.attention(empty(16_896, 3 * 768, dtype=half), cu, longest, 12)
         layer_norm.add_layer_norm(x, x, vector, vector, 1e-12, cu)

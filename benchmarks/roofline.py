@@ -198,7 +198,7 @@ def _gemm(chip: Chip, op: Op, dtype: str) -> Launch | None:
 
     m, n, k = op.shape
     kind = {"float32": "ieee", "tf32": "tf32"}.get(dtype, "half")
-    table, size = configs.GEMM[chip.arch], configs.size_class(op.name, m, n, chip.processors)
+    table, size = configs.GEMM[chip.arch], configs.size_class(op.name, kind, m, n, chip.processors)
     config = table.get((kind, size)) or table[kind, "many"]
     recorded = configs.RECORDED.get((chip.arch, op.name, f"{kind}/{size}"))
     config = recorded if isinstance(recorded, (configs.Gemm, configs.Library)) else config

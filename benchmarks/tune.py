@@ -70,7 +70,7 @@ def class_of(case: Case, processors: int) -> str:
     kind = _configs.matmul_precision() if case.dtype is torch.float32 else "half"
     if case.op in kernels.GEMMS:
         m, n = case.rows.shape[0], case.args[1].shape[0]
-        return f"{kind}/{_configs.size_class(case.op, m, n, processors)}"
+        return f"{kind}/{_configs.size_class(case.op, kind, m, n, processors)}"
     if case.op == "attention":
         _, _, longest, heads = case.args
         size = case.rows.shape[1] // 3 // heads

@@ -200,21 +200,21 @@ def gemm(
 ) -> GemmLaunch:
     """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need. whole: no row is
     dead."""
-    size = size_class(op, m, n, processors(device))
     precision = matmul_precision() if dtype is torch.float32 else "half"
+    size = size_class(op, precision, m, n, processors(device))
     # the library's kernels go by the number of rows, and under the interpreter it is ours that are run
     library = not modes.batch_invariant and not interpreted()
     return _gemm(op, architecture(device), size, precision, aligned, whole, library, modes.exact_gelu, device)
 
 
-def size_class(op: str, m: int, n: int, processors: int) -> str:
-    """few or some rows; many: tiles of 128 x 128 occupy at least half of the chip; wide: no activation follows, and the
-    last tiles of 128 x 256 do not leave too much of the chip idle. The batch-invariant mode goes by the layer alone.
-    """
+def size_class(op: str, precision: str, m: int, n: int, processors: int) -> str:
+    """few or some rows; many: tiles of 128 x 128 occupy at least half of the chip; wide: half precision without an
+    activation, where the last tiles of 128 x 256 do not leave too much of the chip idle. The batch-invariant mode goes
+    by the layer alone."""
     fixed, tiles = modes.batch_invariant, cdiv(m, 128) * cdiv(n, 128)
     if not fixed and (m <= FEW or 2 * tiles < processors):
         return "some" if m > FEW else "few"
-    if op == "bias_gelu" or n % 256:
+    if op == "bias_gelu" or precision != "half" or n % 256:
         return "many"
     return "wide" if fixed or WIDE * cdiv(tiles // 2, processors) * 2 <= cdiv(tiles, processors) else "many"
 

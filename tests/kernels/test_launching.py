@@ -108,7 +108,8 @@ def test_one_kernel_whatever_the_batch():
             compile_gate.pooling.pool(x, cu)
         return {entry.key for entry in launches}
 
-    assert launched(1500, 1) == launched(4096, 16) == launched(16_897, 33)
+    assert launched(1500, 1) == launched(2048, 16) == launched(5760, 33)
+    assert launched(4096, 1) == launched(5632, 16) == launched(16_897, 33)
     assert launched(65, 1) == launched(1280, 16)
     assert launched(1, 1) == launched(16, 16) == launched(64, 3)
 
@@ -194,13 +195,29 @@ def test_precision_and_gelu_are_those_asked_for(modes):
         assert ("ACTIVATION=near_gelu" in launched(torch.float16)[0]) is not exact
 
 
+def test_wide_tiles():
+    """DistilBERT-base on 132 multiprocessors: where no activation follows and their last wave is not too empty."""
+
+    def size(op, rows, n, precision="half"):
+        return _configs.size_class(op, precision, rows, n, 132)
+
+    for rows in (5_632, 8_192, 11_264, 16_896):
+        assert size("qkv_projection", rows, 2_304) == "wide"
+        assert size("linear", rows, 768) == ("many" if rows == 8_192 else "wide")  # 192 tiles take two waves of 132
+        assert size("bias_gelu", rows, 3_072) == size("linear", rows, 768, "ieee") == "many"
+        assert size("linear", rows, 768 + 128) == "many"
+    assert size("linear", 5_760, 768) == "many"  # 135 tiles
+    found = [size("linear", rows, 768) for rows in (64, 65, 1_280, 1_408)]
+    assert found == ["few", "some", "some", "many"]
+
+
 def test_recorded_configurations_come_first():
     device, mine = torch.device("meta"), _configs.Gemm("pointer", 32, 32, 32, warps=2, stages=2)
     with patch.dict(_configs.RECORDED, {(90, "linear", "half/many"): mine}), compile_gate.recorded(90):
-        assert _configs.gemm("linear", 4096, 768, 768, torch.float16, device, True).config is mine
-        assert _configs.gemm("bias_gelu", 4096, 768, 768, torch.float16, device, True).config is not mine
+        assert _configs.gemm("linear", 5760, 768, 768, torch.float16, device, True).config is mine
+        assert _configs.gemm("bias_gelu", 5760, 768, 768, torch.float16, device, True).config is not mine
     with compile_gate.recorded(80):
-        assert _configs.gemm("linear", 4096, 768, 768, torch.float16, device, True).config.family == "pointer"
+        assert _configs.gemm("linear", 5760, 768, 768, torch.float16, device, True).config.family == "pointer"
 
 
 def test_launches_that_overlap_wait_for_the_one_before(modes):
@@ -232,7 +249,7 @@ def test_where_the_library_serves(modes):
             assert isinstance(config(rows, torch.float32, whole), _configs.Library) is found
         assert not any(isinstance(config(rows, torch.float16, True), _configs.Library) for rows in (8, 300, 16_896))
         with patch.dict(
-            _configs.RECORDED, {(90, "linear", "half/many/whole"): library, (90, "linear", "half/many"): mine}
+            _configs.RECORDED, {(90, "linear", "half/wide/whole"): library, (90, "linear", "half/wide"): mine}
         ):
             _configs._gemm.cache_clear()
             assert config(16_896, torch.float16, True) == library and config(16_896, torch.float16, False) is mine
