@@ -96,8 +96,8 @@ def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm | Library]:
     yield Library()
     few, descriptors = size == "few", kind == "half" and arch in (90, 100) and size != "few"
     depths = {"half": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[kind]
-    tall = (16, 32) if few else (64, 128) if size == "some" else (128,) if descriptors else (64, 128)
-    for m, n, k, stages in product(tall, (32, 64, 128, 256), depths, (2, 3, 5) if few else (3, 4)):
+    tall = (16, 32, 64) if few else (64, 128) if size == "some" else (128,) if descriptors else (64, 128)
+    for m, n, k, stages in product(tall, (16,) * few + (32, 64, 128, 256), depths, (2, 3, 5) if few else (3, 4)):
         for warps in {4 if m * n <= 64 * 128 else 8, 8 if m * n >= 64 * 64 else 4}:
             plain = Gemm("pointer", m, n, k, warps, stages, group=1 if few else 8)
             yield plain
