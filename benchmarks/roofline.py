@@ -12,6 +12,7 @@ import csv
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -78,6 +79,7 @@ class Chip:
     shared: int = 233_472
     warps: int = 64
     lanes: int = 128  # of float32
+    memory: int = 80  # GiB of all, about
 
     def rate(self, dtype: str) -> float:
         return {"float32": self.peak_float32, "tf32": self.peak_tf32}.get(dtype, self.peak)
@@ -91,13 +93,13 @@ class Chip:
 # NVIDIA's data sheets and architecture white papers, without sparsity
 CHIPS = {
     "A100": Chip("A100 SXM 80 GB", 80, 108, 312e12, 156e12, 19.5e12, 2.039e12, 40e6, shared=167_936, lanes=64),
-    "A10": Chip("A10", 86, 72, 125e12, 62.5e12, 31.2e12, 0.6e12, 6e6, shared=102_400, warps=48),
-    "L4": Chip("L4", 89, 58, 121e12, 60e12, 30.3e12, 0.3e12, 48e6, shared=102_400, warps=48),
+    "A10": Chip("A10", 86, 72, 125e12, 62.5e12, 31.2e12, 0.6e12, 6e6, shared=102_400, warps=48, memory=24),
+    "L4": Chip("L4", 89, 58, 121e12, 60e12, 30.3e12, 0.3e12, 48e6, shared=102_400, warps=48, memory=24),
     "H100": Chip("H100 SXM", 90, 132, 989e12, 494e12, 67e12, 3.35e12, 50e6),
-    "H200": Chip("H200 SXM", 90, 132, 989e12, 494e12, 67e12, 4.8e12, 50e6),
-    "B200": Chip("B200", 100, 148, 2_250e12, 1_100e12, 75e12, 8.0e12, 126e6),
+    "H200": Chip("H200 SXM", 90, 132, 989e12, 494e12, 67e12, 4.8e12, 50e6, memory=141),
+    "B200": Chip("B200", 100, 148, 2_250e12, 1_100e12, 75e12, 8.0e12, 126e6, memory=180),
     "RTX 5090": Chip(
-        "GeForce RTX 5090", 120, 170, 209.5e12, 104.8e12, 104.8e12, 1.792e12, 96e6, shared=102_400, warps=48
+        "GeForce RTX 5090", 120, 170, 209.5e12, 104.8e12, 104.8e12, 1.792e12, 96e6, shared=102_400, warps=48, memory=32
     ),
 }
 
@@ -109,6 +111,8 @@ def gemm(name: str, m: int, n: int, k: int, size: int) -> Op:
 
 def attention(lengths: list[int], dim: int, heads: int, size: int) -> Op:
     """Scores and their product with the values: [rows, 3 * dim] -> [rows, dim]"""
+    if heads < 1 or dim % heads or not dim:
+        raise ValueError(f"{heads} heads do not divide a width of {dim}")
     rows, flops = sum(lengths), 4.0 * dim * sum(n * n for n in lengths)
     return Op("attention", flops, size * 4 * dim * rows, (rows, dim), tuple(lengths), heads)
 
@@ -171,7 +175,8 @@ def bound(chip: Chip, lengths: list[int], shape: Shape = BASE, dtype: str = "bfl
 
 @dataclass(frozen=True)
 class Launch:
-    """A shipped launch: how many programs, how many of them a multiprocessor holds, and what one does on average.
+    """A shipped launch, or the part of one whose programs do the same: how many there are, how many of them a
+    multiprocessor holds, and what one does.
 
     products: FLOPs, also those of a tile that nothing needs. scores: exponentials. vector: float32 instructions.
     moved: bytes from and to L2. waits: reads of memory, one after another. pipelined: it multiplies meanwhile.
@@ -187,25 +192,27 @@ class Launch:
     pipelined: bool = False
 
 
-def launch(chip: Chip, op: Op, dtype: str) -> Launch | None:
-    """The launch that kernels/_configs.py chooses, with the compile gate's figures; None where torch's library computes
-    it."""
+def launches(chip: Chip, op: Op, dtype: str) -> list[Launch]:
+    """The parts of the launch that kernels/_configs.py chooses, with the compile gate's figures; none where torch's
+    library computes it."""
     return (_gemm if op.name in GEMMS else _attention if op.name == "attention" else _rows)(chip, op, dtype)
 
 
-def _gemm(chip: Chip, op: Op, dtype: str) -> Launch | None:
+def _gemm(chip: Chip, op: Op, dtype: str) -> list[Launch]:
     from fastdistil.kernels import _configs as configs  # needs Triton
 
     m, n, k = op.shape
     kind = {"float32": "ieee", "tf32": "tf32"}.get(dtype, "half")
-    table, size = configs.GEMM[chip.arch], configs.size_class(op.name, kind, m, n, chip.processors)
+    size = configs.size_class(op.name, kind, m, n, chip.processors)
+    aligned = k > 0 and k * BYTES[dtype] % 16 == 0 and n * BYTES[dtype] % 16 == 0
+    table = configs.GEMM[chip.arch] if aligned else configs.AMPERE
     config = table.get((kind, size)) or table[kind, "many"]
-    recorded = configs.RECORDED.get((chip.arch, op.name, f"{kind}/{size}"))
+    recorded = configs.RECORDED.get((chip.arch, op.name, f"{kind}/{size}")) if aligned else None
     config = recorded if isinstance(recorded, (configs.Gemm, configs.Library)) else config
     if isinstance(config, configs.Library):
-        return None
+        return []
     wanted = f"BLOCK_M={config.block_m} BLOCK_N={config.block_n} BLOCK_K={config.block_k}"
-    return Launch(
+    one = Launch(
         math.ceil(m / config.block_m) * math.ceil(n / config.block_n),
         _resident(chip, f"gemm_{config.family}", dtype, config.warps, wanted),
         moved=BYTES[dtype] * ((config.block_m + config.block_n) * k + config.block_m * config.block_n),
@@ -214,9 +221,10 @@ def _gemm(chip: Chip, op: Op, dtype: str) -> Launch | None:
         vector=GELU * config.block_m * config.block_n * (op.name == "bias_gelu"),
         pipelined=True,
     )
+    return [one]
 
 
-def _attention(chip: Chip, op: Op, dtype: str) -> Launch:
+def _attention(chip: Chip, op: Op, dtype: str) -> list[Launch]:
     import torch
 
     from fastdistil.kernels import _configs as configs
@@ -225,31 +233,36 @@ def _attention(chip: Chip, op: Op, dtype: str) -> Launch:
     head, size = dim // op.heads, BYTES[dtype]
     longest, block, _ = configs.attention_class(max(op.lengths), head, torch.bfloat16)
     c = configs._attention(longest, block, {"float32": "ieee", "tf32": "tf32"}.get(dtype, "half"), chip.arch)
-    width, waits = configs.power_of_two(head), 3.0  # the live count, where its sequence starts, its rows
-    wanted = f"T={c.tile}"
+    wanted, width = f"T={c.tile}", configs.power_of_two(head)
+
+    def programs(count: int, keys: int, waits: float) -> Launch:
+        return Launch(
+            count * op.heads,
+            _resident(chip, c.form, dtype, c.warps, wanted, f"HEAD={head}"),
+            moved=2.0 * size * width * (c.tile + keys),
+            waits=waits,
+            products=4.0 * width * c.tile * keys,
+            scores=c.tile * keys,
+            vector=SCORE * c.tile * keys,
+        )
+
+    # it waits for the live count, for where its sequence starts (but of a single tile) and for its rows
     if c.form == "short":
         assert c.longest is not None
         step = c.tile - c.longest + 1
-        programs, keys, wanted = math.ceil(sum(op.lengths) / step), float(c.tile), f"{wanted} STEP={step}"
-    elif c.form == "single":
-        programs, keys, waits = len(op.lengths), float(c.tile), 2.0
-    else:
-        tiles = [math.ceil(n / c.tile) for n in op.lengths]
-        programs, wanted = sum(tiles), f"{wanted} KEYS={c.keys}"
-        blocks = sum(t * math.ceil(n / c.keys) for t, n in zip(tiles, op.lengths, strict=True)) / programs
-        keys, waits = blocks * c.keys, waits + blocks / max(1, c.stages - 1)
-    return Launch(
-        programs * op.heads,
-        _resident(chip, c.form, dtype, c.warps, wanted, f"HEAD={head}"),
-        moved=2.0 * size * width * (c.tile + keys),
-        waits=waits,
-        products=4.0 * width * c.tile * keys,
-        scores=c.tile * keys,
-        vector=SCORE * c.tile * keys,
-    )
+        wanted += f" STEP={step}"
+        return [programs(math.ceil(sum(op.lengths) / step), c.tile, 3)]
+    if c.form == "single":
+        return [programs(len(op.lengths), c.tile, 2)]
+    wanted += f" KEYS={c.keys}"
+    return [
+        programs(count * math.ceil(n / c.tile), blocks * c.keys, 3 + blocks / max(1, c.stages - 1))
+        for n, count in Counter(op.lengths).items()
+        if (blocks := math.ceil(n / c.keys))
+    ]
 
 
-def _rows(chip: Chip, op: Op, dtype: str) -> Launch:
+def _rows(chip: Chip, op: Op, dtype: str) -> list[Launch]:
     from fastdistil.kernels import _configs as configs
     from fastdistil.kernels import packing
 
@@ -261,16 +274,18 @@ def _rows(chip: Chip, op: Op, dtype: str) -> Launch:
             before = 0
         resident = _resident(chip, "pack", "", 4, f"COUNT={before > 0} BEFORE=2048 BLOCK={block}")
         waits = 2 + before / 2_048 + 2 * math.ceil(length / block)
-        return Launch(batch, resident, before / 2 + op.bytes / batch, waits)
+        return [Launch(batch, resident, before / 2 + op.bytes / batch, waits)]
     width = min(dim, packing.WIDEST) if op.name == "unpack" else dim
     c = configs._row_kernel(op.name, width, "float32" if dtype in ("float32", "tf32") else "half", chip.arch)
     resident = _resident(chip, op.name, dtype, c.warps, "", f"BLOCK={c.block}", f"ROWS={c.rows}", f"DIM={dim}")
     if op.name == "pool":
-        programs, waits = len(op.lengths), 2 + rows / len(op.lengths) / c.rows / max(1, c.stages - 1)
-    else:
-        programs = math.ceil(rows / c.rows) * math.ceil(dim / c.block)
-        waits = 3.0 if op.name == "embed_layer_norm" else 2.0
-    return Launch(programs, resident, op.bytes / programs, waits)
+        steps = max(1, c.stages - 1) * c.rows
+        lengths = Counter(op.lengths).items()
+        return [Launch(count, resident, BYTES[dtype] * n * dim + 4 * dim, 2 + n / steps) for n, count in lengths]
+    programs = math.ceil(rows / c.rows) * math.ceil(dim / c.block)
+    return (
+        [Launch(programs, resident, op.bytes / programs, 3 if op.name == "embed_layer_norm" else 2)] if programs else []
+    )
 
 
 @cache
@@ -301,21 +316,26 @@ def seconds(chip: Chip, op: Op, dtype: str = "bfloat16") -> float:
     """Predicted duration of one launch, without the gap after it.
 
     The programs of a multiprocessor share its multipliers, its exponentials and what L2 gives it, and each fills the
-    waits of the others; the chip's memory gives no op more than 90 % of its bandwidth.
+    waits of the others; none is quicker than its longest program; the chip's memory gives no op more than 90 % of its
+    bandwidth.
     """
-    used, moving = launch(chip, op, dtype), op.bytes / (0.9 * chip.bandwidth)
-    if used is None:
+    parts, moving = launches(chip, op, dtype), op.bytes / (0.9 * chip.bandwidth)
+    if not parts:
         return max(moving, op.flops / (EFFICIENCY * chip.rate(dtype)))
     clock = chip.peak_float32 / (2 * chip.processors * chip.lanes)
     at_ieee = IEEE_ATTENTION if op.name == "attention" and dtype == "float32" else 1
-    products = used.products / (at_ieee * EFFICIENCY * chip.rate(dtype) / chip.processors)
-    scores, vector = used.scores / (EXPONENTIALS * clock), used.vector / (chip.lanes * clock)
-    moved = 0.0 if dtype == "float32" and op.name in GEMMS else used.moved / L2_FEED  # L2 gives IEEE far more
-    waits = used.waits * LATENCY
-    alone = (max(products, waits, moved) if used.pipelined else products + scores + moved + waits) + vector
-    fullest = math.ceil(used.programs / chip.processors)  # programs of one multiprocessor
-    busy = max(products, scores, vector, moved, alone / min(used.resident, fullest))
-    return max(moving, fullest * busy)
+    programs = sum(part.programs for part in parts)
+    fullest = math.ceil(programs / chip.processors)  # programs of one multiprocessor
+    longest = total = 0.0
+    for part in parts:
+        products = part.products / (at_ieee * EFFICIENCY * chip.rate(dtype) / chip.processors)
+        scores, vector = part.scores / (EXPONENTIALS * clock), part.vector / (chip.lanes * clock)
+        moved = 0.0 if dtype == "float32" and op.name in GEMMS else part.moved / L2_FEED  # L2 gives IEEE far more
+        waits = part.waits * LATENCY
+        alone = (max(products, waits, moved) if part.pipelined else products + scores + moved + waits) + vector
+        longest = max(longest, alone)
+        total += part.programs * max(products, scores, vector, moved, alone / min(part.resident, fullest))
+    return max(moving, longest, fullest * total / programs)
 
 
 def at_hand(device: Any) -> Chip | None:
@@ -325,13 +345,15 @@ def at_hand(device: Any) -> Chip | None:
     if device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)
-    return named(found.name, found.multi_processor_count)
+    return named(found.name, found.multi_processor_count, found.total_memory)
 
 
-def named(name: str, processors: int) -> Chip | None:
-    """By how its driver calls it; others of the name have fewer multiprocessors, such as the H100 PCIe."""
-    chips = (chip for key, chip in CHIPS.items() if re.search(rf"\b{key}\b", name))
-    return next((chip for chip in chips if chip.processors == processors), None)
+def named(name: str, processors: int, memory: int) -> Chip | None:
+    """By how its driver calls it; others of a name have fewer multiprocessors, another memory or less power."""
+    if re.search(r"\b(?:NVL|PCIE)\b", name.upper()):
+        return None
+    chips = (chip for key, chip in CHIPS.items() if re.search(rf"\b{key}\b", name) and chip.processors == processors)
+    return next((chip for chip in chips if abs(memory / 2**30 / chip.memory - 1) < 0.08), None)
 
 
 def microseconds(chip: Chip | None, op: Op, dtype: str) -> float | None:

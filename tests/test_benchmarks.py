@@ -117,32 +117,51 @@ def test_predictions_go_by_the_binaries(op, chip, monkeypatch):
     for registers in ("24", "255"):
         with monkeypatch.context() as patch:
             compiled_as(patch, registers=registers, shared="100000" if registers == "255" else "0")
-            before[registers] = roofline.launch(chip, op, "bfloat16").resident, roofline.seconds(chip, op)
+            before[registers] = roofline.launches(chip, op, "bfloat16")[0].resident, roofline.seconds(chip, op)
     (many, quick), (few, slow) = before.values()
     assert few <= 2 < many and quick <= slow
     with monkeypatch.context() as patch, pytest.raises(LookupError, match="the compile table has no"):
         compiled_as(patch, kernel="another")
-        roofline.launch(chip, op, "bfloat16")
+        roofline.launches(chip, op, "bfloat16")
 
 
 def test_launches_of_the_model_by_hand():
     """DistilBERT-base on an H200: 132 texts of 128 tokens by a program a text and head, shorter ones in shared tiles,
     longer ones in loops; rows of LayerNorm by fours; tiles of GEMMs."""
-    chip, of = CHIPS["H200"], lambda lengths: roofline.attention(lengths, 768, 12, 2)
-    single = roofline.launch(chip, of([128] * 132), "bfloat16")
+
+    def launched(op, dtype="bfloat16"):
+        return roofline.launches(CHIPS["H200"], op, dtype)
+
+    def attention(lengths):
+        return launched(roofline.attention(lengths, 768, 12, 2))
+
+    (single,) = attention([128] * 132)
     assert single.programs == 132 * 12 and single.scores == 128 * 128 and single.products == 4 * 64 * 128 * 128
     assert single.moved == 4 * 128 * 64 * 2 and single.waits == 2
-    short = roofline.launch(chip, of([16] * 1_056), "bfloat16")
+    (short,) = attention([16] * 1_056)
     assert short.programs == 345 * 12 and short.scores == 64 * 64  # a tile begins every 49 rows
-    looped = roofline.launch(chip, of([512, 130]), "bfloat16")  # 4 tiles of 8 blocks of keys and 2 of 3
-    assert looped.programs == 6 * 12 and looped.scores == pytest.approx(128 * 64 * (4 * 8 + 2 * 3) / 6)
-    assert looped.waits == pytest.approx(3 + (4 * 8 + 2 * 3) / 6 / 2)
-    assert roofline.launch(chip, roofline.add_layer_norm(17, 768, 2), "bfloat16").programs == 5
-    gemm = roofline.launch(chip, roofline.gemm("linear", 64, 768, 3_072, 2), "bfloat16")  # 16 x 32, 128 deep, 5 stages
+    long, less = attention([512, 130, 0, 512])  # 4 tiles of 8 blocks of keys, twice, and 2 of 3
+    assert long.programs == 8 * 12 and long.scores == 128 * 512 and long.waits == 3 + 8 / 2
+    assert less.programs == 2 * 12 and less.scores == 128 * 3 * 64 and less.waits == 3 + 3 / 2
+    pooled = launched(roofline.pool([512, 16, 16], 768, 2))  # 8 rows at a time, 3 on their way
+    assert [(part.programs, part.waits) for part in pooled] == [(1, 2 + 512 / 24), (2, 2 + 16 / 24)]
+    assert launched(roofline.add_layer_norm(17, 768, 2))[0].programs == 5
+    (gemm,) = launched(roofline.gemm("linear", 64, 768, 3_072, 2))  # 16 x 32, 128 deep, 5 stages
     assert gemm.programs == 4 * 24 and gemm.moved == 2 * (48 * 3_072 + 16 * 32) and gemm.waits == 24 / 4
-    unpacked = roofline.launch(chip, roofline.unpack(8, 6, 2_048, 2), "bfloat16")  # 4 rows of 1,024 columns
-    assert unpacked.programs == 2 * 2
-    assert roofline.launch(chip, roofline.gemm("linear", 64, 768, 768, 4), "float32") is None  # the library's
+    (odd,) = launched(roofline.gemm("linear", 20_000, 256, 100, 2))  # no strides of 16 bytes: by pointers, 32 deep
+    assert odd.products == 2 * 128 * 128 * 100 and odd.waits == 4 / 2
+    assert launched(roofline.unpack(8, 6, 2_048, 2))[0].programs == 2 * 2  # 4 rows of 1,024 columns
+    assert launched(roofline.gemm("linear", 64, 768, 768, 4), "float32") == []  # the library's
+
+
+def test_more_is_never_predicted_to_be_quicker():
+    """Short texts beside a long one leave it as long."""
+    chip = CHIPS["H200"]
+    for of in (lambda n: roofline.pool(n, 768, 2), lambda n: roofline.attention(n, 768, 12, 2)):
+        for more in ([1], [1] * 131, [16] * 1_000, [128] * 132):
+            assert roofline.seconds(chip, of([512, *more])) >= roofline.seconds(chip, of([512]))
+    times = [roofline.seconds(chip, roofline.pool([n], 768, 2)) for n in (1, 64, 512, 4_096)]
+    assert times == sorted(times)
 
 
 def test_times_of_the_model_by_hand(monkeypatch):
@@ -153,7 +172,7 @@ def test_times_of_the_model_by_hand(monkeypatch):
     one = roofline.add_layer_norm(4, 768, 2)
     assert roofline.seconds(chip, one) == pytest.approx(2 * roofline.LATENCY + one.bytes / roofline.L2_FEED)
     texts = roofline.attention([128] * 132, 768, 12, 4)
-    used, rate = roofline.launch(chip, texts, "float32"), roofline.IEEE_ATTENTION * 0.8 * 67e12 / 132
+    (used,), rate = roofline.launches(chip, texts, "float32"), roofline.IEEE_ATTENTION * 0.8 * 67e12 / 132
     assert roofline.seconds(chip, texts, "float32") >= math.ceil(used.programs / 132) * used.products / rate
     compiled_as(monkeypatch, registers="255", shared="200000")  # one program at a time
     texts = roofline.attention([128] * 132, 768, 12, 2)
@@ -176,11 +195,24 @@ def test_predictions_of_what_was_not_compiled(monkeypatch):
 
 
 def test_the_chip_at_hand(monkeypatch):
-    found = types.SimpleNamespace(name="NVIDIA H200", multi_processor_count=132)
+    found = types.SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, total_memory=150_123_249_664)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     assert roofline.at_hand(torch.device("cuda", 0)) is CHIPS["H200"] and roofline.at_hand(CPU) is None
-    assert roofline.named("NVIDIA A100-SXM4-80GB", 108) is CHIPS["A100"] and roofline.named("NVIDIA A10G", 80) is None
-    assert roofline.named("NVIDIA H100 PCIe", 114) is None
+    assert roofline.named("NVIDIA A100-SXM4-80GB", 108, 85 * 10**9) is CHIPS["A100"]
+    for other in (
+        ("NVIDIA A10G", 80, 24 << 30),
+        ("NVIDIA H100 PCIe", 114, 80 << 30),
+        ("NVIDIA A100-PCIE-80GB", 108, 80 << 30),
+        ("NVIDIA A100-SXM4-40GB", 108, 40 << 30),
+        ("NVIDIA H200 NVL", 132, 141 << 30),
+    ):
+        assert roofline.named(*other) is None
+
+
+def test_heads_that_do_not_divide_have_no_prediction():
+    for dim, heads in ((768, 5), (12, 16), (768, 0), (0, 1)):
+        with pytest.raises(ValueError, match=f"{heads} heads do not divide a width of {dim}"):
+            roofline.attention([128], dim, heads, 2)
 
 
 def test_a_prediction_is_told_beside_the_measurement(quick, monkeypatch, tmp_path):
