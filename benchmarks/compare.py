@@ -1,16 +1,15 @@
 """Two sets of results side by side, with the band of noise: python -m benchmarks.report --compare A B
 
 A and B are result files, directories of them, or git revisions of benchmarks/results. What is ours and slower by more
-than its band is a regression; peers are shown. On a GPU times are compared. On CPU, where other people's programs come
-and go, our time by a peer's in the same turn is. The band is the wider of a least one (below) and both sides' spreads
-added up.
+than its band is a regression, and so is what is gone from a case that both have; peers are shown. On a GPU times are
+compared. On CPU, where other people's programs come and go, our time by a peer's in the same turn is. The band is the
+wider of a least one (below) and the spreads of both sides' middle halves, added up.
 """
 
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks import record
@@ -23,7 +22,8 @@ RESULTS = "benchmarks/results"
 @dataclass(frozen=True)
 class Measured:
     """Seconds, or on CPU a part of a peer's, and how far they spread, as a part of them. least: the band at least.
-    ours: whether it is judged. wrong: that nothing was timed, for what was computed is wrong. where: the machine."""
+    ours: whether it is judged. wrong: that nothing was timed, for what was computed is wrong. where: the machine. case:
+    what several providers were timed at."""
 
     median: float
     spread: float
@@ -31,6 +31,7 @@ class Measured:
     where: str
     ours: bool = True
     wrong: bool = False
+    case: str = ""
 
 
 def load_both(before: str, after: str) -> list[dict[str, Measured]]:
@@ -84,6 +85,7 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
         if not row.get("provider", "fastdistil").startswith("fastdistil") and ("cold" in row or "turns_us" in row):
             anchors.setdefault(_name(row, "provider"), row)
     for row in result.get("rows", []):
+        about["case"] = _name(row, "provider")
         ours = row.get("provider", "fastdistil").startswith("fastdistil")
         ways = [way for way in ("cold", "graph") if way in row] or [""]
         for way in ways if on_gpu else ways[:1]:
@@ -94,7 +96,7 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
                     yield wrong, Measured(0.0, 0.0, ours=ours, wrong=True, **about)
             elif not on_gpu and len(took.get("turns_us", ())) == len(anchor.get("turns_us", ())) > 1:
                 parts = [a / b for a, b in zip(took["turns_us"], anchor["turns_us"], strict=True)]
-                yield name, Measured(median(parts), max(parts) / min(parts) - 1, ours=ours, **about)
+                yield name, _of(parts, about, ours)
             elif "samples_us" in took:
                 yield name, _of([s / 1e6 for s in took["samples_us"]], about, ours)
             elif "samples_s" in took:
@@ -146,7 +148,12 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
             changed.append(f"faster {line}")
         else:
             same.append(f"       {line}")
-    gone = [f"gone   {name}" for name in sorted(before.keys() - after.keys()) if before[name].ours]
+    cases = {(one.case, one.where) for one in after.values() if one.case}
+    gone = []
+    for name in (name for name in sorted(before.keys() - after.keys()) if before[name].ours):
+        missed = (before[name].case, before[name].where) in cases
+        gone.append(f"{'GONE' if missed else 'gone':6} {name}")
+        right &= not missed
     only = len(before.keys() ^ after.keys())
     return [
         *changed,

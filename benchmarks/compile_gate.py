@@ -39,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from benchmarks.roofline import CHIPS
 from fastdistil.kernels import _configs, attention, bias_gelu, layer_norm, linear, packing, pooling, qkv_projection
 
 ROOT = Path(__file__).resolve().parent
@@ -301,10 +302,10 @@ def unusable(row: dict[str, Any]) -> Iterator[str]:
 
 
 def resident(row: dict[str, Any]) -> int:
-    """Programs that a multiprocessor of sm_90 holds at a time."""
-    registers = -(-int(row["registers"]) // 8) * 8
+    """Programs that a multiprocessor holds at a time."""
     warps = int(re.findall(r"\bwarps=(\d+)", row["launch"])[0])
-    return min(65_536 // (registers * 32 * warps), 233_472 // (int(row["shared"]) + 1_024))
+    chip = next(chip for chip in CHIPS.values() if chip.arch == int(row["sm"]))
+    return chip.resident(int(row["registers"]), warps, int(row["shared"]))
 
 
 def complaints(row: dict[str, Any]) -> Iterator[str]:

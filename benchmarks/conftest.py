@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from benchmarks import record
+from benchmarks import record, timing
+
+_watch = timing.Watch()
+
+
+def pytest_sessionstart(session):
+    _watch.__enter__()
 
 
 @pytest.fixture(autouse=True)
@@ -16,4 +22,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
+    _watch.__exit__()
+    output_json["clocks"] = _watch.samples
     output_json["digest"] = record.digest(output_json)

@@ -499,7 +499,7 @@ def main(argv: list[str] | None = None) -> int:
         "--lengths-from", type=Path, help="jsonl of {text}: the first 256 in batches of 32 as they come (with --model)"
     )
     parser.add_argument("--dtypes", help="comma-separated, such as bfloat16,float32")
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=record.minutes, default=10.0)
     parser.add_argument("--out", type=Path, help="a result file")
     args = parser.parse_args(argv)
     if args.lengths_from and not args.model:
@@ -519,7 +519,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         shape = None if args.model else asdict(matrix.shape)
         result = {"stage": "encoder", "model": args.model, "shape": shape, "rows": rows, "clocks": watch.samples}
-        record.write(args.out, record.environment() | result)
+        record.write(args.out, record.environment() | result | {"dry": args.toy})
     return int(failed(rows))
 
 

@@ -181,7 +181,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks engine", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for CPU")
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=record.minutes, default=5.0)
     parser.add_argument("--out", type=Path, help="a result file")
     args = parser.parse_args(argv)
     record.check_out(args.out)
@@ -191,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = run(matrix, device, minutes=args.minutes)
     print(*lines(rows), sep="\n")
     if args.out:
-        record.write(args.out, record.environment() | {"stage": "engine", "rows": rows, "clocks": watch.samples})
+        result = {"stage": "engine", "dry": args.toy, "rows": rows, "clocks": watch.samples}
+        record.write(args.out, record.environment() | result)
     return int(failed(rows))
 
 

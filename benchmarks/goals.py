@@ -3,16 +3,17 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import kernels, record, shapes, timing
+from benchmarks import kernels, record, roofline, shapes, timing
 
 RESULTS = record.ROOT / "benchmarks" / "results"
-GPUS = ("h200", "h100")  # the first that has results is judged
+GPUS = ("h200", "h100")  # the first that has results is judged, or else another
+BASE = asdict(roofline.BASE)
 LIBRARY = ("eager torch", "matrix product alone", "torch.compile", "torch.compile, max-autotune")
 ATTENTION = ("torch varlen_attn", "flash-attn", "SDPA, flash", "SDPA, cuDNN", "SDPA, memory-efficient")
 NEEDED = (("torch varlen_attn", "flash-attn", "SDPA, flash"), ("SDPA, cuDNN",))  # of each at least one
@@ -45,7 +46,12 @@ class Results:
 
     def __init__(self, root: Path = RESULTS):
         self.root = root
-        self.gpu = next((name for name in GPUS if any((root / name).glob("*.json"))), None)
+        others = (
+            sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("cpu"))
+            if root.is_dir()
+            else []
+        )
+        self.gpu = next((name for name in (*GPUS, *others) if any((root / name).glob("*.json"))), None)
         self._read: dict[Path, Any] = {}
 
     def read(self, *parts: str) -> Any:
@@ -64,6 +70,8 @@ class Results:
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         found = self.of_gpu(stage)
+        if found and (found.get("model") or found.get("shape", BASE) != BASE):
+            raise ValueError(f"{self.root / str(self.gpu) / stage}.json is of another model than DistilBERT-base")
         return found["rows"] if found else []
 
     def suite(self, name: str, starts: str, figure: str) -> float | None:

@@ -258,6 +258,7 @@ def run_stage(name: str, stage: Stage) -> int:
 def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
     """Each stage's process, one after another; then what they found."""
     end = time.monotonic() + 60 * minutes
+    path = os.pathsep.join([str(record.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     states: dict[str, str] = {}
     for i, name in enumerate(names):
         left = (end - time.monotonic()) / 60
@@ -276,7 +277,7 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
             "--out",
             str(out),
             "--minutes",
-            f"{share - min(share / 10, 0.3):.3f}",
+            f"{max(0.001, share - min(share / 10, 0.3)):.3f}",
         ]
         start = time.monotonic()
         # measuring ends a little before its share is over, and at the latest when all minutes are
@@ -286,7 +287,7 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
         process = subprocess.Popen(
             [*command, *(["--dry"] if dry else [])],
             cwd=record.ROOT,
-            env=os.environ | {"PYTHONPATH": str(record.ROOT)},
+            env=os.environ | {"PYTHONPATH": path},
             process_group=0,
         )
         try:
@@ -345,7 +346,7 @@ def summary(out: Path, states: dict[str, str]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for a JSON file a stage")
-    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--minutes", type=record.minutes, default=25.0)
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated")
     parser.add_argument("--dry", action="store_true", help="toy sizes on CPU")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -363,8 +364,6 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
-    if not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes}: it must be more than 0")
     if not (args.dry or record.commit()["id"]):
         parser.error(
             "no repository is here to say which commit this is, and the report refuses such results; set the variable "

@@ -716,7 +716,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for CPU")
     parser.add_argument("--ops", default=",".join(OPS), help="comma-separated")
     parser.add_argument("--dtypes", help="comma-separated, such as bfloat16,float32")
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=record.minutes, default=10.0)
     parser.add_argument("--processes", type=int, help="that measure one after another: by default 3 on CPU, else 1")
     parser.add_argument("--out", type=Path, help="a result file")
     args = parser.parse_args(argv)
@@ -741,7 +741,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         shape = asdict(matrix.shape)
         result = {"stage": "kernels", "ceilings": ceilings, "shape": shape, "rows": rows, "clocks": watch.samples}
-        record.write(args.out, record.environment() | result)
+        record.write(args.out, record.environment() | result | {"dry": args.toy})
     return int(failed(rows))
 
 

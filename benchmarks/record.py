@@ -1,5 +1,6 @@
 """Result files: JSON with where, when and of what commit it was measured, and a digest that an edit breaks."""
 
+import argparse
 import functools
 import hashlib
 import json
@@ -115,6 +116,13 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
     return saying
 
 
+def minutes(text: str) -> float:
+    """The type of an argument."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text}: it must be more than 0")
+    return float(text)
+
+
 def check_out(path: Path | None) -> None:
     """Raise WrongUse, before anything is measured, where a result could not be written."""
     if path is None:
@@ -160,7 +168,7 @@ def _digested(text: str, name: Any) -> dict[str, Any]:
     return result
 
 
-SAID = ("date", "command", "torch", "cpu")
+SAID = ("date", "command", "torch", "triton", "cpu")
 SAID_OF_GPU = ("name", "uuid", "driver_version")
 
 
@@ -176,11 +184,17 @@ def checked(text: str, path: Any) -> dict[str, Any]:
         raise ValueError(f"{path} is a rehearsal's, not a measurement")
     around = result.get("machine_info") or result
     missing = [name for name in SAID if not around.get(name)]
-    if not (around.get("commit") or {}).get("id"):
+    of = around.get("commit") or {}
+    if not re.fullmatch("[0-9a-f]{7,40}", of.get("id") or "") or not isinstance(of.get("dirty"), bool):
         missing.append("commit")
+    if "gpu" not in around:
+        missing.append("gpu, or null")
     if (gpu := around.get("gpu")) is not None:
         missing += [f"gpu's {name}" for name in SAID_OF_GPU if not gpu.get(name)]
-        if result.get("stage") in ("ceilings", "kernels", "encoder", "engine") and not result.get("clocks"):
+        # or why there are none, which the watch says
+        if not any(
+            ("clocks.sm" in one and "power.draw" in one) or "missing" in one for one in result.get("clocks", ())
+        ):
             missing.append("clocks")
     rows = result.get("rows", [])
     timed = [row[way] for row in rows for way in ("cold", "graph") if way in row]

@@ -163,8 +163,15 @@ def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Itera
             launch(*args)
         wanted.setdefault(launches[-1], []).append(config)
     for entry, row in compile_gate.compile_all(list(wanted), jobs, keep=case.device.type == "cuda"):
-        why = row if isinstance(row, str) else "; ".join(compile_gate.unusable(row)) or None
-        yield from ((config, why) for config in wanted[entry])
+        for config in wanted[entry]:
+            yield config, row if isinstance(row, str) else "; ".join(_unfit(row, config)) or None
+
+
+def _unfit(row: dict[str, Any], config: Config) -> Iterator[str]:
+    yield from compile_gate.unusable(row)
+    programs = config.per_sm if isinstance(config, Gemm) else 1
+    if (held := compile_gate.resident(row)) < programs:
+        yield f"a multiprocessor holds {held}, not {programs}"
 
 
 def _launcher(op: str) -> Any:
@@ -219,21 +226,22 @@ def tune(
     unfit: dict[str, str] = dict((before or {}).get("unfit", {}))
     tried: dict[str, float] = dict((before or {}).get("tried", {}))
     wrong: dict[str, str] = dict((before or {}).get("wrong", {}))
-    fit = [name for name in every if name in tried or name in wrong]
-    left = [config for name, config in every.items() if name not in tried | unfit | wrong]
+    done = {*tried, *wrong, *(before or {}).get("fitting", ())}
+    fit = [name for name in every if name in done]
+    left = [config for name, config in every.items() if name not in done | unfit.keys()]
     compiled_now = 0
-    for first in range(0, len(left), 4 * jobs):  # in portions, for the time may run out
+    for first in range(0, len(left), 2 * jobs):  # in portions, for the time may run out
         if time.monotonic() > deadline:
             break
-        for config, why in compiled(found, left[first : first + 4 * jobs], arch, jobs):
+        for config, why in compiled(found, left[first : first + 2 * jobs], arch, jobs):
             compiled_now += 1
             if why is None:
                 fit.append(_written(config))
             else:
                 unfit[_written(config)] = why
         keep(row | {"unfit": unfit, "stopped": "while compiling", "winner": None, "compiled": len(fit) + len(unfit),
-                    "fit": len(fit), "tried": tried, "wrong": wrong})  # fmt: skip
-    row |= {"compiled": len(fit) + len(unfit), "fit": len(fit), "unfit": unfit, "winner": None}
+                    "fit": len(fit), "fitting": fit, "tried": tried, "wrong": wrong})  # fmt: skip
+    row |= {"compiled": len(fit) + len(unfit), "fit": len(fit), "fitting": fit, "unfit": unfit, "winner": None}
     if not fit and unfit:
         return row | {"stopped": f"none could be compiled, such as for: {next(iter(unfit.values()))[:200]}"}
     if compiled_now < len(left):
@@ -354,7 +362,7 @@ def run(
     arch = _configs.architecture(device) if device.type == "cuda" else 90
     processors = _configs.processors(device) if device.type == "cuda" else 132
     limited = patch.object(sys.modules[__name__], "candidates", _first(most)) if most else patch.dict({})
-    with limited:
+    with limited, timing.Watch() as watch:
         for found in classes(matrix, device, processors, names):
             key = arch, found.op, found.name, card
             known = next((row for row in rows if (row["arch"], row["op"], row["class"], row.get("gpu")) == key), None)
@@ -365,7 +373,7 @@ def run(
             others = [other for other in rows if other is not known]
 
             def keep(row: dict[str, Any], others: list[dict[str, Any]] = others) -> None:
-                record.write(path, around | {"rows": [*others, row]})
+                record.write(path, around | {"rows": [*others, row], "clocks": watch.samples})
 
             rows = [*others, tune(found, arch, deadline, jobs or os.cpu_count() or 1, known, keep)]
             keep(rows[-1])
@@ -401,7 +409,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="what was found, class by class; read and gone on with")
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=record.minutes, default=10.0)
     parser.add_argument("--ops", default=",".join(kernels.TUNED), help="comma-separated")
     parser.add_argument(
         "--apply", action="store_true", help="write the winners to kernels/_configs.py, and measure nothing"

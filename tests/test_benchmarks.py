@@ -47,6 +47,7 @@ CPU = torch.device("cpu")
 CARD = {"name": "An H200", "uuid": "GPU-1", "driver_version": "1.2"}
 AROUND = {"date": "2026-01-01", "command": "x", "torch": "2", "triton": "3", "cpu": "a CPU", "threads": 2}
 AROUND |= {"commit": {"id": "0123456789", "dirty": False}, "gpu": None}
+ON_CARD = AROUND | {"gpu": CARD, "clocks": [{"clocks.sm": "1980 MHz", "power.draw": "600 W"}]}
 
 
 # --- roofline -----------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_a_prediction_is_told_beside_the_measurement(quick, monkeypatch, tmp_pat
     assert mine[0]["predicted_us"] == pytest.approx(1e6 * roofline.seconds(CHIPS["H200"], op, "float32"))
     for row, line in zip(mine, kernels.lines(rows), strict=True):
         assert f", predicted {row['predicted_us']:.1f}" in line
-    record.write(tmp_path / "h200" / "kernels.json", AROUND | {"gpu": CARD, "rows": rows})
+    record.write(tmp_path / "h200" / "kernels.json", ON_CARD | {"rows": rows})
     real = goals.Results
     monkeypatch.setattr(goals, "Results", lambda: real(tmp_path))
     table = report.kernels_table()
@@ -615,8 +616,8 @@ def test_goals(tmp_path):
     rows[-2] = {k: v for k, v in rows[-2].items() if k not in ("cold", "graph")} | {"wrong": "max error"}
     wrong = dict(tokens_per_s=1.0, wrong="max error", samples_s=[1.0], dtype="bfloat16")
     engine = [{"input": f"ids, L={n}, fixed"} | wrong for n in (128, 64)]
-    record.write(tmp_path / "h200" / "engine.json", AROUND | {"gpu": CARD, "rows": engine})
-    record.write(tmp_path / "h200" / "kernels.json", AROUND | {"gpu": CARD, "rows": rows})
+    record.write(tmp_path / "h200" / "engine.json", ON_CARD | {"rows": engine})
+    record.write(tmp_path / "h200" / "kernels.json", ON_CARD | {"rows": rows})
     one = {"median": 1.0, "data": [1.0]}
     entries = [
         {"name": "bench_start_to_end", "extra_info": {}, "stats": {"median": 2.5, "data": [2.5]}},
@@ -630,7 +631,7 @@ def test_goals(tmp_path):
     )
     assert found["cpu-start"] == ["2.5", "met"] and found["cpu-ct2"] == ["0.9", "missed"] and not right
     assert found["ffn1"] == found["ffn1-flops"] == found["engine-ids"] == ["wrong", "missed"]
-    record.write(tmp_path / "h200" / "kernels.json", AROUND | {"gpu": CARD | {"name": "An L4"}, "rows": rows})
+    record.write(tmp_path / "h200" / "kernels.json", ON_CARD | {"gpu": CARD | {"name": "An L4"}, "rows": rows})
     with pytest.raises(ValueError, match="h200/kernels.json is of another GPU, An L4"):
         goals.table(goals.Results(tmp_path))
 
@@ -652,14 +653,14 @@ def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
     noisy = {"median_us": 12, "samples_us": [8.0, 12.0, 16.0]}
     after.append(rows(ours_noisy=12.0)[0] | {"cold": noisy, "graph": noisy})
     for name, found in (("a", before), ("b", after)):
-        record.write(tmp_path / name / "kernels.json", AROUND | {"rows": found, "gpu": CARD})
+        record.write(tmp_path / name / "kernels.json", ON_CARD | {"rows": found})
         record.write(tmp_path / f"{name}-on-cpu.json", AROUND | {"rows": found})
     record.write(tmp_path / "other.json", AROUND | {"rows": [kernel_row("8 x 8 x 8", "fastdistil", 1.0)]})
     wrong = kernel_row("16 x 8 x 8", "fastdistil,_faster", 0) | {"wrong": "no"}
     del wrong["cold"], wrong["graph"]
     record.write(
         tmp_path / "wrong.json",
-        AROUND | {"rows": [row for row in after if "faster" not in row["provider"]] + [wrong], "gpu": CARD},
+        ON_CARD | {"rows": [row for row in after if "faster" not in row["provider"]] + [wrong]},
     )
 
     def compare(a, b):
@@ -671,9 +672,9 @@ def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
     assert code == 1 and [line.split()[0] for line in lines[:6]] == ["SLOWER"] * 2 + ["faster"] * 2 + ["slower"] * 2
     assert "slower" in lines[0] and "1.080" in lines[0] and "peer" in lines[4]
     assert lines[-1].startswith("6 changed, 4 within the noise, 2 in one")
-    assert sum(line.startswith("gone") and "fastdistil,_gone" in line for line in lines) == 2
+    assert sum(line.startswith("GONE") and "fastdistil,_gone" in line for line in lines) == 2
     for path in (tmp_path / "b").iterdir():
-        record.write(tmp_path / "c" / path.name, AROUND | {"rows": after, "gpu": CARD | {"name": "An H100"}})
+        record.write(tmp_path / "c" / path.name, ON_CARD | {"rows": after, "gpu": CARD | {"name": "An H100"}})
     code, said = compare("a", "c")
     assert code == 0 and said.out.startswith("not the same machine") and "SLOWER" not in said.out
     assert compare("a", "a/kernels.json")[0] == 0
@@ -682,7 +683,8 @@ def test_two_sets_are_compared_beyond_their_noise(tmp_path, capsys):
     )
     code, said = compare("a/kernels.json", "wrong.json")  # files of other names
     assert code == 1 and "WRONG  where it was right before  linear, 16 x 8 x 8, bfloat16, fastdistil,_f" in said.out
-    assert compare("a-on-cpu.json", "b-on-cpu.json")[0] == 0  # nothing of ours by more than 15 %
+    code, said = compare("a-on-cpu.json", "b-on-cpu.json")  # nothing of ours by more than 15 %
+    assert code == 1 and "SLOWER" not in said.out and said.out.count("GONE") == 1
     code, said = compare("a", "other.json")
     assert code == 1 and "nothing in common" in said.err
     code, said = compare("a", "no-such-revision")
@@ -703,6 +705,8 @@ def test_on_cpu_turns_are_compared(tmp_path):
     assert compare.compare(plain, slow)[1] and compare.compare(slow, plain)[1]
     lines, right = compare.compare(plain, of([20, 20, 20], [20, 20, 20]))
     assert not right and lines[0].startswith("SLOWER  2.000")
+    one_off = of([10, 10, 10, 10, 10, 10, 10, 60], [20] * 8)  # a single turn widens no band
+    assert compare.compare(one_off, plain)[1] and not compare.compare(one_off, of([13] * 8, [20] * 8))[1]
     suite = {"machine_info": AROUND, "benchmarks": [{"name": "x", "stats": {"data": [1.0]}, "extra_info": {}}]}
     for name, ratios in (("a", [2.0, 2.1]), ("b", [1.5, 1.5])):
         suite["benchmarks"][0]["extra_info"]["ratios"] = ratios
@@ -713,7 +717,7 @@ def test_on_cpu_turns_are_compared(tmp_path):
 def test_kernels_in_several_processes(tmp_path):
     arguments = ["--toy", "--ops", "pool", "--processes", "2", "--out", str(tmp_path / "r.json")]
     assert kernels.main(arguments) == 0
-    rows = [row for row in record.measured(tmp_path / "r.json")["rows"] if "cold" in row]
+    rows = [row for row in record.read(tmp_path / "r.json")["rows"] if "cold" in row]
     assert rows and all(len(row["cold"]["turns_us"]) == 2 * timing.TURNS for row in rows)
     ceilings = record.read(tmp_path / "r.json")["ceilings"]
     for row in rows:  # of the ceilings that the file holds, the higher ones of two
@@ -760,7 +764,7 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
         row | {"provider": "transformers sdpa", "median_us": 15.0, "tokens_per_s": 533_333.0, "samples_us": [15]},
         row | {"provider": "transformers flash_attention_2", "missing": "no flash"},
     ]
-    around = AROUND | {"gpu": CARD}
+    around = ON_CARD
     record.write(tmp_path / "h100" / "encoder.json", around | {"rows": rows})
     table = report.encoder_table().splitlines()
     assert table[2] == "| 1 x 32, fill 1.00 | float32 | 800,000 | 0.0 (0.0) | 1.50x |"
@@ -782,7 +786,7 @@ def results(tmp_path_factory):
         }
     for stage, result in found.items():
         record.write(tmp_path / "results" / "cpu" / f"{stage}.json", AROUND | result)
-        record.write(tmp_path / "results" / "h200" / f"{stage}.json", AROUND | result | {"gpu": CARD})
+        record.write(tmp_path / "results" / "h200" / f"{stage}.json", result | ON_CARD)
     (tmp_path / "results" / "compile").mkdir()
     return tmp_path / "results"
 
@@ -1049,24 +1053,30 @@ def test_wrong_use(tmp_path, capsys):
 def test_results_that_do_not_say_enough_are_refused(tmp_path):
     path = tmp_path / "r.json"
     for result, message in [
-        ({"rows": []}, "lacks date, command, torch, cpu, commit; measure again"),
+        ({"rows": []}, "lacks date, command, torch, triton, cpu, commit, gpu, or null; measure again"),
         (AROUND | {"rows": [], "commit": {"id": None}}, "lacks commit"),
+        (AROUND | {"rows": [], "commit": {"id": "unknown", "dirty": False}}, "lacks commit"),
+        (AROUND | {"rows": [], "commit": {"id": "0123456789"}}, "lacks commit"),
         (AROUND | {"gpu": {"name": "A GPU", "uuid": ""}}, "lacks gpu's uuid, gpu's driver_version"),
         (AROUND | {"rows": [{"cold": {"median_us": 1.0}}]}, "lacks samples of a row"),
-        (AROUND | {"rows": [], "gpu": CARD, "stage": "kernels", "clocks": []}, "lacks clocks"),
+        (ON_CARD | {"rows": [], "clocks": []}, "lacks clocks"),
+        (ON_CARD | {"rows": [], "clocks": [{"clocks.sm": "1980 MHz"}]}, "lacks clocks"),
+        ({"machine_info": AROUND | {"gpu": CARD}, "benchmarks": []}, "lacks clocks"),
         ({"machine_info": AROUND, "benchmarks": [{"stats": {"median": 1.0}}]}, "lacks data of a benchmark"),
         (AROUND | {"rows": [], "dry": True}, "is a rehearsal's, not a measurement"),
     ]:
         record.write(path, result)
         with pytest.raises(ValueError, match=message):
             record.measured(path)
-    record.write(path, AROUND | {"gpu": CARD, "rows": [{"missing": "no"}]})
+    record.write(path, ON_CARD | {"rows": [{"missing": "no"}]})
+    assert record.measured(path)
+    record.write(path, ON_CARD | {"clocks": [{"missing": "nvidia-smi tells nothing"}]})
     assert record.measured(path)["gpu"] == CARD
 
 
 def test_right_means_that_tests_ran_to_their_end(tmp_path):
     def verdict(**found):
-        record.write(tmp_path / "h200" / "correctness.json", AROUND | {"gpu": CARD, "whole": True} | found)
+        record.write(tmp_path / "h200" / "correctness.json", ON_CARD | {"whole": True} | found)
         (line,) = (line for line in goals.table(goals.Results(tmp_path))[0] if line.startswith("right "))
         return line.split()[3:5]
 
