@@ -107,6 +107,12 @@ class Entry:
         return " ".join([*types, *fixed, *absent, *launch])
 
 
+def dumped(tree: ast.AST) -> str:
+    """As Python 3.11 writes it: 3.12 has one field more, 3.13 leaves empty ones out."""
+    everything = {"show_empty": True} if sys.version_info >= (3, 13) else {}
+    return ast.dump(tree, **everything).replace(", type_params=[]", "")
+
+
 def source_of(kernel: JITFunction) -> str:
     """The kernel's source and that of all it calls, but for comments, docstrings and places."""
     seen: dict[str, str] = {}
@@ -118,7 +124,7 @@ def source_of(kernel: JITFunction) -> str:
         body = tree.body[0].body
         if ast.get_docstring(tree.body[0]) is not None:
             del body[0]
-        seen[function.__name__] = ast.dump(tree)
+        seen[function.__name__] = dumped(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and isinstance(callee := function.fn.__globals__.get(node.id), JITFunction):
                 visit(callee)

@@ -21,8 +21,9 @@ OURS = "#e8590c"
 PEERS = ("#1c7ed6", "#2f9e44", "#9c36b5", "#0c8599", "#c2255c", "#868e96", "#5f3dc4", "#99801d")
 MARKS = "osD^vPX*"
 THEMES = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6edf3", "#444c56")}  # text, grid; both on a clear ground
-# of an element that is moved: LayerNorm reads two and writes one, and does nine operations for each it writes
-ELEMENTWISE = {"add_layer_norm": 3.0, "embed_layer_norm": 3.0, "pool": 1.0}
+# of an element that is moved: LayerNorm reads two and writes one, and does nine operations for each it writes; pack and
+# unpack move it alone, and are drawn as if that were one
+ELEMENTWISE = {"add_layer_norm": 3.0, "embed_layer_norm": 3.0, "pool": 1.0, "pack": 1.0, "unpack": 1.0}
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -59,8 +60,7 @@ def roofline(ax: Any, result: dict[str, Any]) -> bool:
     dtype = precision(result["rows"])
     largest: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
-        computes = "cold" in row and (row["flops"] or row["op"] in ELEMENTWISE)  # which pack and unpack do not
-        if row["provider"] == "fastdistil" and row["dtype"] == dtype and computes:
+        if row["provider"] == "fastdistil" and row["dtype"] == dtype and "cold" in row:
             label = row["op"] if row["op"] != "linear" else f"linear, {row['shape'].partition(' x ')[2]}"
             if label not in largest or row["bytes"] > largest[label]["bytes"]:
                 largest[label] = row

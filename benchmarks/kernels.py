@@ -204,12 +204,12 @@ def epilogue(case: Case, stack: ExitStack) -> timing.Run:
     return lambda: torch._addmm_activation(bias, x, weight.T, use_gelu=True)
 
 
-@provider("torch.compile", *GEMMS, *ROWS, "pool", *PLACING)
+@provider("torch.compile", *OPS)
 def compiled(case: Case, stack: ExitStack) -> timing.Run:
     return _compile(case, stack, None)
 
 
-@provider("torch.compile, max-autotune", *GEMMS, *ROWS)
+@provider("torch.compile, max-autotune", *OPS)
 def autotuned(case: Case, stack: ExitStack) -> timing.Run:
     return _compile(case, stack, "max-autotune-no-cudagraphs")
 
@@ -218,6 +218,10 @@ LATE = (compiled, autotuned)  # they compile for up to minutes, after all else
 
 
 def _compile(case: Case, stack: ExitStack, mode: str | None) -> timing.Run:
+    if case.op == "attention":
+        raise Missing("of attention it calls SDPA, which is timed itself")
+    if mode and case.op in ("pool", *PLACING):
+        raise Missing("there is no matrix product to tune")
     if case.device.type != "cuda":
         raise Missing("compiled for CUDA only")
     rows = len(case.args[0])
@@ -674,8 +678,15 @@ def joined(rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> dict[str, An
     return found | _of_ceilings(found, _matmul(found["dtype"], ceilings), ceilings)
 
 
+def absent(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Who has no time at all, and why: the last reason, for the first are of shapes that others are for."""
+    timed = {row["provider"] for row in rows if "median_us" in row or "cold" in row}
+    return {row["provider"]: row["missing"] for row in rows if "missing" in row and row["provider"] not in timed}
+
+
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line a case: ours, its part of the ceilings, and the best peer."""
+    """Who is missing, and a line a case: ours, its part of the ceilings, and the best peer."""
+    yield from (f"missing {name}: {why}" for name, why in absent(rows).items())
     by_case: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         by_case.setdefault((row["op"], row["shape"], row["dtype"]), []).append(row)
@@ -735,7 +746,7 @@ def main(argv: list[str] | None = None) -> int:
             same += ["--toy"] * args.toy + [f"--dtypes={args.dtypes}"] * bool(args.dtypes)
             rows, ceilings = in_processes(same, processes)
         else:
-            ceilings = timing.ceilings(device, args.toy)
+            ceilings = timing.ceilings(device, args.toy, matrix.dtypes)
             rows = run(matrix, device, ceilings, names=names, minutes=args.minutes)
     print(*lines(rows), sep="\n")
     if args.out:

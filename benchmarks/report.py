@@ -11,7 +11,7 @@ import re
 import sys
 from typing import Any
 
-from benchmarks import compare, figures, goals, record, timing
+from benchmarks import compare, figures, goals, kernels, record, timing
 
 RESULTS = record.ROOT / "benchmarks" / "results"
 
@@ -63,17 +63,18 @@ def encoder_table() -> str:
         return "Not measured yet."
     peers = [n for n in dict.fromkeys(r["provider"] for r in result["rows"]) if not n.startswith("fastdistil")]
     timed: dict[tuple[str, str], dict[str, Any]] = {}
-    missing: dict[str, str] = {}
     most = max((row["texts"] for row in result["rows"] if row["fill"] == 1), default=0)
     for row in result["rows"]:
         if "tokens_per_s" in row and _telling(row, most):
             timed.setdefault((row["batch"], row["dtype"]), {})[row["provider"]] = row
-        elif "missing" in row and row["provider"] in peers:
-            missing[row["provider"]] = row["missing"]
     peers = [name for name in peers if any(name in case for case in timed.values())]
     head = [name.removeprefix("transformers ") for name in peers]
-    lines = [f"| batch | precision | fastdistil, tokens/s | ms (p99) | {' | '.join(f'{n}, ratio' for n in head)} |"]
-    lines.append("|---|---|--:|--:|" + "--:|" * len(peers))
+    memory = any(row.get("peak_bytes") for case in timed.values() for row in case.values())
+    lines = [
+        f"| batch | precision | fastdistil, tokens/s | ms (p99, or slowest of fewer than 100) "
+        f"{'| peak MiB ' * memory}| {' | '.join(f'{n}, ratio' for n in head)} |"
+    ]
+    lines.append("|---|---|--:|--:|" + "--:|" * memory + "--:|" * len(peers))
     for (batch, dtype), case in sorted(timed.items(), key=_by_size):
         ours = [row for name, row in case.items() if timing.is_ours(name)]
         if not ours:
@@ -81,10 +82,9 @@ def encoder_table() -> str:
         best = min(ours, key=lambda row: row["median_us"])
         ratios = [f"{timing.ratio(case[p], best):.2f}x" if p in case else "" for p in peers]
         took = f"{best['median_us'] / 1e3:,.1f} ({best['p99_us'] / 1e3:,.1f})"
+        took += f" | {best.get('peak_bytes', 0) / 2**20:,.0f}" * memory
         lines.append(f"| {batch} | {dtype} | {best['tokens_per_s']:,.0f} | {took} | {' | '.join(ratios)} |")
-    absent = [f"{name}: {why}" for name, why in missing.items() if name not in peers]
-    told = [f"Missing: {'; '.join(absent)}."] if absent else []
-    return "\n".join([*lines, "", *told, *_wrong(result), "", _where(result)])
+    return "\n".join([*lines, "", *_missing(result), *_wrong(result), "", _where(result)])
 
 
 def _by_size(item: tuple[tuple[str, str], dict[str, Any]]) -> tuple:
@@ -92,6 +92,11 @@ def _by_size(item: tuple[tuple[str, str], dict[str, Any]]) -> tuple:
     (batch, dtype), case = item
     row = next(iter(case.values()))
     return dtype, batch.endswith("docstrings"), -row["texts"], -row["length"], -row["fill"]
+
+
+def _missing(result: dict[str, Any]) -> list[str]:
+    found = [f"{name} ({why})" for name, why in kernels.absent(result["rows"]).items()]
+    return [f"Missing: {'; '.join(found)}."] if found else []
 
 
 def _wrong(result: dict[str, Any]) -> list[str]:
@@ -154,12 +159,7 @@ def kernels_table() -> str:
         else:
             line += " none | | |"
         lines.append(line)
-    missing = {row["provider"]: row["missing"] for row in result["rows"] if "missing" in row}
-    timed = {row["provider"] for row in result["rows"] if "cold" in row}
-    absent = [f"{name} ({why})" for name, why in missing.items() if name not in timed]
-    return "\n".join(
-        [*lines, "", *([f"Missing: {'; '.join(absent)}."] if absent else []), *_wrong(result), "", _where(result)]
-    )
+    return "\n".join([*lines, "", *_missing(result), *_wrong(result), "", _where(result)])
 
 
 def _guess(predicted: float | None, measured: float) -> str:

@@ -139,8 +139,9 @@ def wall(run: Run, device: torch.device, seconds: float = 0.2, least: int = 5, m
     return Timing(samples)
 
 
-def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
-    """What this very machine reaches: FLOP/s of large matrix products by dtype, bytes/s of a copy, read and written.
+def ceilings(device: torch.device, toy: bool = False, dtypes: Sequence[torch.dtype] = ()) -> dict[str, Any]:
+    """What this very machine reaches: FLOP/s of large matrix products by dtype (float32, on a GPU all that encoders run
+    in, and those asked for), bytes/s of a copy, read and written.
 
     The quickest round counts, for nothing may pass a ceiling. Random numbers: zeros draw less power and are up to 15 %
     quicker.
@@ -151,7 +152,7 @@ def ceilings(device: torch.device, toy: bool = False) -> dict[str, Any]:
     seconds = 0.02 if toy else 0.5
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    kinds: dict[str, torch.dtype] = {"float32": torch.float32}
+    kinds = {"float32": torch.float32} | {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
     if device.type == "cuda":
         kinds |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
     try:
