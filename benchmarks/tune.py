@@ -240,7 +240,7 @@ def tune(
             else:
                 unfit[_written(config)] = why
         keep(row | {"unfit": unfit, "stopped": "while compiling", "winner": None, "compiled": len(fit) + len(unfit),
-                    "fit": len(fit), "fitting": fit, "tried": tried, "wrong": wrong})  # fmt: skip
+                    "fit": len(fit), "fitting": [*fit], "tried": tried, "wrong": wrong})  # fmt: skip
     row |= {"compiled": len(fit) + len(unfit), "fit": len(fit), "fitting": fit, "unfit": unfit, "winner": None}
     if not fit and unfit:
         return row | {"stopped": f"none could be compiled, such as for: {next(iter(unfit.values()))[:200]}"}

@@ -1,5 +1,6 @@
 """The benchmarks themselves: counts, records, equality before speed, and every stage of a GPU's run at toy size."""
 
+import ast
 import copy
 import json
 import math
@@ -223,7 +224,8 @@ def test_a_prediction_is_told_beside_the_measurement(quick, monkeypatch, tmp_pat
     mine = [row for row in rows if row["provider"] == "fastdistil"]
     op = roofline.add_layer_norm(int(mine[0]["shape"].split()[0]), shapes.TOY.shape.dim, 4)
     assert mine[0]["predicted_us"] == pytest.approx(1e6 * roofline.seconds(CHIPS["H200"], op, "float32"))
-    for row, line in zip(mine, kernels.lines(rows), strict=True):
+    said = [line for line in kernels.lines(rows) if not line.startswith("missing")]
+    for row, line in zip(mine, said, strict=True):
         assert f", predicted {row['predicted_us']:.1f}" in line
     record.write(tmp_path / "h200" / "kernels.json", ON_CARD | {"rows": rows})
     real = goals.Results
@@ -535,6 +537,32 @@ def test_what_spills_is_not_timed():
     spills = Gemm("tma", 128, 256, 64, warps=4, stages=3)
     verdicts = dict(tune.compiled(found, [fits, spills], 90, 2))
     assert verdicts[fits] is None and "spills" in verdicts[spills]
+    alone = replace(fits, stages=4)  # 160 KiB
+    assert list(tune.compiled(found, [alone], 90, 1)) == [(alone, "a multiprocessor holds 1, not 2")]
+
+
+def test_what_was_compiled_is_not_compiled_again(monkeypatch):
+    """Where the time ran out before anything was timed."""
+    configs = [Gemm("pointer", 16, n, 32, 4, stages) for n in (32, 64, 128, 256) for stages in (2, 3)]
+    case = types.SimpleNamespace(name="a case", device=CPU)
+    found, clock, asked = tune.Class("linear", "half/few", (case,)), [0.0], []
+
+    def compiled(found, some, arch, jobs):
+        asked.extend(some)
+        clock[0] += 1
+        yield from ((config, "it spills" if config.stages == 2 else None) for config in some)
+
+    monkeypatch.setattr(tune, "compiled", compiled)
+    monkeypatch.setattr(tune, "candidates", lambda *args: configs)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    kept = []
+    first = tune.tune(found, 90, 1.5, 2, keep=kept.append)
+    assert asked == configs and len(kept) == 2 and kept[0]["fitting"] == [tune._written(c) for c in configs[1:4:2]]
+    assert first["fit"] == 4 and "stopped" in first
+    for before in (first, kept[0]):
+        asked.clear()
+        again = tune.tune(found, 90, 9e9, 2, before)
+        assert again["fit"] == 4 and asked == ([] if before is first else configs[4:])
 
 
 def test_a_class_cut_off_is_gone_on_with(monkeypatch, tmp_path):
@@ -768,7 +796,7 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
     record.write(tmp_path / "h100" / "encoder.json", around | {"rows": rows})
     table = report.encoder_table().splitlines()
     assert table[2] == "| 1 x 32, fill 1.00 | float32 | 800,000 | 0.0 (0.0) | 1.50x |"
-    assert "Missing: transformers flash_attention_2: no flash." in table and table[-1].startswith(
+    assert "Missing: transformers flash_attention_2 (no flash)." in table and table[-1].startswith(
         "An H200, driver 1.2,"
     )
 
@@ -810,7 +838,10 @@ def test_pictures(results, tmp_path):
             assert figures.THEMES["dark" if "dark" in path.name else "light"][0] in text
     fill = drawn[directory / "cpu-fill-light.svg"]
     assert "transformers sdpa" in fill and "fastdistil" in fill and "Speedup by fill, 2 texts of at most 16" in fill
-    assert "linear, 32 x 64 (40 x 32 x 64)" in drawn[directory / "cpu-roofline-dark.svg"]
+    points = drawn[directory / "cpu-roofline-dark.svg"]
+    assert "linear, 32 x 64 (40 x 32 x 64)" in points and all(
+        f"{op} (" in points for op in kernels.OPS if op != "linear"
+    )
     assert "cpu-error-dark.svg" in drawn[directory / "README.md"]
     figures.draw(results, directory)
     assert drawn == {p: p.read_text() for p in directory.iterdir()}  # the same bytes again
@@ -1114,11 +1145,23 @@ def test_a_shape_has_its_own_figures():
     assert roofline.flops_per_token(8, small) == 2 * (2 * 32 * (96 + 32 + 2 * 64) + 4 * 8 * 32)
 
 
-def test_the_example_for_ones_own_card(monkeypatch):
-    given = []
-    monkeypatch.setattr(gpu, "main", lambda argv: given.extend(argv) or 0)
+def test_the_example_for_ones_own_card(monkeypatch, tmp_path, capsys):
+    """It prints all lines, of which a summary has some, and keeps what was measured."""
+    given, lines = [], [f"op {i} {'x' * 90}" for i in range(300)]
+
+    def main(argv):
+        given.extend(argv)
+        record.write(tmp_path / "kernels.json", {"lines": lines})
+        record.write(tmp_path / "encoder.json", {"rows": []})  # a stage that was stopped
+        assert "more lines" in "\n".join(gpu.summary(tmp_path, {"kernels": "right"}))
+        return 0
+
+    monkeypatch.setattr(gpu, "main", main)
     example = runpy.run_path(str(record.ROOT / "examples" / "benchmark_my_gpu.py"))
-    assert example["main"](["--dry"]) == 0
+    assert example["main"](["--out", str(tmp_path), "--dry"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert set(lines) < set(said) and f"encoder was stopped: {tmp_path / 'encoder.json'} has what it had so far" in said
+    assert given[given.index("--out") + 1] == str(tmp_path) and (tmp_path / "kernels.json").is_file()
     assert given[-1] == "--dry" and set(given[given.index("--stages") + 1].split(",")) < set(gpu.STAGES)
     assert float(given[given.index("--minutes") + 1]) <= 5
 
@@ -1432,6 +1475,87 @@ def test_texts_from_all_over_a_batch_are_checked():
         right[-500:] = 0
         with pytest.raises(AssertionError):
             encoder.hold(lambda: right, batch, truth, eager)
+
+
+def test_a_provider_that_is_wrong_elsewhere_is_wrong(quick, monkeypatch):
+    """Also at the texts that are not held to float64."""
+    model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
+    batch = encoder.batch_of(model, "", [500, *[400] * 11], 500)
+
+    def elsewhere(batch, stack):
+        run, mine = encoder.packed(batch, stack), encoder.chosen(batch)
+        rows = torch.repeat_interleave(torch.arange(12), torch.tensor(batch.lengths))
+        return lambda: run() * torch.isin(rows, torch.tensor(mine))[:, None]
+
+    monkeypatch.setattr(encoder, "PROVIDERS", [("right", encoder.packed), ("wrong", elsewhere)])
+    right, wrong = encoder.measure(batch, 9e9)
+    assert "tokens_per_s" in right and "a text that was not held to float64 is off by" in wrong["wrong"]
+    assert encoder.rest_of(encoder.batch_of(model, "", [5] * 3, 5)) is None  # all are
+
+
+def test_batches_for_which_no_time_was_left_are_listed(quick):
+    model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
+    rows = encoder.run(shapes.TOY, CPU, minutes=-1)
+    assert {row["missing"] for row in rows} == {"no time was left"}
+    assert {row["batch"] for row in rows} == {b.name for b in encoder.batches(model, shapes.TOY)}
+    said = list(encoder.lines(rows))
+    assert said and all(line.startswith("missing ") and line.endswith(": no time was left") for line in said)
+
+
+def test_who_is_missing_is_said(quick):
+    """And who has a time somewhere is not missing."""
+    rows = [
+        {"provider": "flash-attn", "missing": "flash-attn is not installed"},
+        {"provider": "eager torch", "missing": "no time was left"},
+        {"provider": "eager torch", "cold": {"median_us": 1.0}},
+    ]
+    assert kernels.absent(rows) == {"flash-attn": "flash-attn is not installed"}
+    found = kernels.run(shapes.TOY, CPU, CEILINGS, names=("attention", "pool"))
+    said = list(kernels.lines(found))
+    assert any(line.startswith("missing flash-attn: flash-attn is not installed") for line in said)
+    assert "missing torch.compile, max-autotune: there is no matrix product to tune" in said
+
+
+def test_precisions_that_are_asked_for_have_a_ceiling(tmp_path):
+    assert timing.ceilings(CPU, True, (torch.bfloat16,))["bfloat16"]["flops_per_s"] > 0
+    with pytest.raises(SystemExit):
+        kernels.main(["--minutes", "0"])
+
+
+def test_stages_find_what_their_command_found(monkeypatch, tmp_path):
+    """Also through PYTHONPATH."""
+    monkeypatch.setenv("PYTHONPATH", "/somewhere:/else")
+    asked = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, env, **k: asked.append(env["PYTHONPATH"]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gpu.run_all(["environment"], tmp_path, 1, True)
+    assert asked == [f"{record.ROOT}:/somewhere:/else"]
+
+
+def test_which_results_are_of_the_gpu(tmp_path):
+    """Those of another card than the goals are of where there are none of these; none of another model."""
+    for place in ("cpu", "compile", "a100"):
+        (tmp_path / place).mkdir()
+    record.write(tmp_path / "cpu" / "encoder.json", AROUND | {"rows": []})
+    assert goals.Results(tmp_path).gpu is None and goals.Results(tmp_path / "none").gpu is None
+    of_a100 = ON_CARD | {"gpu": CARD | {"name": "NVIDIA A100-SXM4-80GB"}, "rows": [{"dtype": "x"}]}
+    record.write(tmp_path / "a100" / "encoder.json", of_a100)
+    assert goals.Results(tmp_path).gpu == "a100" and len(goals.Results(tmp_path).rows("encoder")) == 1
+    for other in ({"model": "mine"}, {"shape": {"dim": 32}}):
+        record.write(tmp_path / "a100" / "encoder.json", of_a100 | other)
+        with pytest.raises(ValueError, match=r"a100/encoder.json is of another model than DistilBERT-base"):
+            goals.Results(tmp_path).rows("encoder")
+    record.write(tmp_path / "h200" / "encoder.json", ON_CARD | {"rows": []})
+    assert goals.Results(tmp_path).gpu == "h200"
+
+
+def test_a_kernels_key_is_the_same_in_every_python():
+    tree = ast.parse("def f(a, b=1):\n    return g(a)\n")
+    assert compile_gate.dumped(tree) == (
+        "Module(body=[FunctionDef(name='f', args=arguments(posonlyargs=[], args=[arg(arg='a'), arg(arg='b')], "
+        "kwonlyargs=[], kw_defaults=[], defaults=[Constant(value=1)]), body=[Return(value=Call(func=Name(id='g', "
+        "ctx=Load()), args=[Name(id='a', ctx=Load())], keywords=[]))], decorator_list=[])], type_ignores=[])"
+    )
 
 
 def _dies(entry):
