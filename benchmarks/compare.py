@@ -2,26 +2,29 @@
 
 A and B are result files, directories of them, or git revisions of benchmarks/results. What is ours and slower by more
 than its band is a regression, and so is what is gone from a case that both have; peers are shown. On a GPU times are
-compared. On CPU, where other people's programs come and go, our time by a peer's in the same turn is. The band is the
-wider of a least one (below) and the spreads of both sides' middle halves, added up.
+compared. On CPU, where other people's programs come and go, our time by the peers' in the same turn is. The band is the
+wider of a least one (below) and the spreads of both sides' middle halves, added up; on CPU twice that, for how a
+process's memory happens to lie differs between processes, and a run has three.
 """
 
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from benchmarks import record
 from benchmarks.timing import Timing
 
-BAND, BAND_ON_CPU = 0.03, 0.15
+BAND, BAND_ON_CPU = 0.03, 0.30
+ON_CPU = 2  # times the spread
 RESULTS = "benchmarks/results"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, or on CPU a part of a peer's, and how far they spread, as a part of them. least: the band at least.
+    """Seconds, or on CPU a part of the peers', and how far they spread, as a part of them. least: the band at least.
     ours: whether it is judged. wrong: that nothing was timed, for what was computed is wrong. where: the machine. case:
     what several providers were timed at."""
 
@@ -80,22 +83,22 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
             yield f"{entry['name']}, by the peer's time", _of([1 / ratio for ratio in ratios], about)
         else:
             yield entry["name"], _of(entry["stats"]["data"], about)
-    anchors: dict[str, dict[str, Any]] = {}  # of each case the first peer
+    anchors: dict[str, list[list[float]]] = {}  # of each case the peers' turns
     for row in result.get("rows", []):
-        if not row.get("provider", "fastdistil").startswith("fastdistil") and ("cold" in row or "turns_us" in row):
-            anchors.setdefault(_name(row, "provider"), row)
+        turns = row.get("cold", row).get("turns_us", ())
+        if not row.get("provider", "fastdistil").startswith("fastdistil") and turns:
+            anchors.setdefault(_name(row, "provider"), []).append(turns)
     for row in result.get("rows", []):
         about["case"] = _name(row, "provider")
         ours = row.get("provider", "fastdistil").startswith("fastdistil")
         ways = [way for way in ("cold", "graph") if way in row] or [""]
         for way in ways if on_gpu else ways[:1]:
             name = ", ".join(part for part in (_name(row), way) if part)
-            took, anchor = (r.get(way, {}) if way else r for r in (row, anchors.get(_name(row, "provider"), {})))
+            took = row.get(way, {}) if way else row
             if "wrong" in row:
                 for wrong in [f"{name}, {way}" for way in ("cold", "graph")] if "op" in row else [name]:
                     yield wrong, Measured(0.0, 0.0, ours=ours, wrong=True, **about)
-            elif not on_gpu and len(took.get("turns_us", ())) == len(anchor.get("turns_us", ())) > 1:
-                parts = [a / b for a, b in zip(took["turns_us"], anchor["turns_us"], strict=True)]
+            elif not on_gpu and (parts := _by_peers(took.get("turns_us", []), anchors.get(about["case"], []))):
                 yield name, _of(parts, about, ours)
             elif "samples_us" in took:
                 yield name, _of([s / 1e6 for s in took["samples_us"]], about, ours)
@@ -103,9 +106,16 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
                 yield name, _of(took["samples_s"], about, ours)
 
 
+def _by_peers(turns: list[float], peers: list[list[float]]) -> list[float]:
+    """Each turn by the geometric mean of the peers' of as many turns, for one alone may be as lucky as we are."""
+    alike = [peer for peer in peers if len(peer) == len(turns) > 1]
+    return [t / geometric_mean(theirs) for t, *theirs in zip(turns, *alike, strict=True)] if alike else []
+
+
 def _of(seconds: list[float], about: dict[str, Any], ours: bool = True) -> Measured:
     low, middle, high = Timing(seconds).quartiles
-    return Measured(middle, (high - low) / middle if middle else 0.0, ours=ours, **about)
+    times = ON_CPU if about["least"] == BAND_ON_CPU else 1
+    return Measured(middle, times * (high - low) / middle if middle else 0.0, ours=ours, **about)
 
 
 def _name(row: dict[str, Any], *but: str) -> str:

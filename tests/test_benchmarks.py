@@ -734,7 +734,11 @@ def test_on_cpu_turns_are_compared(tmp_path):
     lines, right = compare.compare(plain, of([20, 20, 20], [20, 20, 20]))
     assert not right and lines[0].startswith("SLOWER  2.000")
     one_off = of([10, 10, 10, 10, 10, 10, 10, 60], [20] * 8)  # a single turn widens no band
-    assert compare.compare(one_off, plain)[1] and not compare.compare(one_off, of([13] * 8, [20] * 8))[1]
+    assert compare.compare(one_off, plain)[1] and not compare.compare(one_off, of([14] * 8, [20] * 8))[1]
+    lucky = [[10] * 3, [20] * 3, [20] * 3, [20] * 3, [20] * 3], [[10] * 3, [8] * 3, [20] * 3, [20] * 3, [20] * 3]
+    assert compare._by_peers(lucky[0][0], lucky[0][1:]) == pytest.approx([0.5] * 3)
+    assert compare._by_peers(lucky[1][0], lucky[1][1:])[0] < 0.5 * 1.3  # one peer of four in 2.5 times less
+    assert compare._by_peers([1.0], [[1.0]]) == compare._by_peers([1.0, 2.0], [[1.0]]) == []
     suite = {"machine_info": AROUND, "benchmarks": [{"name": "x", "stats": {"data": [1.0]}, "extra_info": {}}]}
     for name, ratios in (("a", [2.0, 2.1]), ("b", [1.5, 1.5])):
         suite["benchmarks"][0]["extra_info"]["ratios"] = ratios
