@@ -2,14 +2,15 @@
 
 A and B are result files, directories of them, or git revisions of benchmarks/results. What is ours and slower by more
 than its band is a regression, and so is what is gone from a case that both have; peers are shown. On a GPU times are
-compared. On CPU, where other people's programs come and go, our time by the peers' in the same turn is. The band is the
+compared. On CPU, where other people's programs come and go, our time by that of the peers that
+both have in the same turn is. The band is the
 wider of a least one (below) and the spreads of both sides' middle halves, added up; on CPU twice that, for how a
 process's memory happens to lie differs between processes, and a run has three.
 """
 
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -24,17 +25,29 @@ RESULTS = "benchmarks/results"
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, or on CPU a part of the peers', and how far they spread, as a part of them. least: the band at least.
-    ours: whether it is judged. wrong: that nothing was timed, for what was computed is wrong. where: the machine. case:
-    what several providers were timed at."""
+    """samples: seconds. turns: on CPU the median of each turn, and peers: of each peer its own. least: the band at
+    least. ours: whether it is judged. wrong: that nothing was timed, for what was computed is wrong. where: the
+    machine. case: what several providers were timed at."""
 
-    median: float
-    spread: float
+    samples: list[float]
     least: float
     where: str
     ours: bool = True
     wrong: bool = False
     case: str = ""
+    turns: list[float] = field(default_factory=list)
+    peers: dict[str, list[float]] = field(default_factory=dict)
+
+    def by(self, names: set[str]) -> tuple[float, float]:
+        """(median, how far the middle half spreads, as a part of it): of the samples, or with names of each turn by the
+        geometric mean of these peers' times, for one alone may be as lucky as we are."""
+        found = self.samples
+        if names:
+            theirs = zip(*(self.peers[name] for name in names), strict=True)
+            found = [turn / geometric_mean(of) for turn, of in zip(self.turns, theirs, strict=True)]
+        low, middle, high = Timing(found).quartiles
+        times = ON_CPU if self.least == BAND_ON_CPU else 1
+        return middle, times * (high - low) / middle if middle else 0.0
 
 
 def load_both(before: str, after: str) -> list[dict[str, Measured]]:
@@ -80,42 +93,28 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
     about: dict[str, Any] = {"least": BAND if on_gpu else BAND_ON_CPU, "where": machine(result)}
     for entry in result.get("benchmarks", []):  # pytest-benchmark's
         if ratios := entry["extra_info"].get("ratios"):
-            yield f"{entry['name']}, by the peer's time", _of([1 / ratio for ratio in ratios], about)
+            yield f"{entry['name']}, by the peer's time", Measured([1 / ratio for ratio in ratios], **about)
         else:
-            yield entry["name"], _of(entry["stats"]["data"], about)
-    anchors: dict[str, list[list[float]]] = {}  # of each case the peers' turns
+            yield entry["name"], Measured(entry["stats"]["data"], **about)
+    peers: dict[str, dict[str, list[float]]] = {}  # of each case the peers' turns
     for row in result.get("rows", []):
         turns = row.get("cold", row).get("turns_us", ())
-        if not row.get("provider", "fastdistil").startswith("fastdistil") and turns:
-            anchors.setdefault(_name(row, "provider"), []).append(turns)
+        if not row.get("provider", "fastdistil").startswith("fastdistil") and len(turns) > 1:
+            peers.setdefault(_name(row, "provider"), {})[row["provider"]] = turns
     for row in result.get("rows", []):
-        about["case"] = _name(row, "provider")
-        ours = row.get("provider", "fastdistil").startswith("fastdistil")
+        about |= {"case": _name(row, "provider"), "ours": row.get("provider", "fastdistil").startswith("fastdistil")}
         ways = [way for way in ("cold", "graph") if way in row] or [""]
         for way in ways if on_gpu else ways[:1]:
             name = ", ".join(part for part in (_name(row), way) if part)
             took = row.get(way, {}) if way else row
+            samples = [s / 1e6 for s in took.get("samples_us", ())] or took.get("samples_s")
             if "wrong" in row:
                 for wrong in [f"{name}, {way}" for way in ("cold", "graph")] if "op" in row else [name]:
-                    yield wrong, Measured(0.0, 0.0, ours=ours, wrong=True, **about)
-            elif not on_gpu and (parts := _by_peers(took.get("turns_us", []), anchors.get(about["case"], []))):
-                yield name, _of(parts, about, ours)
-            elif "samples_us" in took:
-                yield name, _of([s / 1e6 for s in took["samples_us"]], about, ours)
-            elif "samples_s" in took:
-                yield name, _of(took["samples_s"], about, ours)
-
-
-def _by_peers(turns: list[float], peers: list[list[float]]) -> list[float]:
-    """Each turn by the geometric mean of the peers' of as many turns, for one alone may be as lucky as we are."""
-    alike = [peer for peer in peers if len(peer) == len(turns) > 1]
-    return [t / geometric_mean(theirs) for t, *theirs in zip(turns, *alike, strict=True)] if alike else []
-
-
-def _of(seconds: list[float], about: dict[str, Any], ours: bool = True) -> Measured:
-    low, middle, high = Timing(seconds).quartiles
-    times = ON_CPU if about["least"] == BAND_ON_CPU else 1
-    return Measured(middle, times * (high - low) / middle if middle else 0.0, ours=ours, **about)
+                    yield wrong, Measured([0.0], wrong=True, **about)
+            elif samples:
+                turns = [] if on_gpu else took.get("turns_us", [])
+                beside = {n: of for n, of in peers.get(about["case"], {}).items() if len(of) == len(turns)}
+                yield name, Measured(samples, turns=turns, peers=beside, **about)
 
 
 def _name(row: dict[str, Any], *but: str) -> str:
@@ -147,7 +146,9 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
                 changed.insert(0, f"WRONG  where it was right before  {name}")
                 right = False
             continue
-        ratio, band = b.median / a.median, max(a.least, b.least, a.spread + b.spread)
+        common = a.peers.keys() & b.peers.keys()
+        (before_, spread), (after_, more) = a.by(common), b.by(common)
+        ratio, band = after_ / before_, max(a.least, b.least, spread + more)
         line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
         if ratio > 1 + band and a.ours and a.where == b.where:
             changed.insert(0, f"SLOWER {line}")

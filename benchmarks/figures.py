@@ -195,6 +195,8 @@ def wanted(results: Path = RESULTS) -> Iterator[tuple[str, str, dict[str, Any]]]
         for name, (file, picture) in PICTURES.items():
             if (place / file).is_file():
                 result = record.measured(place / file)
+                if result.get("model"):
+                    raise ValueError(f"{place / file} is of another model, {result['model']}")
                 if picture(MagicMock(), result):  # on axes that draw nothing
                     yield place.name, name, result
 

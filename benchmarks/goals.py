@@ -12,7 +12,7 @@ import torch
 from benchmarks import kernels, record, roofline, shapes, timing
 
 RESULTS = record.ROOT / "benchmarks" / "results"
-GPUS = ("h200", "h100")  # the first that has results is judged, or else another
+GPUS = ("h200", "h100")  # the first that has results is judged
 BASE = asdict(roofline.BASE)
 LIBRARY = ("eager torch", "matrix product alone", "torch.compile", "torch.compile, max-autotune")
 ATTENTION = ("torch varlen_attn", "flash-attn", "SDPA, flash", "SDPA, cuDNN", "SDPA, memory-efficient")
@@ -46,12 +46,10 @@ class Results:
 
     def __init__(self, root: Path = RESULTS):
         self.root = root
-        others = (
-            sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("cpu"))
-            if root.is_dir()
-            else []
-        )
-        self.gpu = next((name for name in (*GPUS, *others) if any((root / name).glob("*.json"))), None)
+        places = sorted(p.name for p in root.iterdir() if any(p.glob("*.json"))) if root.is_dir() else []
+        self.gpu = next((name for name in GPUS if name in places), None)
+        others = (name for name in places if not name.startswith("cpu"))
+        self.shown = self.gpu or next(others, "cpu")  # what tables are of
         self._read: dict[Path, Any] = {}
 
     def read(self, *parts: str) -> Any:
@@ -60,6 +58,13 @@ class Results:
         if path not in self._read:
             self._read[path] = record.measured(path) if path.is_file() else None
         return self._read[path]
+
+    def table(self, stage: str) -> Any:
+        """A stage's result of the machine that is shown, or None; raises ValueError for one of somebody's own model."""
+        found = self.of_gpu(stage) if self.gpu else self.read(self.shown, f"{stage}.json")
+        if found and found.get("model"):
+            raise ValueError(f"{self.root / self.shown / stage}.json is of another model, {found['model']}")
+        return found
 
     def of_gpu(self, stage: str) -> Any:
         """A stage's result, or None; raises ValueError for one of another GPU than its directory says."""

@@ -258,7 +258,8 @@ def run_stage(name: str, stage: Stage) -> int:
 def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
     """Each stage's process, one after another; then what they found."""
     end = time.monotonic() + 60 * minutes
-    path = os.pathsep.join([str(record.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = os.pathsep.join([str(record.ROOT), *map(os.path.abspath, given)])  # stages run elsewhere
     states: dict[str, str] = {}
     for i, name in enumerate(names):
         left = (end - time.monotonic()) / 60
@@ -361,10 +362,11 @@ def main(argv: list[str] | None = None) -> int:
     if not (torch.cuda.is_available() or args.dry):
         parser.error("torch finds no CUDA device; --dry rehearses on CPU")
     try:
+        args.out = args.out.resolve()
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
-    if not (args.dry or record.commit()["id"]):
+    if not (args.dry or record.is_commit(record.commit()) or os.environ.get("FASTDISTIL_COMMIT") == "unknown"):
         parser.error(
             "no repository is here to say which commit this is, and the report refuses such results; set the variable "
             "FASTDISTIL_COMMIT to what `git describe --always --dirty --abbrev=40 --exclude='*'` says where it is"

@@ -83,6 +83,10 @@ def commit() -> dict[str, Any]:
         return {"id": told and told.removesuffix("-dirty"), "dirty": told and told.endswith("-dirty")}
 
 
+def is_commit(found: dict[str, Any]) -> bool:
+    return bool(re.fullmatch("[0-9a-f]{7,40}", found.get("id") or "")) and isinstance(found.get("dirty"), bool)
+
+
 def _command() -> list[str]:
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return [*(["-m", module.name.removesuffix(".__main__")] if module else sys.argv[:1]), *sys.argv[1:]]
@@ -184,8 +188,7 @@ def checked(text: str, path: Any) -> dict[str, Any]:
         raise ValueError(f"{path} is a rehearsal's, not a measurement")
     around = result.get("machine_info") or result
     missing = [name for name in SAID if not around.get(name)]
-    of = around.get("commit") or {}
-    if not re.fullmatch("[0-9a-f]{7,40}", of.get("id") or "") or not isinstance(of.get("dirty"), bool):
+    if not is_commit(around.get("commit") or {}):
         missing.append("commit")
     if "gpu" not in around:
         missing.append("gpu, or null")

@@ -57,8 +57,7 @@ def jobs_table() -> str:
 def encoder_table() -> str:
     """Our quickest call and transformers' at each batch: of a GPU where one was measured, else of the CPU."""
     results = goals.Results()
-    place = results.gpu or "cpu"
-    result = results.read(place, "encoder.json")
+    result = results.table("encoder")
     if result is None:
         return "Not measured yet."
     peers = [n for n in dict.fromkeys(r["provider"] for r in result["rows"]) if not n.startswith("fastdistil")]
@@ -115,7 +114,7 @@ def kernels_table() -> str:
     """Every op beside its best peer at the largest shape of each kind, in the precision that people run: of a GPU where
     one was measured, else of the CPU. Lengths that are all alike, and for attention long-tailed ones."""
     results = goals.Results()
-    result = results.read(results.gpu or "cpu", "kernels.json")
+    result = results.table("kernels")
     if result is None:
         return "Not measured yet."
     dtype = figures.precision(result["rows"])
@@ -169,7 +168,7 @@ def _guess(predicted: float | None, measured: float) -> str:
 
 def pictures() -> str:
     """Throughput by length and speedup by fill: of a GPU where one was measured, else of the CPU."""
-    place = goals.Results().gpu or "cpu"
+    place = goals.Results().shown
     there = {name: result for where, name, result in figures.wanted(RESULTS) if where == place}
     return "\n\n".join(figures.tag(place, name, "docs/figures/") for name in ("throughput", "fill") if name in there)
 

@@ -79,7 +79,7 @@ class Chip:
     shared: int = 233_472
     warps: int = 64
     lanes: int = 128  # of float32
-    memory: int = 80  # GiB of all, about
+    memory: float = 80  # GiB, about, as a driver tells it
 
     def rate(self, dtype: str) -> float:
         return {"float32": self.peak_float32, "tf32": self.peak_tf32}.get(dtype, self.peak)
@@ -93,8 +93,8 @@ class Chip:
 # NVIDIA's data sheets and architecture white papers, without sparsity
 CHIPS = {
     "A100": Chip("A100 SXM 80 GB", 80, 108, 312e12, 156e12, 19.5e12, 2.039e12, 40e6, shared=167_936, lanes=64),
-    "A10": Chip("A10", 86, 72, 125e12, 62.5e12, 31.2e12, 0.6e12, 6e6, shared=102_400, warps=48, memory=24),
-    "L4": Chip("L4", 89, 58, 121e12, 60e12, 30.3e12, 0.3e12, 48e6, shared=102_400, warps=48, memory=24),
+    "A10": Chip("A10", 86, 72, 125e12, 62.5e12, 31.2e12, 0.6e12, 6e6, shared=102_400, warps=48, memory=22.5),
+    "L4": Chip("L4", 89, 58, 121e12, 60e12, 30.3e12, 0.3e12, 48e6, shared=102_400, warps=48, memory=22.5),
     "H100": Chip("H100 SXM", 90, 132, 989e12, 494e12, 67e12, 3.35e12, 50e6),
     "H200": Chip("H200 SXM", 90, 132, 989e12, 494e12, 67e12, 4.8e12, 50e6, memory=141),
     "B200": Chip("B200", 100, 148, 2_250e12, 1_100e12, 75e12, 8.0e12, 126e6, memory=180),
@@ -324,18 +324,22 @@ def seconds(chip: Chip, op: Op, dtype: str = "bfloat16") -> float:
         return max(moving, op.flops / (EFFICIENCY * chip.rate(dtype)))
     clock = chip.peak_float32 / (2 * chip.processors * chip.lanes)
     at_ieee = IEEE_ATTENTION if op.name == "attention" and dtype == "float32" else 1
-    programs = sum(part.programs for part in parts)
-    fullest = math.ceil(programs / chip.processors)  # programs of one multiprocessor
-    longest = total = 0.0
+    times = []  # of each part: seconds of a program alone, and of what it keeps busy
     for part in parts:
         products = part.products / (at_ieee * EFFICIENCY * chip.rate(dtype) / chip.processors)
         scores, vector = part.scores / (EXPONENTIALS * clock), part.vector / (chip.lanes * clock)
         moved = 0.0 if dtype == "float32" and op.name in GEMMS else part.moved / L2_FEED  # L2 gives IEEE far more
         waits = part.waits * LATENCY
         alone = (max(products, waits, moved) if part.pipelined else products + scores + moved + waits) + vector
-        longest = max(longest, alone)
-        total += part.programs * max(products, scores, vector, moved, alone / min(part.resident, fullest))
-    return max(moving, longest, fullest * total / programs)
+        times.append((alone, max(products, scores, vector, moved), part))
+    times.sort(key=lambda one: one[0], reverse=True)
+    found, programs, total = max(moving, times[0][0]), 0, 0.0
+    for alone, busy, part in times:
+        total += part.programs * max(busy, alone / part.resident)
+        programs += part.programs
+        fullest = math.ceil(programs / chip.processors)  # of the programs so far, those that one multiprocessor has
+        found = max(found, fullest * max(busy, alone / min(part.resident, fullest)))
+    return max(found, total / chip.processors)
 
 
 def at_hand(device: Any) -> Chip | None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import types
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -162,6 +162,8 @@ def test_more_is_never_predicted_to_be_quicker():
     for of in (lambda n: roofline.pool(n, 768, 2), lambda n: roofline.attention(n, 768, 12, 2)):
         for more in ([1], [1] * 131, [16] * 1_000, [128] * 132):
             assert roofline.seconds(chip, of([512, *more])) >= roofline.seconds(chip, of([512]))
+        more = [roofline.seconds(chip, of([512] * 11 + [1] * n)) for n in (0, 1, 11, 100, 1_000)]
+        assert more == sorted(more)
     times = [roofline.seconds(chip, roofline.pool([n], 768, 2)) for n in (1, 64, 512, 4_096)]
     assert times == sorted(times)
 
@@ -201,8 +203,10 @@ def test_the_chip_at_hand(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     assert roofline.at_hand(torch.device("cuda", 0)) is CHIPS["H200"] and roofline.at_hand(CPU) is None
     assert roofline.named("NVIDIA A100-SXM4-80GB", 108, 85 * 10**9) is CHIPS["A100"]
+    assert roofline.named("NVIDIA L4", 58, int(22.03 * 2**30)) is CHIPS["L4"]
     for other in (
         ("NVIDIA A10G", 80, 24 << 30),
+        ("NVIDIA L4", 58, 40 << 30),
         ("NVIDIA H100 PCIe", 114, 80 << 30),
         ("NVIDIA A100-PCIE-80GB", 108, 80 << 30),
         ("NVIDIA A100-SXM4-40GB", 108, 40 << 30),
@@ -735,10 +739,18 @@ def test_on_cpu_turns_are_compared(tmp_path):
     assert not right and lines[0].startswith("SLOWER  2.000")
     one_off = of([10, 10, 10, 10, 10, 10, 10, 60], [20] * 8)  # a single turn widens no band
     assert compare.compare(one_off, plain)[1] and not compare.compare(one_off, of([14] * 8, [20] * 8))[1]
-    lucky = [[10] * 3, [20] * 3, [20] * 3, [20] * 3, [20] * 3], [[10] * 3, [8] * 3, [20] * 3, [20] * 3, [20] * 3]
-    assert compare._by_peers(lucky[0][0], lucky[0][1:]) == pytest.approx([0.5] * 3)
-    assert compare._by_peers(lucky[1][0], lucky[1][1:])[0] < 0.5 * 1.3  # one peer of four in 2.5 times less
-    assert compare._by_peers([1.0], [[1.0]]) == compare._by_peers([1.0, 2.0], [[1.0]]) == []
+
+    def beside(**peers):
+        return {
+            "x": compare.Measured([10.0], 0.3, "here", turns=[10.0] * 3, peers={k: [v] * 3 for k, v in peers.items()})
+        }
+
+    usual = beside(a=20.0, b=20.0, c=20.0, d=20.0)
+    assert compare.compare(usual, beside(a=8.0, b=20.0, c=20.0, d=20.0))[1]  # one of four in 2.5 times less
+    assert not compare.compare(usual, beside(a=8.0))[1]
+    for other in (beside(a=20.0), beside(a=20.0, b=20.0, c=20.0, d=20.0, e=1.0)):  # who is in one of the two only
+        assert compare.compare(usual, other)[1] and compare.compare(other, usual)[1]
+    assert compare.compare(usual, beside())[1] and compare.compare(beside(), usual)[1]  # times alone
     suite = {"machine_info": AROUND, "benchmarks": [{"name": "x", "stats": {"data": [1.0]}, "extra_info": {}}]}
     for name, ratios in (("a", [2.0, 2.1]), ("b", [1.5, 1.5])):
         suite["benchmarks"][0]["extra_info"]["ratios"] = ratios
@@ -797,9 +809,13 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
         row | {"provider": "transformers flash_attention_2", "missing": "no flash"},
     ]
     around = ON_CARD
-    record.write(tmp_path / "h100" / "encoder.json", around | {"rows": rows})
+    record.write(tmp_path / "h200" / "encoder.json", around | {"rows": rows})
     table = report.encoder_table().splitlines()
     assert table[2] == "| 1 x 32, fill 1.00 | float32 | 800,000 | 0.0 (0.0) | 1.50x |"
+    rows[0]["peak_bytes"] = 3 * 2**20
+    record.write(tmp_path / "h200" / "encoder.json", around | {"rows": rows})
+    measured = report.encoder_table().splitlines()
+    assert "| peak MiB | sdpa" in measured[0] and measured[2].endswith("0.0 (0.0) | 3 | 1.50x |")
     assert "Missing: transformers flash_attention_2 (no flash)." in table and table[-1].startswith(
         "An H200, driver 1.2,"
     )
@@ -1092,6 +1108,8 @@ def test_results_that_do_not_say_enough_are_refused(tmp_path):
         (AROUND | {"rows": [], "commit": {"id": None}}, "lacks commit"),
         (AROUND | {"rows": [], "commit": {"id": "unknown", "dirty": False}}, "lacks commit"),
         (AROUND | {"rows": [], "commit": {"id": "0123456789"}}, "lacks commit"),
+        (AROUND | {"rows": [], "commit": {"id": "012345", "dirty": False}}, "lacks commit"),
+        (ON_CARD | {"rows": [], "clocks": [{"power.draw": "600 W"}]}, "lacks clocks"),
         (AROUND | {"gpu": {"name": "A GPU", "uuid": ""}}, "lacks gpu's uuid, gpu's driver_version"),
         (AROUND | {"rows": [{"cold": {"median_us": 1.0}}]}, "lacks samples of a row"),
         (ON_CARD | {"rows": [], "clocks": []}, "lacks clocks"),
@@ -1281,13 +1299,13 @@ def test_a_broken_device_ends_a_stage_and_names_who_broke_it(quick, monkeypatch,
 
 
 def test_a_crash_loses_no_row(quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(encoder, "batches", lambda *a: iter([*list(_batches(*a))[:1], None]))
-    with pytest.raises(AttributeError):
+    monkeypatch.setattr(encoder, "plans", lambda *a: iter([*list(_plans(*a))[:1], None]))
+    with pytest.raises(TypeError):
         gpu.run_stage("encoder", gpu.Stage(tmp_path, 1, True))
     assert {row["provider"] for row in record.read(tmp_path / "encoder.json")["rows"]} >= {"fastdistil, packed call"}
 
 
-_batches = encoder.batches
+_plans = encoder.plans
 
 
 def test_a_graph_that_was_not_captured_is_missing(monkeypatch):
@@ -1493,7 +1511,16 @@ def test_a_provider_that_is_wrong_elsewhere_is_wrong(quick, monkeypatch):
 
     monkeypatch.setattr(encoder, "PROVIDERS", [("right", encoder.packed), ("wrong", elsewhere)])
     right, wrong = encoder.measure(batch, 9e9)
-    assert "tokens_per_s" in right and "a text that was not held to float64 is off by" in wrong["wrong"]
+    assert "tokens_per_s" in right and "text 2, which was not held to float64, is off by 1.0" in wrong["wrong"]
+    half = copy.deepcopy(model).bfloat16()
+    batch = encoder.batch_of(half, "", list(batch.lengths), 500)
+    truth, eager = encoder.truth_of(batch)
+    rest = encoder.rest_of(batch)
+    of = torch.repeat_interleave(torch.arange(12), torch.tensor(batch.lengths))
+    mine = torch.isin(of, torch.tensor(encoder.chosen(batch)))
+    encoder.hold(lambda: rest.clone(), batch, truth, eager, rest=rest)
+    with pytest.raises(AssertionError, match=r"text \d+, which was not held to float64"):
+        encoder.hold(lambda: torch.where(mine[:, None], rest, rest * 1.1), batch, truth, eager, rest=rest)
     assert encoder.rest_of(encoder.batch_of(model, "", [5] * 3, 5)) is None  # all are
 
 
@@ -1520,20 +1547,38 @@ def test_who_is_missing_is_said(quick):
     assert "missing torch.compile, max-autotune: there is no matrix product to tune" in said
 
 
-def test_precisions_that_are_asked_for_have_a_ceiling(tmp_path):
+def test_precisions_that_are_asked_for_have_a_ceiling(monkeypatch, tmp_path):
     assert timing.ceilings(CPU, True, (torch.bfloat16,))["bfloat16"]["flops_per_s"] > 0
-    with pytest.raises(SystemExit):
-        kernels.main(["--minutes", "0"])
+    asked = []
+    monkeypatch.setattr(timing, "ceilings", lambda device, toy, dtypes: asked.extend(dtypes) or CEILINGS)
+    monkeypatch.setattr(kernels, "run", lambda *a, **k: [])
+    out = tmp_path / "r.json"
+    assert kernels.main(["--toy", "--dtypes", "bfloat16", "--out", str(out)]) == 0 and asked == [torch.bfloat16]
+    assert record.read(out)["dry"]
+    monkeypatch.setattr(encoder, "run", lambda *a, **k: [])
+    assert encoder.main(["--toy", "--out", str(out)]) == 0 and record.read(out)["dry"]
+    for main in (kernels.main, encoder.main, engine.main, tune.main):
+        with pytest.raises(SystemExit):
+            main(["--minutes", "0", "--out", str(out)])
 
 
 def test_stages_find_what_their_command_found(monkeypatch, tmp_path):
-    """Also through PYTHONPATH."""
-    monkeypatch.setenv("PYTHONPATH", "/somewhere:/else")
+    """Also through PYTHONPATH, wherever it was called."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/somewhere:else")
     asked = []
     monkeypatch.setattr(subprocess, "Popen", lambda *a, env, **k: asked.append(env["PYTHONPATH"]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gpu.run_all(["environment"], tmp_path, 1, True)
-    assert asked == [f"{record.ROOT}:/somewhere:/else"]
+    assert asked == [f"{record.ROOT}:/somewhere:{tmp_path / 'else'}"]
+    monkeypatch.setattr(gpu, "run_all", lambda names, out, *more: asked.append(out) or 0)
+    assert gpu.main(["--out", "here", "--dry"]) == 0 and asked[-1] == tmp_path / "here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for told, runs in (("v0.3.0", False), ("main", False), ("0123456789-dirty", True), ("unknown", True)):
+        monkeypatch.setenv("FASTDISTIL_COMMIT", told)
+        monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("no git")))
+        with nullcontext() if runs else pytest.raises(SystemExit):
+            assert gpu.main(["--out", "here"]) == 0
 
 
 def test_which_results_are_of_the_gpu(tmp_path):
@@ -1544,13 +1589,19 @@ def test_which_results_are_of_the_gpu(tmp_path):
     assert goals.Results(tmp_path).gpu is None and goals.Results(tmp_path / "none").gpu is None
     of_a100 = ON_CARD | {"gpu": CARD | {"name": "NVIDIA A100-SXM4-80GB"}, "rows": [{"dtype": "x"}]}
     record.write(tmp_path / "a100" / "encoder.json", of_a100)
-    assert goals.Results(tmp_path).gpu == "a100" and len(goals.Results(tmp_path).rows("encoder")) == 1
+    found = goals.Results(tmp_path)
+    assert found.gpu is None and found.shown == "a100" and found.rows("encoder") == []
+    assert len(found.table("encoder")["rows"]) == 1 and goals.Results(tmp_path / "none").shown == "cpu"
+    record.write(tmp_path / "a100" / "encoder.json", of_a100 | {"model": "mine"})
+    with pytest.raises(ValueError, match=r"a100/encoder.json is of another model, mine"):
+        goals.Results(tmp_path).table("encoder")
+    with pytest.raises(ValueError, match=r"a100/encoder.json is of another model, mine"):
+        list(figures.wanted(tmp_path))
     for other in ({"model": "mine"}, {"shape": {"dim": 32}}):
-        record.write(tmp_path / "a100" / "encoder.json", of_a100 | other)
-        with pytest.raises(ValueError, match=r"a100/encoder.json is of another model than DistilBERT-base"):
+        record.write(tmp_path / "h200" / "encoder.json", ON_CARD | {"rows": []} | other)
+        with pytest.raises(ValueError, match=r"h200/encoder.json is of another model than DistilBERT-base"):
             goals.Results(tmp_path).rows("encoder")
-    record.write(tmp_path / "h200" / "encoder.json", ON_CARD | {"rows": []})
-    assert goals.Results(tmp_path).gpu == "h200"
+    assert goals.Results(tmp_path).gpu == goals.Results(tmp_path).shown == "h200"
 
 
 def test_a_kernels_key_is_the_same_in_every_python():
