@@ -543,6 +543,8 @@ def test_what_spills_is_not_timed():
     assert verdicts[fits] is None and "spills" in verdicts[spills]
     alone = replace(fits, stages=4)  # 160 KiB
     assert list(tune.compiled(found, [alone], 90, 1)) == [(alone, "a multiprocessor holds 1, not 2")]
+    row = {"registers": "64", "shared": "60000", "launch": "x warps=4 stages=3"}
+    assert [compile_gate.resident(row | {"sm": sm}) for sm in ("80", "86", "90", "120")] == [2, 1, 3, 1]
 
 
 def test_what_was_compiled_is_not_compiled_again(monkeypatch):
