@@ -333,7 +333,7 @@ def seconds(chip: Chip, op: Op, dtype: str = "bfloat16") -> float:
         alone = (max(products, waits, moved) if part.pipelined else products + scores + moved + waits) + vector
         times.append((alone, max(products, scores, vector, moved), part))
     times.sort(key=lambda one: one[0], reverse=True)
-    found, programs, total = max(moving, times[0][0]), 0, 0.0
+    found, programs, total = moving, 0, 0.0
     for alone, busy, part in times:
         total += part.programs * max(busy, alone / part.resident)
         programs += part.programs

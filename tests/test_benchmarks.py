@@ -150,6 +150,8 @@ def test_launches_of_the_model_by_hand():
     assert launched(roofline.add_layer_norm(17, 768, 2))[0].programs == 5
     (gemm,) = launched(roofline.gemm("linear", 64, 768, 3_072, 2))  # 16 x 32, 128 deep, 5 stages
     assert gemm.programs == 4 * 24 and gemm.moved == 2 * (48 * 3_072 + 16 * 32) and gemm.waits == 24 / 4
+    (odd,) = launched(roofline.gemm("linear", 20_000, 100, 256, 2))
+    assert odd.waits == 8 / 2
     (odd,) = launched(roofline.gemm("linear", 20_000, 256, 100, 2))  # no strides of 16 bytes: by pointers, 32 deep
     assert odd.products == 2 * 128 * 128 * 100 and odd.waits == 4 / 2
     assert launched(roofline.unpack(8, 6, 2_048, 2))[0].programs == 2 * 2  # 4 rows of 1,024 columns
@@ -164,6 +166,14 @@ def test_more_is_never_predicted_to_be_quicker():
             assert roofline.seconds(chip, of([512, *more])) >= roofline.seconds(chip, of([512]))
         more = [roofline.seconds(chip, of([512] * 11 + [1] * n)) for n in (0, 1, 11, 100, 1_000)]
         assert more == sorted(more)
+
+    def attention(*lengths):
+        return roofline.seconds(chip, roofline.attention([*lengths], 768, 12, 2))
+
+    # as many tiles and blocks of keys, counted together; and where each has many, one after the other
+    assert attention(*[512] * 3, *[500] * 3) == pytest.approx(attention(*[512] * 6))
+    long, short = [512] * 1_100, [130] * 1_100
+    assert attention(*long, *short) == pytest.approx(attention(*long) + attention(*short), rel=1e-3)
     times = [roofline.seconds(chip, roofline.pool([n], 768, 2)) for n in (1, 64, 512, 4_096)]
     assert times == sorted(times)
 
@@ -569,6 +579,9 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch):
         asked.clear()
         again = tune.tune(found, 90, 9e9, 2, before)
         assert again["fit"] == 4 and asked == configs[4:]
+    asked.clear()
+    tune.tune(found, 90, 9e9, 2, {"wrong": {tune._written(configs[1]): "max error"}})
+    assert asked == [configs[0], *configs[2:]]
 
 
 def test_a_class_cut_off_is_gone_on_with(monkeypatch, tmp_path):
@@ -739,6 +752,10 @@ def test_on_cpu_turns_are_compared(tmp_path):
     assert compare.compare(plain, slow)[1] and compare.compare(slow, plain)[1]
     lines, right = compare.compare(plain, of([20, 20, 20], [20, 20, 20]))
     assert not right and lines[0].startswith("SLOWER  2.000")
+    wide = of([8, 9, 10, 11, 12], [20] * 5)  # the middle half spreads by a fifth: the band is two
+    assert compare.compare(wide, of([13.5] * 5, [20] * 5))[1] and not compare.compare(wide, of([14.5] * 5, [20] * 5))[1]
+    fewer = of([10, 10, 10], [20, 20])  # a peer that was stopped: times alone
+    assert compare.compare(plain, fewer)[1] and not compare.compare(plain, of([14, 14, 14], [20, 20]))[1]
     one_off = of([10, 10, 10, 10, 10, 10, 10, 60], [20] * 8)  # a single turn widens no band
     assert compare.compare(one_off, plain)[1] and not compare.compare(one_off, of([14] * 8, [20] * 8))[1]
 
@@ -1526,9 +1543,11 @@ def test_a_provider_that_is_wrong_elsewhere_is_wrong(quick, monkeypatch):
     assert encoder.rest_of(encoder.batch_of(model, "", [5] * 3, 5)) is None  # all are
 
 
-def test_batches_for_which_no_time_was_left_are_listed(quick):
+def test_batches_for_which_no_time_was_left_are_listed(quick, monkeypatch):
     model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
-    rows = encoder.run(shapes.TOY, CPU, minutes=-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "batch_of", None)  # none is made
+        rows = encoder.run(shapes.TOY, CPU, minutes=-1)
     assert {row["missing"] for row in rows} == {"no time was left"}
     assert {row["batch"] for row in rows} == {b.name for b in encoder.batches(model, shapes.TOY)}
     said = list(encoder.lines(rows))
