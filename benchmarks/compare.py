@@ -2,10 +2,9 @@
 
 A and B are result files, directories of them, or git revisions of benchmarks/results. What is ours and slower by more
 than its band is a regression, and so is what is gone from a case that both have; peers are shown. On a GPU times are
-compared. On CPU, where other people's programs come and go, our time by that of the peers that
-both have in the same turn is. The band is the
-wider of a least one (below) and the spreads of both sides' middle halves, added up; on CPU twice that, for how a
-process's memory happens to lie differs between processes, and a run has three.
+compared. On CPU, where other people's programs come and go, our time by that of the peers that both have in the same
+turn is. The band is the wider of a least one (below) and the spreads of both sides' middle halves, added up; on CPU
+twice that, for how a process's memory happens to lie differs between processes, and a run has three.
 """
 
 import subprocess
@@ -147,8 +146,8 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
                 right = False
             continue
         common = a.peers.keys() & b.peers.keys()
-        (before_, spread), (after_, more) = a.by(common), b.by(common)
-        ratio, band = after_ / before_, max(a.least, b.least, spread + more)
+        (old, spread), (new, more) = a.by(common), b.by(common)
+        ratio, band = new / old, max(a.least, b.least, spread + more)
         line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
         if ratio > 1 + band and a.ours and a.where == b.where:
             changed.insert(0, f"SLOWER {line}")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import record, roofline, shapes, timing
 from benchmarks.corpus import docstring_lengths
-from benchmarks.kernels import KEPT, Missing, absent, errors, failed, take_turns
+from benchmarks.kernels import KEPT, NO_TIME, Missing, absent, errors, failed, take_turns
 from benchmarks.roofline import Shape
 from benchmarks.shapes import Matrix
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, cpu
@@ -40,7 +40,6 @@ COMPILED = 128  # the length at which torch.compile takes part
 TELLING = ((256, 128, 1.0), (256, 128, 0.5), *((1, n, 1.0) for n in (16, 32, 64)))  # what the goals are about
 CHUNK = 32  # texts at a time, of what is computed beside the measuring
 FAR = 5  # times the largest error of eager's rows at the chosen texts: what a row of another may be off eager's
-NO_TIME = "no time was left"
 TRUTH_TOKENS = 4_096  # of a batch that are computed in float64: more would take longer than the rest
 
 

@@ -71,6 +71,9 @@ class Case:
         return self.rows.device
 
 
+NO_TIME = "no time was left"
+
+
 class Missing(Exception):
     """Why a provider cannot run here: it is listed with the reason."""
 
@@ -478,7 +481,7 @@ def take_turns(
             continue
         if time.monotonic() > deadline:
             if name not in taken:
-                row["missing"] = "no time was left"
+                row["missing"] = NO_TIME
             continue
         with ExitStack() as stack:
             try:

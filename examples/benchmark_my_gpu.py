@@ -21,9 +21,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out", type=Path, default=Path("benchmark-my-gpu"))
     args, more = parser.parse_known_args(argv)
-    os.environ.setdefault(
-        "FASTDISTIL_COMMIT", "unknown"
-    )  # where git is not there to ask: the report takes no such file
+    # where git is not there to ask; the report takes no such result
+    os.environ.setdefault("FASTDISTIL_COMMIT", "unknown")
     stages = ["environment", "ceilings", "encoder", "kernels"]
     code = gpu.main(["--out", str(args.out), "--minutes", "4", "--stages", ",".join(stages), *more])
     print(*table(args.out, stages), sep="\n")
