@@ -39,6 +39,9 @@ MAX_LENGTH = 256  # of docstrings
 COMPILED = 128  # the length at which torch.compile takes part
 TELLING = ((256, 128, 1.0), (256, 128, 0.5), *((1, n, 1.0) for n in (16, 32, 64)))  # what the goals are about
 CHUNK = 32  # texts at a time, of what is computed beside the measuring
+# Times eager torch's errors, that a peer's may be: the exponential of torch's SDPA is coarser on Intel's processors,
+# where the mean of a model's was 1.8 times eager's.
+PEER = {"largest": 4, "mean": 2}
 FAR = 5  # times the largest error of eager's rows at the chosen texts: what a row of another may be off eager's
 TRUTH_TOKENS = 4_096  # of a batch that are computed in float64: more would take longer than the rest
 
@@ -355,12 +358,12 @@ def _wide(model: DistilBertModel) -> DistilBertModel:
 
 
 def checked(
-    batch: Batch, make: Make, stack: ExitStack, truth: Tensor, eager: Tensor
+    batch: Batch, make: Make, stack: ExitStack, truth: Tensor, eager: Tensor, peer: bool = False
 ) -> tuple[timing.Run, dict[str, float]]:
     """A provider's call and its errors; raises AssertionError where it breaks the error law, Missing where it cannot
     run."""
     run = make(batch, stack)
-    return run, hold(run, batch, truth, eager)
+    return run, hold(run, batch, truth, eager, peer=peer)
 
 
 def hold(
@@ -370,9 +373,10 @@ def hold(
     eager: Tensor,
     which: list[int] | None = None,
     rest: Tensor | None = None,
+    peer: bool = False,
 ) -> dict[str, float]:
     """The errors of what a call computes now; raises AssertionError where it breaks the error law, or is far from rest,
-    which is eager torch's of all texts."""
+    which is eager torch's of all texts. A peer may be somewhat further off than ours."""
     rows = eager.new_empty(sum(batch.lengths), batch.model.config.dim)
     timing.poison(rows, rows.new_empty(*batch.ids.shape, rows.shape[1]))
     result = run()
@@ -387,7 +391,7 @@ def hold(
             f"text {int(off.argmax())}, which was not held to float64, is off by {off.max():.3e}, allowed {allowed:.3e}"
         )
     result = result[torch.isin(rows_of, torch.tensor(chosen(batch) if which is None else which)).to(result.device)]
-    error_law(result, eager, truth, largest=largest_error(batch.device))
+    error_law(result, eager, truth, **PEER if peer else {"largest": largest_error(batch.device)})
     return errors(result, truth)
 
 
@@ -433,6 +437,7 @@ def measure(
     ends = sorted({0, len(batch.lengths) - 1})
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> timing.Timing:
+        peer = not timing.is_ours(row["provider"])
         peak = Peak(batch.device)
         run = make(batch, stack)
         # a replay allocates nothing: what a graph took, it took when it was captured. Theirs brings weights along
@@ -443,14 +448,14 @@ def measure(
             with renamed(batch):
                 known.append(truth_of(batch, ends))
         if turn == 0:
-            row["error"] = hold(run, batch, *known[0], rest=rest[0])
+            row["error"] = hold(run, batch, *known[0], rest=rest[0], peer=peer)
         peak = Peak(batch.device)
         took = timing.wall(run, batch.device, 2 * seconds, least=2 if turn else 3)
         if batch.device.type == "cuda":
             row["peak_bytes"] = max(of_capture, peak.bytes())
-        hold(run, batch, *known[0], rest=rest[0])
+        hold(run, batch, *known[0], rest=rest[0], peer=peer)
         with renamed(batch):  # a result that was remembered is of the ids as they were
-            hold(make(batch, stack) if make is packed else run, batch, *known[1], ends)
+            hold(make(batch, stack) if make is packed else run, batch, *known[1], ends, peer=peer)
         return took
 
     def figures(turns: list[timing.Timing]) -> dict[str, Any]:

@@ -569,7 +569,9 @@ def doctor(arguments: argparse.Namespace) -> None:
         ("cpu products", f"by torch ({kept})" if (kept := cpu.why_not_onednn()) else "float32 by oneDNN"),
         (
             "cpu bfloat16",
-            "multiplied by the processor" if cpu.has("avx512_bf16") else "not multiplied by this processor",
+            f"multiplied by the processor{' (AMX)' if cpu.has('amx_tile') else ''}"
+            if cpu.has("avx512_bf16")
+            else "not multiplied by this processor",
         ),
         ("cpu int8", "multiplied by the processor (VNNI)" if cpu.has("vnni") else "by float32 products: no VNNI"),
         ("cuda", str(torch.version.cuda or "this torch is built without it")),

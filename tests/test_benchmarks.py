@@ -1518,6 +1518,23 @@ def test_texts_from_all_over_a_batch_are_checked():
             encoder.hold(lambda: right, batch, truth, eager)
 
 
+def test_a_peer_may_be_somewhat_further_off(quick, monkeypatch):
+    """As torch's SDPA is on Intel's processors; what errs by more is wrong, and so is what is ours."""
+    model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
+    batch = encoder.batch_of(model, "", [16] * 4, 16)
+    truth, eager = encoder.truth_of(batch)
+
+    def off(times):
+        return lambda batch, stack: lambda: (truth + times * (eager - truth)).float()
+
+    providers = [("fastdistil", off(3)), ("near", off(1.9)), ("far", off(4))]
+    monkeypatch.setattr(encoder, "PROVIDERS", providers)
+    monkeypatch.setattr(encoder, "largest_error", lambda device: 2)
+    monkeypatch.setattr(encoder, "renamed", lambda batch: nullcontext())
+    ours, near, far = encoder.measure(batch, 9e9)
+    assert "wrong" in ours and "tokens_per_s" in near and "wrong" in far
+
+
 def test_a_provider_that_is_wrong_elsewhere_is_wrong(quick, monkeypatch):
     """Also at the texts that are not held to float64."""
     model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
