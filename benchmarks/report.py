@@ -17,28 +17,19 @@ RESULTS = record.ROOT / "benchmarks" / "results"
 
 
 def cpu_table() -> str:
-    """Ratios of pytest-benchmark's JSON in results/cpu/."""
-    result = _read("encode.json")
-    lines = ["| against | ratio | fastdistil, tokens/s | peer, tokens/s | peer's fill |", "|---|--:|--:|--:|--:|"]
-    for entry in result["benchmarks"]:
-        info = entry["extra_info"]
-        fill = f"{info['peer_fill']:.2f}" if info.get("peer_fill") else ""
-        lines.append(f"| {info['peer']} | {info['ratio']:.2f}x | {' | '.join(_rates(info))} | {fill} |")
-    return "\n".join([*lines, "", _machine(result)])
+    """Ratios of pytest-benchmark's JSON in results/cpu/, and of results/cpu-*/ beside them."""
+    lines, machines = _ratios("encode.json", "peer's fill", "peer_fill", ".2f")
+    return "\n".join([*lines, "", machines])
 
 
 def jobs_table() -> str:
     """Jobs against `encode` and CTranslate2, and what they need of time and memory."""
-    result = _read("jobs.json")
-    lines = ["| against | ratio | fastdistil, tokens/s | peer, tokens/s | mean cosine |", "|---|--:|--:|--:|--:|"]
-    facts = []
-    for entry in result["benchmarks"]:
-        info = entry["extra_info"]
-        if "ratio" in info:
-            cosine = f"{info['mean_cosine']:.4f}" if "mean_cosine" in info else ""
-            lines.append(f"| {info['peer']} | {info['ratio']:.2f}x | {' | '.join(_rates(info))} | {cosine} |")
-        else:
-            facts.append(f"A process that embeds one text takes {entry['stats']['median']:.1f} s from start to end.")
+    lines, machines = _ratios("jobs.json", "mean cosine", "mean_cosine", ".4f")
+    facts = [
+        f"A process that embeds one text takes {entry['stats']['median']:.1f} s from start to end."
+        for entry in _read("jobs.json")["benchmarks"]
+        if "ratio" not in entry["extra_info"]
+    ]
     (words,) = (entry["extra_info"] for entry in _read("tokenizer.json")["benchmarks"])
     facts.append(
         f"Tokenising on one thread: {words['tokens_per_second']:,.0f} tokens/s, {words['of_bare']:.2f} of the bare "
@@ -51,7 +42,34 @@ def jobs_table() -> str:
                 f"A job of {info['rows']:,} short rows: {info['early_bytes'] / 2**20:,.0f} MiB at most in its first "
                 f"fifth, {info['late_bytes'] / 2**20:,.0f} MiB in its second half (two layers of width 32)."
             )
-    return "\n".join([*lines, "", *facts, "", _machine(result)])
+    return "\n".join([*lines, "", *facts, "", machines])
+
+
+def _ratios(name: str, last: str, key: str, form: str) -> tuple[list[str], str]:
+    """A suite's table, with the ratios on other processors as columns of their own, and a line for each machine."""
+    result = _read(name)
+    others = [record.measured(path) for path in sorted(RESULTS.glob(f"cpu-*/{name}"))]
+    head = f"| against | ratio | fastdistil, tokens/s | peer, tokens/s | {last} |"
+    lines = [
+        head + "".join(f" ratio, {_short(other)} |" for other in others),
+        "|---" + "|--:" * (4 + len(others)) + "|",
+    ]
+    beside = [
+        {entry["extra_info"].get("peer"): entry["extra_info"] for entry in other["benchmarks"]} for other in others
+    ]
+    for entry in result["benchmarks"]:
+        info = entry["extra_info"]
+        if "ratio" in info:
+            more = format(info[key], form) if info.get(key) else ""
+            line = f"| {info['peer']} | {info['ratio']:.2f}x | {' | '.join(_rates(info))} | {more} |"
+            there = (found.get(info["peer"]) for found in beside)
+            lines.append(line + "".join(f" {one['ratio']:.2f}x |" if one else " |" for one in there))
+    return lines, "  \n".join(map(_machine, (result, *others)))
+
+
+def _short(result: dict[str, Any]) -> str:
+    """A processor by its maker's name for it, without what every name has."""
+    return re.sub(r"\((?:R|TM)\)|\b(?:Processor|CPU)\b.*", "", result["machine_info"]["cpu"]).strip()
 
 
 def encoder_table() -> str:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastdistil import reference
 
-# Up to so many rows a float32 GEMM is cut into column blocks, one batched call: the library's own split of a GEMM over
-# threads is poor there (measured: 1.7x faster at 8 rows, 1.05 to 1.1x at 256, slower from 1,024; widths 384, 768).
+# Up to so many rows a float32 GEMM is cut into column blocks, one batched call, where the library's own split of a GEMM
+# over threads is poor. On AMD's processors that was 1.7 times as quick at 8 rows, 1.05 to 1.1 times at 256, and slower
+# from 1,024 on (widths 384, 768); on Intel's with AVX-512 it was slower from 6 rows on, by up to a third.
 FEW_ROWS, BLOCKS = 256, 8
 # oneDNN's float32 product adds each element in one chain, MKL's in blocks of 192. Cut at so many terms a chain its mean
 # error is at most MKL's and a half, its largest was up to 3.5 times MKL's in results of 1,000 elements and more. A cut
@@ -95,7 +96,7 @@ def keep_freed_memory() -> None:
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    if x.shape != residual.shape or not (x.dtype is residual.dtype is torch.float32) or why_not_onednn():
+    if not (x.dtype is residual.dtype is weight.dtype is torch.float32):
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     rows = x.shape[0]
     if grid(rows) == rows:
@@ -126,12 +127,17 @@ def why_not_onednn() -> str:
         return "torch is built without MKL"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "torch is built without oneDNN"
+    return "" if "AuthenticAMD" in vendor() else "MKL is quicker on processors that are not AMD's"
+
+
+@functools.cache
+def vendor() -> str:
+    """AuthenticAMD, GenuineIntel or another; on other systems than Linux a text with that in it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            vendor = next((line.split(":")[1].strip() for line in file if line.startswith("vendor_id")), "")
+            return next((line.split(":")[1].strip() for line in file if line.startswith("vendor_id")), "")
     except OSError:
-        vendor = platform.processor()
-    return "" if "AuthenticAMD" in vendor else "MKL is quicker on processors that are not AMD's"
+        return platform.processor()
 
 
 @functools.cache
@@ -152,15 +158,14 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `_onednn` computes this product; torch.backends.mkldnn.flags(enabled=False) says no."""
+    if x.dtype is not torch.float32 or why_not_onednn() or not torch.backends.mkldnn.enabled:
+        return False
     rows, terms = x.shape
     return (
         rows >= (SOME_ROWS if terms <= CHAIN else MANY_ROWS)
-        and x.dtype is torch.float32
         and terms > 0
         and weight.shape[0] > 0
         and weight.is_contiguous()  # a strided weight would take a thousand times as long
-        and not why_not_onednn()
-        and bool(torch.backends.mkldnn.enabled)
     )
 
 
@@ -204,10 +209,10 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", a
 def linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     if by_onednn(x, weight):
         return _onednn(x, weight, bias)
-    if len(x) >= SOME_ROWS and not multiplies(x.dtype):
-        return linear(x.float(), weight.float(), bias.float()).to(x.dtype)
     rows, columns = x.shape[0], weight.shape[0]
-    few = 0 < rows <= FEW_ROWS and columns > 0 and columns % BLOCKS == 0
+    if rows >= SOME_ROWS and not multiplies(x.dtype):
+        return linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    few = 0 < rows <= FEW_ROWS and columns > 0 and columns % BLOCKS == 0 and "GenuineIntel" not in vendor()
     if not (few and x.dtype is torch.float32 and weight.is_contiguous()):
         return F.linear(x, weight, bias)
     blocks = weight.view(BLOCKS, columns // BLOCKS, -1)
@@ -248,14 +253,23 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
 def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, head_scale: Tensor | None = None
 ) -> Tensor:
+    return attend(qkv, cu_seqlens.tolist(), num_heads, head_scale)
+
+
+def attend(qkv: Tensor, starts: list[int], num_heads: int, head_scale: Tensor | None = None) -> Tensor:
     """Sequences of one length are a batch, so that nothing is padded; rows are copied unless they are neighbours, as
-    those of sorted texts are."""
+    those of sorted texts are. starts: cu_seqlens."""
     total, dim = qkv.shape[0], qkv.shape[1] // 3
     out = qkv.new_empty(grid(total), dim)[:total]
-    starts = cu_seqlens.tolist()
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = _attend
+    if starts == [0, total] and total and num_heads * total * total <= SCORE_ELEMENTS and qkv.dtype is torch.float32:
+        # a query alone, in fewer steps: they are what takes its time. q, k, v: [heads, L, head_size]
+        q, k, v = qkv.view(total, 3, num_heads, -1).permute(1, 2, 0, 3).unbind()
+        o = _attend_alone(q, k, v)
+        out.view(total, num_heads, -1).transpose(0, 1).copy_(o if head_scale is None else o * head_scale[:, None, None])
+        return out
+    attend_to: Callable[[Tensor, Tensor, Tensor], Tensor] = _attend
     if qkv.dtype is torch.bfloat16 and has("amx_tile") and bool(qkv[: starts[-1]].sum().isfinite()):
-        attend = F.scaled_dot_product_attention  # two to three times as quick; it would make numbers of infinities
+        attend_to = F.scaled_dot_product_attention  # two to three times as quick; it would make numbers of infinities
     else:  # half precision through float32: without AMX torch's kernel is slower up to 64 tokens
         qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     of_length: dict[int, list[int]] = {}
@@ -276,7 +290,7 @@ def attention(
             part = out[first : first + count * length] if rows is None else out.new_empty(count * length, dim)
             where = part.view(count, length, num_heads, -1).transpose(1, 2)
             for j in range(0, length, m):
-                o = attend(q[:, :, j : j + m], k, v)  # [n, heads, m, head_size]
+                o = attend_to(q[:, :, j : j + m], k, v)  # [n, heads, m, head_size]
                 where[:, :, j : j + m] = o if head_scale is None else o * head_scale.to(o.dtype)[:, None, None]
             if rows is not None:
                 out.index_copy_(0, rows, part)
@@ -289,9 +303,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[n, heads, m, d], [n, heads, L, d] x 2 -> [n, heads, m, d], looping over the shorter of n and heads so that
     nothing is copied. Nearer to exact arithmetic than scaled_dot_product_attention, which is no quicker here."""
     n, heads, m, d = q.shape
-    if n == 1:  # as below, in fewer steps: of a single query they are what takes time
-        scores = torch.baddbmm(q.new_empty(heads, m, k.shape[2]), q[0], k[0].mT, beta=0, alpha=d**-0.5)
-        return torch.bmm(softmax_(scores), v[0])[None]
+    if n == 1:
+        return _attend_alone(q[0], k[0], v[0])[None]
     axis = 0 if n < heads else 1
     scores = q.new_empty(*((n, heads) if axis == 0 else (heads, n)), m, k.shape[2])
     out = q.new_empty(*scores.shape[:3], d)
@@ -301,6 +314,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for i, vi in enumerate(v.unbind(axis)):
         torch.bmm(scores[i], vi, out=out[i])
     return out if axis == 0 else out.transpose(0, 1)
+
+
+def _attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [heads, m, d], [heads, L, d] x 2 -> [heads, m, d]
+    scores = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
+    torch.baddbmm(scores, q, k.mT, beta=0, alpha=q.shape[2] ** -0.5, out=scores)
+    return torch.bmm(softmax_(scores), v)
 
 
 def softmax_(scores: Tensor) -> Tensor:

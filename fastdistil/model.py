@@ -9,7 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
-from fastdistil import graphs, int8, ops, reference
+from fastdistil import cpu, graphs, int8, ops, reference
 from fastdistil._register import can_look, is_exported_to_onnx, is_transformed
 from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, is_merged, low_rank
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
@@ -98,6 +98,21 @@ def is_hooked(model: nn.Module, blocks: nn.ModuleList) -> bool:
 
 def _scan(model: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
+
+
+def _leaf(module: Any, kind: type[nn.Module], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """The weight and bias of a plain module, see `is_plain`, where they are ordinary ones of this dtype on CPU."""
+    state = module.__dict__
+    if type(module) is not kind or "forward" in state:
+        return None
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]:
+        return None
+    parameters = state["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    for one in (weight, bias):
+        if type(one) is not nn.Parameter or one.dtype is not dtype or not one.is_cpu:
+            return None
+    return weight, bias
 
 
 def apply_linear(module: Any, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, in] -> [rows, out]
@@ -259,11 +274,10 @@ class MultiHeadSelfAttention(nn.Module):
         return self._lie_side_by_side()
 
     def _lie_side_by_side(self) -> bool:
-        q, k, v = self.q_lin, self.k_lin, self.v_lin
-        if self._qkv is None:
+        parts = self.q_lin, self.k_lin, self.v_lin
+        if self._qkv is None or any(is_functorch_wrapped_tensor(t) for p in parts for t in (p.weight, p.bias)):
             return False
-        weight, bias = self._qkv
-        return _are_thirds(weight, q.weight, k.weight, v.weight) and _are_thirds(bias, q.bias, k.bias, v.bias)
+        return _are_thirds(self._qkv, *((p.weight, p.bias) for p in parts))
 
     @torch.no_grad()
     def _lay_side_by_side(self) -> None:
@@ -304,15 +318,15 @@ class MultiHeadSelfAttention(nn.Module):
         self._lay_side_by_side()
 
 
-def _are_thirds(buffer: Tensor, *parts: Tensor) -> bool:
-    """Whether the parts are the buffer's memory, one after another."""
-    start, step, size = buffer.data_ptr(), buffer.nbytes // 3, buffer.numel() // 3
-    for part in parts:
-        if part.numel() != size or not part.is_contiguous() or is_functorch_wrapped_tensor(part):
-            return False
-        if part.data_ptr() != start:
-            return False
-        start += step
+def _are_thirds(buffers: tuple[Tensor, Tensor], *parts: tuple[Tensor, Tensor]) -> bool:
+    """Whether the parts, (weight, bias) each, are the buffers' memory, one after another."""
+    for i, buffer in enumerate(buffers):
+        start, step, size = buffer.data_ptr(), buffer.nbytes // 3, buffer.numel() // 3
+        for part in parts:
+            tensor = part[i]
+            if tensor.data_ptr() != start or tensor.numel() != size or not tensor.is_contiguous():
+                return False
+            start += step
     return True
 
 
@@ -398,12 +412,43 @@ class TransformerBlock(nn.Module):
         adapters: Sequence[str] = (),
     ) -> Tensor:
         """x: [rows, dim] -> [rows, dim], or of the rows in `only` [n] -> [n, dim]"""
+        if at.starts is not None and not adapters and head_scale is None and type(x) is Tensor:
+            leaves = self._leaves(x.dtype)
+            if leaves is not None:
+                return self._unseen(x, at.starts, only, leaves)
         context = self.attention.packed(x, at, head_scale, only, adapters)
         x, live = (x, at.live) if only is None else (x[only], None)
         if adapters:
             return self._through(adapters, context, x, lambda x: self.ffn.packed(x, live), live)
         x = apply_add_norm(self.sa_layer_norm, context, x, live)
         return apply_add_norm(self.output_layer_norm, self.ffn.packed(x, live), x, live)
+
+    def _leaves(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...] | None:
+        """(weight, bias) of what `_unseen` computes with; None where a part is not just ours, or not on CPU."""
+        own: Any = self._modules
+        attention, ffn = own["attention"], own["ffn"]
+        of_attention, of_ffn = attention._modules, ffn._modules
+        q, k, v = (_leaf(of_attention[name], nn.Linear, dtype) for name in ("q_lin", "k_lin", "v_lin"))
+        out = _leaf(of_attention["out_lin"], nn.Linear, dtype)
+        lin1, lin2 = _leaf(of_ffn["lin1"], nn.Linear, dtype), _leaf(of_ffn["lin2"], nn.Linear, dtype)
+        norm, last = (_leaf(own[name], nn.LayerNorm, dtype) for name in ("sa_layer_norm", "output_layer_norm"))
+        qkv, known = attention._qkv, isinstance(ffn.activation, str) and ffn.activation in ops.ACTIVATIONS
+        if not (q and k and v and out and norm and lin1 and lin2 and last and known and qkv):
+            return None
+        return (qkv, out, norm, lin1, lin2, last) if _are_thirds(qkv, q, k, v) else None
+
+    def _unseen(
+        self, x: Tensor, starts: list[int], only: Tensor | None, leaves: tuple[tuple[Tensor, Tensor], ...]
+    ) -> Tensor:
+        """`packed` by the ops' CPU forms as they are: for one text their checks and dispatch take half of the time."""
+        own: Any = self._modules
+        (w_qkv, b_qkv), (w_out, b_out), (w_norm, b_norm), (w_1, b_1), (w_2, b_2), (w_last, b_last) = leaves
+        context = cpu.attend(cpu.linear(x, w_qkv, b_qkv), starts, own["attention"].n_heads)  # [rows, dim]
+        if only is not None:
+            context, x = context[only], x[only]
+        x = cpu.add_layer_norm(cpu.linear(context, w_out, b_out), x, w_norm, b_norm, own["sa_layer_norm"].eps)
+        hidden = cpu.bias_gelu(x, w_1, b_1, own["ffn"].activation)  # [rows, hidden_dim]
+        return cpu.add_layer_norm(cpu.linear(hidden, w_2, b_2), x, w_last, b_last, own["output_layer_norm"].eps)
 
     def _through(
         self, adapters: Sequence[str], context: Tensor, x: Tensor, ffn: Callable, live: Tensor | None
@@ -1111,6 +1156,8 @@ class DistilBertModel(PreTrainedModel):
         if not self._can_pack():
             return self._padded(input_ids, position_ids, at, only)
         with torch.no_grad():
+            if all_live and ops.is_unseen(input_ids.device):
+                at = replace(at, starts=cu_seqlens.tolist())
             table = self.embeddings.word_embeddings.weight
             x = self.embeddings.packed(table, input_ids, position_ids, at.live)
             return self.transformer.packed(x, at, None, every=False, only=only, adapters=self._adapters(None))[-1]

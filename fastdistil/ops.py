@@ -6,6 +6,7 @@ live. `cu_seqlens` is int32 `[batch + 1]` on the rows' device and its values are
 
 When a gradient or a transform of torch.func is asked for, the differentiable definition in `reference.py` runs
 instead of the registered op.
+On CPU a model's inference that nothing looks into goes around both, see `is_unseen`.
 Wrong arguments raise ValueError or TypeError naming the argument.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _every_module
 
 from fastdistil import cpu, reference
 from fastdistil._register import by_autocast, can_look, is_exported_to_onnx, is_transformed, register
@@ -289,6 +291,22 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return forward_ad._current_level >= 0 or is_transformed() or is_exported_to_onnx()
+
+
+def is_unseen(device: torch.device) -> bool:
+    """Whether a call is inference on CPU that nothing looks into: no compiler, transform, gradient, autocast, mode or
+    hook on every module. Then an op's CPU form may be called as it is, without its checks and its dispatch."""
+    return (
+        can_look(device)
+        and not _target.interpreted()  # then the form is a kernel
+        and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not (_every_module._global_forward_hooks or _every_module._global_forward_pre_hooks)
+    )
 
 
 def _cast(kind: str, *tensors: Tensor | None) -> list[Any]:

@@ -25,6 +25,7 @@ class Packing:
     target: int64 [batch * length], the packed row of each flat padded position, -1 where padded; None as above, and
         where the rows are exactly the live tokens.
     live: what row-wise ops are told of the live count: cu_seqlens, or None when no row is dead.
+    starts: the values of cu_seqlens, where every row is live and nothing looks into the call (see `ops.is_unseen`).
     """
 
     batch: int
@@ -34,6 +35,7 @@ class Packing:
     source: Tensor | None = None
     target: Tensor | None = None
     live: Tensor | None = None
+    starts: list[int] | None = None
 
     def pack(self, x: Tensor) -> Tensor:
         """[batch, length, ...] -> [rows, ...]"""
@@ -81,12 +83,15 @@ def find_tokens(
     length]."""
     exact = can_look(device) and not torch.jit.is_tracing()
     if keep is None or (exact and bool(keep.all())):
-        starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-        at = Packing(batch, length, starts, length)
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        starts = [b * length for b in range(batch + 1)] if ops.is_unseen(device) else None
+        at = Packing(batch, length, cu_seqlens, length, starts=starts)
     elif exact:
         lengths = keep.sum(1, dtype=torch.int32)
         cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        at = Packing(batch, length, cu_seqlens, int(lengths.max()), keep.reshape(-1).nonzero().squeeze(1))
+        source = keep.reshape(-1).nonzero().squeeze(1)
+        starts = cu_seqlens.tolist() if ops.is_unseen(device) else None
+        at = Packing(batch, length, cu_seqlens, int(lengths.max()), source, starts=starts)
     else:
         cu_seqlens, source, target, *of_rows = ops.pack(keep, ids, positions)
         at = Packing(batch, length, cu_seqlens, length, source, target, live=cu_seqlens)

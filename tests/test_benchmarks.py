@@ -683,6 +683,31 @@ def test_goals(tmp_path):
         goals.table(goals.Results(tmp_path))
 
 
+def test_other_processors_stand_beside(tmp_path, monkeypatch):
+    def suite(place, cpu, **ratios):
+        entries = [
+            {
+                "name": "bench",
+                "extra_info": {"peer": peer, "ratio": ratio, "tokens_per_second": 2000, "peer_fill": 0.5},
+                "stats": {"median": 1.0, "data": [1.0]},
+            }
+            for peer, ratio in ratios.items()
+        ]
+        around = AROUND | {"cpu": cpu, "python": "3.11"}
+        record.write(tmp_path / place / "encode.json", {"machine_info": around, "benchmarks": entries})
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    suite("cpu", "AMD EPYC", a=2.0, b=3.0)
+    assert report.cpu_table().splitlines()[0].endswith("| peer's fill |")
+    suite("cpu-intel", "Intel(R) Xeon(R) Processor", b=1.5)
+    suite("cpu-old", "Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", a=1.0, b=1.25)
+    head, line, *rows, empty, first, second, third = report.cpu_table().splitlines()
+    assert head.endswith("| peer's fill | ratio, Intel Xeon | ratio, Intel Xeon |") and not empty
+    assert len({row.count("|") for row in (head, line, *rows)}) == 1
+    assert rows == ["| a | 2.00x | 2,000 |  | 0.50 | | 1.00x |", "| b | 3.00x | 2,000 |  | 0.50 | 1.50x | 1.25x |"]
+    assert first.startswith("AMD EPYC, ") and second.startswith("Intel(R) Xeon(R) Pr") and "E5-2680" in third
+
+
 def test_goals_of_the_committed_results(capsys):
     report.main(["--goals"])
     first, *lines = capsys.readouterr().out.splitlines()

@@ -28,7 +28,7 @@ ALLOWED = {
     "checkpoint": {"config"},
     "adapters": {"checkpoint", "ops"},
     "model": {
-        *("adapters", "int8", "ops", "reference", "packing", "graphs", "config", "outputs", "checkpoint"),
+        *("adapters", "int8", "ops", "cpu", "reference", "packing", "graphs", "config", "outputs", "checkpoint"),
         "_register",
     },
     "heads": {"_register", "adapters", "model", "config", "outputs", "checkpoint"},

@@ -1,0 +1,231 @@
+"""Inference on CPU calls the ops' forms as they are, where nobody looks into the call: same bits, fewer steps."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, cpu, ops
+from fastdistil.model import TransformerBlock
+from fastdistil.packing import find_rows
+from fastdistil.testing import cu_seqlens
+
+TINY = dict(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=3, max_position_embeddings=40)
+IDS = torch.randint(1, 99, (4, 21), generator=torch.Generator().manual_seed(0))
+KEEP = torch.arange(21) < torch.tensor([21, 3, 0, 17])[:, None]
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """How many rows the blocks were given that ran without the ops' checks."""
+    rows, block = [], TransformerBlock._unseen
+    monkeypatch.setattr(
+        TransformerBlock, "_unseen", lambda self, x, *more: rows.append(len(x)) or block(self, x, *more)
+    )
+    return rows
+
+
+def seen(call):
+    """What a call gives by the ops."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "is_unseen", lambda device: False)
+        patch.setattr(TransformerBlock, "_unseen", None)
+        return call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
+def test_same_bits_as_by_the_ops(dtype, activation, unseen):
+    torch.manual_seed(0)
+    model = DistilBertModel(DistilBertConfig(**TINY, activation=activation)).to(dtype).eval()
+    classifier = DistilBertForSequenceClassification(DistilBertConfig(**TINY)).to(dtype).eval()
+    packed, cu = torch.arange(41) % 99, cu_seqlens([21, 3, 0, 17])
+    calls = [
+        (lambda: model(IDS, KEEP, output_hidden_states=True).hidden_states[2], 41),
+        (lambda: model(IDS[:1])[0], 21),  # a query alone
+        (lambda: model(IDS[:, :1])[0], 4),
+        (lambda: model(IDS, torch.zeros_like(IDS))[0], 0),
+        (lambda: model.forward_packed(packed, cu, 21), 41),
+        (lambda: model.forward_packed(packed, cu, 21, only=torch.tensor([40, 0, 40])), 41),
+        (lambda: classifier(IDS, KEEP).logits, 41),  # of the first tokens alone
+    ]
+    for context in (torch.inference_mode, torch.no_grad):
+        for call, rows in calls:
+            with context():
+                unseen.clear()
+                mine = call()
+                assert unseen == [rows] * 3
+                assert torch.equal(mine, seen(call))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def of_its_own(block):
+    block.ffn.lin1 = Doubled(48, 80).eval()
+
+
+def patched(block):
+    linear = block.attention.out_lin
+    linear.forward = lambda x: 3 * nn.Linear.forward(linear, x)
+
+
+def other_memory(block):
+    block.attention.k_lin.weight.data = block.attention.k_lin.weight.data * 2
+
+
+def turned(block):
+    block.attention.v_lin.weight.data = block.attention.v_lin.weight.data.T
+
+
+def hooked(block):
+    block.attention.q_lin.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def norm_hooked(block):
+    block.sa_layer_norm.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
+
+
+def no_bias(block):
+    block.attention.out_lin.bias = None
+
+
+def another_activation(block):
+    block.ffn.activation = torch.tanh
+
+
+def another_name(block):
+    block.ffn.activation = "relu"
+
+
+def written_through_data(block):
+    block.ffn.lin2.weight.data.mul_(2)
+    block.attention.q_lin.weight.data.mul_(2)
+
+
+def another_parameter(block):
+    block.output_layer_norm.weight = nn.Parameter(torch.full((48,), 3.0))
+    block.attention.out_lin.weight = nn.Parameter(torch.randn(48, 48))
+
+
+@pytest.mark.parametrize(
+    ("change", "still"),
+    [
+        (of_its_own, False),
+        (patched, False),
+        (other_memory, False),
+        (turned, False),
+        (hooked, False),
+        (norm_hooked, False),
+        (no_bias, False),
+        (another_activation, False),
+        (another_name, True),
+        (written_through_data, True),
+        (another_parameter, True),
+    ],
+)
+def test_what_was_changed_is_run(change, still, unseen):
+    """In a model that was called before: nothing of a call is remembered."""
+    torch.manual_seed(0)
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3, mean=0.0 if parameter.dim() == 2 else 1.0)
+    with torch.inference_mode():
+        before = model(IDS, KEEP)[0]
+    assert len(unseen) == 3
+    change(model.transformer.layer[1])
+    unseen.clear()
+    with torch.no_grad():
+        after = model(IDS, KEEP)[0]
+        dense = model._dense(model._checked(IDS, KEEP, None, None, None, None, ()))[0][-1] * KEEP[..., None]
+    assert (len(unseen) == 3) is still
+    assert not torch.allclose(before, after, atol=1e-3)
+    torch.testing.assert_close(after, dense, rtol=0, atol=2e-5)
+
+
+def test_a_hooked_linear_of_a_block_is_called(unseen):
+    """Whoever calls the block: a model looks for hooks before."""
+    block = TransformerBlock(DistilBertConfig(**TINY)).eval()
+    with torch.inference_mode():
+        at = find_rows(None, 2, 7, torch.device("cpu"))
+        x = torch.randn(14, 48)
+        before = block.packed(x, at)
+        assert unseen == [14]
+        block.ffn.lin1.register_forward_hook(lambda module, args, out: out + 1)
+        assert not torch.allclose(block.packed(x, at), before, atol=1e-3) and unseen == [14]
+
+
+@contextlib.contextmanager
+def global_hook():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.enable_grad,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        Watching,
+        lambda: torch.device("cpu"),  # a mode that sees functions
+        torch.autograd.forward_ad.dual_level,
+        global_hook,
+    ],
+)
+def test_who_looks_into_a_call_sees_the_ops(around, unseen):
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval().requires_grad_(False)
+    with torch.no_grad():
+        model(IDS, KEEP)
+        assert len(unseen) == 3
+        with around():
+            model(IDS, KEEP)
+            model.forward_packed(torch.arange(30), cu_seqlens([30]), 30)
+        assert len(unseen) == (6 if around is torch.enable_grad else 3)  # a packed call is inference always
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_and_transforms_see_the_ops(unseen):
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval().requires_grad_(False)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda ids: model(ids)[0], IDS, check_trace=False)
+        assert "fastdistil::attention" in str(traced.inlined_graph) and not unseen
+        weights = {name: 2 * p for name, p in model.named_parameters()}
+        doubled = torch.func.functional_call(model, weights, (IDS,))[0]
+        assert not unseen and not torch.allclose(doubled, model(IDS)[0], atol=1e-3)
+        unseen.clear()
+        torch.func.vmap(lambda w: torch.func.functional_call(model, {"embeddings.LayerNorm.weight": w}, (IDS,))[0])(
+            torch.ones(2, 48)
+        )
+    assert not unseen
+
+
+def test_dead_rows_are_the_ops_own(unseen):
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    with torch.inference_mode():
+        model.forward_packed(torch.arange(41), cu_seqlens([30]), 30)
+    assert not unseen
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_text_alone_has_the_bits_it_has_in_a_batch(length, scaled):
+    """Attention of one text takes a shorter way."""
+    qkv = torch.randn(length, 3 * 48)
+    scale = torch.tensor([1.0, 0.0, 0.5]) if scaled else None
+    alone = cpu.attend(qkv, [0, length], 3, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_attend_alone", lambda q, k, v: pytest.fail("the short way"))
+        longer = cpu.attend(torch.cat([qkv, qkv]), [0, length, 2 * length], 3, scale)[length:]
+    torch.testing.assert_close(alone, longer, rtol=0, atol=2e-6)
