@@ -65,7 +65,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def to_eval(module: nn.Module) -> None:
-    """`eval()` where it changes something: to see that it does not takes a small part of its time, which a query feels."""
+    """`eval()` where it changes something: to see that it does not takes far less time, which a query feels."""
     parts = [module]
     for part in parts:  # which grows
         if part.training:
