@@ -338,6 +338,17 @@ def _before_load(embeddings: Embeddings, state_dict: dict[str, Tensor], prefix: 
     state_dict.pop(prefix + "position_ids", None)  # a buffer of older checkpoints
 
 
+def _refuse_int8(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Weights of an int8 model, which torch would cast and load without their scales."""
+    for name, own in block.named_parameters():
+        given = state_dict.get(prefix + name)
+        if given is not None and given.dtype is torch.int8 and own.dtype is not torch.int8:
+            del state_dict[prefix + name]  # so that the model keeps its own
+            rest[-1].append(
+                f"{prefix}{name} is of an int8 model, this one's is {own.dtype}; load the file that was saved"
+            )
+
+
 def _after_load(attention: MultiHeadSelfAttention, incompatible_keys: Any) -> None:  # a closure could not be pickled
     for linear in (attention.q_lin, attention.k_lin, attention.v_lin):
         if "_unmerged" in linear.__dict__ and not is_merged(linear):  # other weights: there is nothing to undo
@@ -379,6 +390,7 @@ class TransformerBlock(nn.Module):
         self.output_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.attention_adapters: Adapters | None = None
         self.output_adapters: Adapters | None = None
+        self.register_load_state_dict_pre_hook(_refuse_int8)
 
     def is_plain(self) -> bool:
         attention, ffn = self._modules["attention"], self._modules["ffn"]
@@ -762,9 +774,11 @@ class PreTrainedModel(WithAdapters):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         skip = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
-        return sum(
+        found = sum(
             p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)
         )
+        rounded = () if only_trainable else (m for m in self.modules() if type(m) is Int8Linear)
+        return found + sum(m.weight.numel() + m.bias.numel() for m in rounded)
 
     # --- embeddings ---------------------------------------------------------------------------------------------
 

@@ -161,6 +161,25 @@ def test_weights_that_are_not_int8_are_refused(saved):
     assert before and all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_int8_weights_are_refused_by_a_float32_model(strict, saved):
+    """Cast without their scales they would be nonsense."""
+    state = DistilBertModel.from_pretrained(saved, dtype="int8").state_dict()
+    whole = torch.nn.Sequential(DistilBertModel.from_pretrained(saved))
+    before = copy.deepcopy(whole)
+    with pytest.raises(RuntimeError, match=r"0\.transformer\.layer\.1\.ffn\.lin2\.weight is of an int8 model"):
+        whole.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, strict=strict)
+    for (name, mine), kept in zip(whole.named_parameters(), before.parameters(), strict=True):
+        assert "lin" not in name or torch.equal(mine, kept)
+
+
+def test_parameters_are_counted_whatever_they_are(saved):
+    whole, model = (DistilBertModel.from_pretrained(saved, dtype=dtype) for dtype in ("float32", "int8"))
+    assert model.num_parameters() == whole.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == whole.num_parameters(exclude_embeddings=True)
+    assert model.num_parameters(only_trainable=True) == 0
+
+
 def test_the_default_device_does_not_matter(saved):
     model = DistilBertModel.from_pretrained(saved, dtype="int8")
     ids = torch.randint(1, 60, (2, 9))
