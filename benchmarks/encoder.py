@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import record, roofline, shapes, timing
 from benchmarks.corpus import docstring_lengths
-from benchmarks.kernels import KEPT, NO_TIME, Missing, absent, errors, failed, take_turns
+from benchmarks.kernels import KEPT, NO_TIME, Missing, absent, errors, failed, passes, take_turns
 from benchmarks.roofline import Shape
 from benchmarks.shapes import Matrix
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, cpu
@@ -492,19 +492,20 @@ def run(
     def so_far(found: list[dict[str, Any]]) -> None:
         keep(rows + found)
 
-    for dtype in matrix.dtypes:
-        model = None
-        # what the goals are about by every provider; then the rest, by those that compile for long last
-        for telling, late in product((True, False), (False, True)):
-            for plan in plans(matrix, telling):
-                if time.monotonic() > deadline:  # to make a batch takes time, too
-                    rows.extend(_about(*plan, dtype) | {"provider": n, "missing": NO_TIME} for n, _ in of_kind(late))
-                    continue
-                model = model or model_of(matrix.shape, device, dtype)
-                rows.extend(measure(batch_of(model, *plan), deadline, matrix.seconds, late=late, keep=so_far))
-        _forget()
+    model = None
+    for dtype, telling, late in passes(matrix.dtypes):
+        if model is not None and model.dtype is not dtype:
+            model = None
+            _forget()
+        for plan in plans(matrix, telling):
+            if time.monotonic() > deadline:  # to make a batch takes time, too
+                rows.extend(_about(*plan, dtype) | {"provider": n, "missing": NO_TIME} for n, _ in of_kind(late))
+                continue
+            model = model or model_of(matrix.shape, device, dtype)
+            rows.extend(measure(batch_of(model, *plan), deadline, matrix.seconds, late=late, keep=so_far))
+    _forget()
     keep(rows)
-    return rows
+    return sorted(rows, key=lambda row: matrix.dtypes.index(getattr(torch, row["dtype"])))
 
 
 def _forget() -> None:

@@ -119,10 +119,16 @@ def replayed(run: Run, device: torch.device) -> Any:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
-    result.fill_(float("nan"))
+    overwrite(result)
     graph.replay()
     synchronize(device)
     return result
+
+
+def overwrite(result: Any) -> None:
+    """A tensor or a tuple of them, by what no op gives."""
+    for one in result if isinstance(result, tuple) else (result,):
+        one.fill_(float("nan") if one.is_floating_point() else -7)
 
 
 def wall(run: Run, device: torch.device, seconds: float = 0.2, least: int = 5, most: int = 1_000) -> Timing:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastdistil import reference
 
-# Up to so many rows a float32 GEMM is cut into column blocks, one batched call, where the library's own split of a GEMM
-# over threads is poor. On AMD's processors that was 1.7 times as quick at 8 rows, 1.05 to 1.1 times at 256, and slower
-# from 1,024 on (widths 384, 768); on Intel's with AVX-512 it was slower from 6 rows on, by up to a third.
-FEW_ROWS, BLOCKS = 256, 8
+# For so many rows a float32 GEMM is cut into column blocks, one batched call, where the library's own GEMM is poor. On
+# AMD's processors that was 1.7 times as quick at 8 rows, 1.05 to 1.1 times at 256, slower from 1,024 on (widths 384 and
+# 768). On Intel's with AVX-512 a whole model was 1.02 to 1.66 times as quick with 4 to 15 rows, else up to 8 % slower.
+FEW_ROWS, FEW_ON_INTEL, BLOCKS = range(1, 257), range(4, 16), 8
 # oneDNN's float32 product adds each element in one chain, MKL's in blocks of 192. Cut at so many terms a chain its mean
 # error is at most MKL's and a half, its largest was up to 3.5 times MKL's in results of 1,000 elements and more. A cut
 # copies part of the weights, so it pays from MANY_ROWS rows on; up to SOME_ROWS rows MKL is as quick.
@@ -212,7 +212,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None = 
     rows, columns = x.shape[0], weight.shape[0]
     if rows >= SOME_ROWS and not multiplies(x.dtype):
         return linear(x.float(), weight.float(), bias.float()).to(x.dtype)
-    few = 0 < rows <= FEW_ROWS and columns > 0 and columns % BLOCKS == 0 and "GenuineIntel" not in vendor()
+    few = rows in (FEW_ON_INTEL if "GenuineIntel" in vendor() else FEW_ROWS) and columns > 0 and columns % BLOCKS == 0
     if not (few and x.dtype is torch.float32 and weight.is_contiguous()):
         return F.linear(x, weight, bias)
     blocks = weight.view(BLOCKS, columns // BLOCKS, -1)
@@ -268,8 +268,9 @@ def attend(qkv: Tensor, starts: list[int], num_heads: int, head_scale: Tensor | 
         out.view(total, num_heads, -1).transpose(0, 1).copy_(o if head_scale is None else o * head_scale[:, None, None])
         return out
     attend_to: Callable[[Tensor, Tensor, Tensor], Tensor] = _attend
-    if qkv.dtype is torch.bfloat16 and has("amx_tile") and bool(qkv[: starts[-1]].sum().isfinite()):
-        attend_to = F.scaled_dot_product_attention  # two to three times as quick; it would make numbers of infinities
+    amx = qkv.dtype is torch.bfloat16 and has("amx_tile") and torch.backends.cuda.flash_sdp_enabled()  # CPU's, too
+    if amx and bool(qkv[: starts[-1]].sum().isfinite()):  # it would make numbers of infinities
+        attend_to = F.scaled_dot_product_attention  # two to three times as quick
     else:  # half precision through float32: without AMX torch's kernel is slower up to 64 tokens
         qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     of_length: dict[int, list[int]] = {}

@@ -106,8 +106,10 @@ def _scan(model: nn.Module) -> bool:
 
 def _leaf(module: Any, kind: type[nn.Module], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """The weight and bias of a plain module, see `is_plain`, where they are ordinary ones of this dtype on CPU."""
+    if type(module) is not kind:
+        return None
     state = module.__dict__
-    if type(module) is not kind or "forward" in state:
+    if "forward" in state or "weight" in state or "bias" in state:  # an attribute comes before a parameter
         return None
     if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]:
         return None
@@ -117,6 +119,10 @@ def _leaf(module: Any, kind: type[nn.Module], dtype: torch.dtype) -> tuple[Tenso
         if type(one) is not nn.Parameter or one.dtype is not dtype or not one.is_cpu:
             return None
     return weight, bias
+
+
+def _is_of(leaf: tuple[Tensor, Tensor], *shape: int) -> bool:
+    return leaf[0].shape == shape and leaf[1].shape == shape[:1]
 
 
 def apply_linear(module: Any, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, in] -> [rows, out]
@@ -429,7 +435,7 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """x: [rows, dim] -> [rows, dim], or of the rows in `only` [n] -> [n, dim]"""
         if at.starts is not None and not adapters and head_scale is None and type(x) is Tensor:
-            leaves = self._leaves(x.dtype)
+            leaves = self._leaves(x)
             if leaves is not None:
                 return self._unseen(x, at.starts, only, leaves)
         context = self.attention.packed(x, at, head_scale, only, adapters)
@@ -439,19 +445,24 @@ class TransformerBlock(nn.Module):
         x = apply_add_norm(self.sa_layer_norm, context, x, live)
         return apply_add_norm(self.output_layer_norm, self.ffn.packed(x, live), x, live)
 
-    def _leaves(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...] | None:
-        """(weight, bias) of what `_unseen` computes with; None where a part is not just ours, or not on CPU."""
+    def _leaves(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], ...] | None:
+        """(weight, bias) of what `_unseen` computes with; None where a part is not just ours, or the ops' to refuse."""
         own: Any = self._modules
         attention, ffn = own["attention"], own["ffn"]
-        of_attention, of_ffn = attention._modules, ffn._modules
-        q, k, v = (_leaf(of_attention[name], nn.Linear, dtype) for name in ("q_lin", "k_lin", "v_lin"))
-        out = _leaf(of_attention["out_lin"], nn.Linear, dtype)
-        lin1, lin2 = _leaf(of_ffn["lin1"], nn.Linear, dtype), _leaf(of_ffn["lin2"], nn.Linear, dtype)
-        norm, last = (_leaf(own[name], nn.LayerNorm, dtype) for name in ("sa_layer_norm", "output_layer_norm"))
-        qkv, known = attention._qkv, isinstance(ffn.activation, str) and ffn.activation in ops.ACTIVATIONS
-        if not (q and k and v and out and norm and lin1 and lin2 and last and known and qkv):
+        dtype, dim, of_attention, of_ffn = x.dtype, x.shape[1], attention._modules, ffn._modules
+        names = ("q_lin", "k_lin", "v_lin", "out_lin")
+        q, k, v, out = (_leaf(of_attention.get(name), nn.Linear, dtype) for name in names)
+        lin1, lin2 = (_leaf(of_ffn.get(name), nn.Linear, dtype) for name in ("lin1", "lin2"))
+        norms = own.get("sa_layer_norm"), own.get("output_layer_norm")
+        norm, last = (_leaf(one, nn.LayerNorm, dtype) for one in norms)
+        if not (q and k and v and out and norm and lin1 and lin2 and last and attention._qkv):
             return None
-        return (qkv, out, norm, lin1, lin2, last) if _are_thirds(qkv, q, k, v) else None
+        hidden = lin1[1].numel()
+        fits = all(_is_of(leaf, dim, dim) for leaf in (q, k, v, out)) and _is_of(lin1, hidden, dim)
+        fits = fits and _is_of(lin2, dim, hidden) and _is_of(norm, dim) and _is_of(last, dim)
+        fits = fits and attention.n_heads * attention.attention_head_size == dim and type(ffn.activation) is str
+        fits = fits and type(norms[0].eps) is type(norms[1].eps) is float and ffn.activation in ops.ACTIVATIONS
+        return (attention._qkv, out, norm, lin1, lin2, last) if fits and _are_thirds(attention._qkv, q, k, v) else None
 
     def _unseen(
         self, x: Tensor, starts: list[int], only: Tensor | None, leaves: tuple[tuple[Tensor, Tensor], ...]
@@ -1067,7 +1078,8 @@ class DistilBertModel(PreTrainedModel):
         multiple of 32), at most `most` of them. Everything else runs as before by itself: CPU, large batches, given
         positions, head masks or embeddings, hidden states, attentions, gradients, autocast, modules that are not the
         model's own, hooks. Changed weights are noticed at the next call (`to` and the like at once); until then the
-        memory of the old ones stays in use.
+        memory of the old ones stays in use. A capture frees cuBLAS's workspaces of the whole process, which graphs that
+        were captured by other means may still use.
         """
         self.__dict__["_graphs"] = graphs.Graphs(most) if on else None
         return self

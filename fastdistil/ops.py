@@ -294,15 +294,17 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def is_unseen(device: torch.device) -> bool:
-    """Whether a call is inference on CPU that nothing looks into: no compiler, transform, gradient, autocast, mode or
-    hook on every module. Then an op's CPU form may be called as it is, without its checks and its dispatch."""
+    """Whether a call is inference on CPU that nothing looks into: no compiler, transform, gradient, autocast, mode,
+    profiler or hook on every module. Then an op's CPU form may be called as it is, without its checks and dispatch."""
     return (
         can_look(device)
         and not _target.interpreted()  # then the form is a kernel
         and not torch.is_grad_enabled()
+        and not is_transformed()
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
+        and not torch._C._autograd._profiler_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not (_every_module._global_forward_hooks or _every_module._global_forward_pre_hooks)

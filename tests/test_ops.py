@@ -524,6 +524,21 @@ def test_softmax_of_short_rows(columns):
 
 
 @on_cpu_forms
+def test_which_products_are_cut_on_whose_processors(monkeypatch):
+    monkeypatch.setattr(cpu, "why_not_onednn", lambda: "not here")
+    cut, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: cut.append(len(args[0][0])) or bmm(*args))
+    weight, bias = torch.randn(40, 24), torch.randn(40)
+    for vendor, expected in (("GenuineIntel", [4, 15]), ("AuthenticAMD", [1, 3, 4, 15, 16, 256]), ("", [1, 256])):
+        monkeypatch.setattr(cpu, "vendor", lambda vendor=vendor: vendor)
+        cut.clear()
+        for rows in (0, 1, 3, 4, 15, 16, 256, 257):
+            x = torch.randn(rows, 24)
+            torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+        assert set(expected) <= set(cut) and (vendor != "GenuineIntel" or cut == expected) and 257 not in cut
+
+
+@on_cpu_forms
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_bfloat16_attention_with_amx(monkeypatch, lengths):
     """By torch's kernel, unless something is not finite: it makes numbers of infinities."""
@@ -534,6 +549,8 @@ def test_bfloat16_attention_with_amx(monkeypatch, lengths):
         hold_to_definition(name.split("_")[0], *case(name, lengths, torch.bfloat16), live=sum(lengths), dead=9)
     assert calls and all(q.dtype is torch.bfloat16 for q, *_ in calls)
     calls.clear()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):  # which CPU has not
+        hold_to_definition("attention", *case("attention", lengths, torch.bfloat16))
     for value in (torch.nan, torch.inf, -torch.inf):
         for part in range(3):  # of q, k, v
             qkv, *more = case("attention", lengths, torch.bfloat16)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, cpu, ops
-from fastdistil.model import TransformerBlock
+from fastdistil.model import TransformerBlock, to_eval
 from fastdistil.packing import find_rows
 from fastdistil.testing import cu_seqlens
 
@@ -112,6 +112,34 @@ def written_through_data(block):
     block.attention.q_lin.weight.data.mul_(2)
 
 
+def other_bias(block):
+    block.attention.k_lin.bias.data = torch.randn(48)
+    block.attention.q_lin.bias.data = torch.randn(48)  # of which k's alone would not be seen
+
+
+def attribute(block):
+    block.ffn.lin2.__dict__["weight"] = torch.zeros(48, 80)
+
+
+def attribute_bias(block):
+    block.ffn.lin1.__dict__["bias"] = torch.zeros(80)
+
+
+class Halved(nn.Parameter):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [a.as_subclass(torch.Tensor) / 2 if type(a) is Halved else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def subclass(block):
+    block.ffn.lin2.weight = torch.Tensor._make_subclass(Halved, block.ffn.lin2.weight.data)
+
+
+def epsilons(block):
+    block.sa_layer_norm.eps, block.output_layer_norm.eps = 1.0, 2.0
+
+
 def another_parameter(block):
     block.output_layer_norm.weight = nn.Parameter(torch.full((48,), 3.0))
     block.attention.out_lin.weight = nn.Parameter(torch.randn(48, 48))
@@ -128,6 +156,10 @@ def another_parameter(block):
         (norm_hooked, False),
         (no_bias, False),
         (another_activation, False),
+        (other_bias, False),
+        (attribute, False),
+        (attribute_bias, False),
+        (epsilons, True),
         (another_name, True),
         (written_through_data, True),
         (another_parameter, True),
@@ -152,6 +184,117 @@ def test_what_was_changed_is_run(change, still, unseen):
     torch.testing.assert_close(after, dense, rtol=0, atol=2e-5)
 
 
+def wider(block):
+    block.ffn.lin2 = nn.Linear(80, 1)
+
+
+def norm_of_all(block):
+    block.sa_layer_norm = nn.LayerNorm((41, 48))
+
+
+def short_bias(block):
+    block.ffn.lin1.bias = nn.Parameter(torch.zeros(1))
+
+
+def narrow(block):
+    block.attention.out_lin.weight = nn.Parameter(torch.zeros(48, 47))
+
+
+def heads(block):
+    block.attention.n_heads = 5
+
+
+def mixed(block):
+    block.ffn.lin2.half()
+
+
+def no_activation(block):
+    block.ffn.activation = "tanh"
+
+
+def elsewhere(block):
+    block.ffn.lin1.weight = nn.Parameter(block.ffn.lin1.weight.data.to("meta"))
+
+
+@pytest.mark.parametrize("change", [wider, norm_of_all, short_bias, narrow, heads, mixed, no_activation, elsewhere])
+def test_what_the_ops_refuse_is_refused(change, unseen):
+    """By name; torch would compute some of it."""
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    change(model.transformer.layer[1])
+    with torch.inference_mode(), pytest.raises((ValueError, TypeError, KeyError)) as mine:
+        model(IDS, KEEP)
+    assert len(unseen) == 1
+    with torch.inference_mode(), pytest.raises((ValueError, TypeError, KeyError)) as theirs:
+        seen(lambda: model(IDS, KEEP))
+    assert str(mine.value) == str(theirs.value)
+
+
+def test_a_part_that_is_no_module_is_called():
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    block = model.transformer.layer[1]
+    norm = block.sa_layer_norm
+    with torch.inference_mode():
+        before = model(IDS, KEEP)[0]
+        del block.sa_layer_norm
+        block.sa_layer_norm = lambda x: norm(x)
+        torch.testing.assert_close(model(IDS, KEEP)[0], before, rtol=0, atol=1e-5)
+
+
+def test_a_subclass_of_a_parameter_is_not_looked_through(unseen):
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval().requires_grad_(False)
+    subclass(model.transformer.layer[1])
+    with torch.no_grad():
+        assert torch.equal(model(IDS, KEEP)[0], seen(lambda: model(IDS, KEEP)[0])) and len(unseen) == 2
+
+
+def test_gradients_past_a_call_without_one(unseen, monkeypatch):
+    """Within torch.func tensors are wrapped, and have no memory to look at."""
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    embeds = torch.randn(2, 7, 48)
+
+    def loss(embeds):
+        with torch.no_grad():
+            hidden = model(inputs_embeds=embeds)[0]
+        return (hidden * embeds).sum()
+
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds)[0]
+    unseen.clear()
+    for onednn in (False, True):
+        if onednn:
+            monkeypatch.setattr(cpu, "why_not_onednn", lambda: "")
+        torch.testing.assert_close(torch.func.grad(loss)(embeds), expected, rtol=0, atol=1e-5)
+    assert not unseen
+
+
+def test_a_profile_shows_the_ops(unseen):
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(IDS, KEEP)
+    assert "fastdistil::attention" in {event.key for event in profile.key_averages()} and not unseen
+
+
+def test_active_adapters_are_run(unseen):
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    model.add_adapter("mine", "lora")
+    with torch.inference_mode():
+        before = model(IDS, KEEP)[0]
+        unseen.clear()
+        model.set_active_adapters("mine")
+        for name, parameter in model.named_parameters():
+            if "lora" in name.lower() or "mine" in name:
+                nn.init.normal_(parameter)
+        assert not torch.allclose(model(IDS, KEEP)[0], before, atol=1e-3) and not unseen
+
+
+def test_training_deep_inside_is_ended():
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    model.transformer.layer[2].ffn.dropout.train()
+    model.register_module("nothing", None)
+    to_eval(model)
+    assert not any(part.training for part in model.modules())
+
+
 def test_a_hooked_linear_of_a_block_is_called(unseen):
     """Whoever calls the block: a model looks for hooks before."""
     block = TransformerBlock(DistilBertConfig(**TINY)).eval()
@@ -160,6 +303,9 @@ def test_a_hooked_linear_of_a_block_is_called(unseen):
         x = torch.randn(14, 48)
         before = block.packed(x, at)
         assert unseen == [14]
+        block.ffn.lin1.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
+        assert not torch.allclose(block.packed(x, at), before, atol=1e-3) and unseen == [14]
+        block.ffn.lin1._forward_pre_hooks.clear()
         block.ffn.lin1.register_forward_hook(lambda module, args, out: out + 1)
         assert not torch.allclose(block.packed(x, at), before, atol=1e-3) and unseen == [14]
 

@@ -4,6 +4,7 @@ Lengths are known on the host, so nothing is read back to find them. On CUDA a b
 copied on a stream of its own, computed, and its result copied back on a third, while the host prepares the next ones.
 """
 
+import functools
 import logging
 import threading
 import time
@@ -181,7 +182,7 @@ class Engine:
     # --- CUDA -----------------------------------------------------------------------------------------------------
 
     def _staged(self, windows: Iterable[Window], compute: Compute, key: Any) -> Iterator[Done]:
-        lanes = _Lanes(self.device)
+        lanes = _lanes(self.device)
         free = deque(_Slot() for _ in range(SLOTS))
         flying: deque[tuple[_Slot, Window, np.ndarray]] = deque()
 
@@ -258,6 +259,12 @@ class _Lanes:
 
     def on(self, stream: Any) -> Any:
         return torch.cuda.stream(stream) if self.pinned else nullcontext()
+
+
+@functools.cache
+def _lanes(device: torch.device) -> _Lanes:
+    """The same for every run: torch deals out 32 streams in turn, and one of a graph's might come again."""
+    return _Lanes(device)
 
 
 class _Slot:
