@@ -265,7 +265,8 @@ def attend(qkv: Tensor, starts: list[int], num_heads: int, head_scale: Tensor | 
         # a query alone, in fewer steps: they are what takes its time. q, k, v: [heads, L, head_size]
         q, k, v = qkv.view(total, 3, num_heads, -1).permute(1, 2, 0, 3).unbind()
         o = _attend_alone(q, k, v)
-        out.view(total, num_heads, -1).transpose(0, 1).copy_(o if head_scale is None else o * head_scale[:, None, None])
+        o = o if head_scale is None else o * head_scale.to(o.dtype)[:, None, None]
+        out.view(total, num_heads, -1).transpose(0, 1).copy_(o)
         return out
     attend_to: Callable[[Tensor, Tensor, Tensor], Tensor] = _attend
     amx = qkv.dtype is torch.bfloat16 and has("amx_tile") and torch.backends.cuda.flash_sdp_enabled()  # CPU's, too

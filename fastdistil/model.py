@@ -348,7 +348,7 @@ def _refuse_int8(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
     """Weights of an int8 model, which torch would cast and load without their scales."""
     for name, own in block.named_parameters():
         given = state_dict.get(prefix + name)
-        if given is not None and given.dtype is torch.int8 and own.dtype is not torch.int8:
+        if isinstance(given, Tensor) and given.dtype is torch.int8 and own.dtype is not torch.int8:
             del state_dict[prefix + name]  # so that the model keeps its own
             rest[-1].append(
                 f"{prefix}{name} is of an int8 model, this one's is {own.dtype}; load the file that was saved"
