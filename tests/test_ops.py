@@ -549,6 +549,7 @@ def test_bfloat16_attention_with_amx(monkeypatch, lengths):
         hold_to_definition(name.split("_")[0], *case(name, lengths, torch.bfloat16), live=sum(lengths), dead=9)
     assert calls and all(q.dtype is torch.bfloat16 for q, *_ in calls)
     calls.clear()
+    hold_to_definition("attention", *case("attention", lengths, torch.float16))  # which AMX does not multiply
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):  # which CPU has not
         hold_to_definition("attention", *case("attention", lengths, torch.bfloat16))
     for value in (torch.nan, torch.inf, -torch.inf):

@@ -364,6 +364,16 @@ def test_dead_rows_are_the_ops_own(unseen):
     assert not unseen
 
 
+@pytest.mark.parametrize("starts", [[0, 40], [0, 0, 40]])
+def test_a_long_text_alone_is_cut(monkeypatch, starts):
+    """Its scores would not fit a core's cache."""
+    monkeypatch.setattr(cpu, "SCORE_ELEMENTS", 3 * 40 * 16)
+    queries, attend = [], cpu._attend_alone
+    monkeypatch.setattr(cpu, "_attend_alone", lambda q, k, v: queries.append(q.shape[1]) or attend(q, k, v))
+    cpu.attend(torch.randn(40, 3 * 48), starts, 3)
+    assert queries == [16, 16, 8]
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_text_alone_has_the_bits_it_has_in_a_batch(length, scaled):
