@@ -589,9 +589,9 @@ def over_ceiling(case: Case, found: dict[str, Any], ceilings: dict[str, Any], ma
     seconds, on_gpu = found["cold"]["median_us"] / 1e6, case.device.type == "cuda"
     # a ceiling is a measurement, too: of a GPU that power holds back, as it does not in a short call; a shared CPU was
     # seen a third quicker from one minute to the next
-    for took, most in (("cold", 1.2), ("graph", 1.2)) if on_gpu else (("cold", 1.5),):
+    for took in ("cold", "graph") if on_gpu else ("cold",):
         part = case.cost.flops / found[took]["median_us"] * 1e6 / matmul
-        if part > most:
+        if part > (1.2 if on_gpu else 1.5):
             yield part
     # what is read comes from memory, each element once; what is written may stay in the cache
     if on_gpu and case.op in ("add_layer_norm", "attention", "pool"):

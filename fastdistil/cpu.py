@@ -271,7 +271,7 @@ def attend(qkv: Tensor, starts: list[int], num_heads: int, head_scale: Tensor | 
     attend_to: Callable[[Tensor, Tensor, Tensor], Tensor] = _attend
     amx = qkv.dtype is torch.bfloat16 and has("amx_tile") and torch.backends.cuda.flash_sdp_enabled()  # CPU's, too
     if amx and bool(qkv[: starts[-1]].sum().isfinite()):  # it would make numbers of infinities
-        attend_to = F.scaled_dot_product_attention  # two to three times as quick
+        attend_to = F.scaled_dot_product_attention  # 1.2 to 3.2 times as quick at 2,048 rows
     else:  # half precision through float32: without AMX torch's kernel is slower up to 64 tokens
         qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     of_length: dict[int, list[int]] = {}
@@ -303,7 +303,7 @@ def attend(qkv: Tensor, starts: list[int], num_heads: int, head_scale: Tensor | 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[n, heads, m, d], [n, heads, L, d] x 2 -> [n, heads, m, d], looping over the shorter of n and heads so that
-    nothing is copied. Nearer to exact arithmetic than scaled_dot_product_attention, which is no quicker here."""
+    nothing is copied. Nearer to exact arithmetic than scaled_dot_product_attention, which is quicker."""
     n, heads, m, d = q.shape
     if n == 1:
         return _attend_alone(q[0], k[0], v[0])[None]

@@ -111,7 +111,7 @@ def _leaf(module: Any, kind: type[nn.Module], dtype: torch.dtype) -> tuple[Tenso
     state = module.__dict__
     if "forward" in state or "weight" in state or "bias" in state:  # an attribute comes before a parameter
         return None
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]:
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
         return None
     parameters = state["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -467,7 +467,7 @@ class TransformerBlock(nn.Module):
     def _unseen(
         self, x: Tensor, starts: list[int], only: Tensor | None, leaves: tuple[tuple[Tensor, Tensor], ...]
     ) -> Tensor:
-        """`packed` by the ops' CPU forms as they are: for one text their checks and dispatch take half of the time."""
+        """`packed` by the ops' CPU forms as they are: of one text's time their checks and dispatch are a good part."""
         own: Any = self._modules
         (w_qkv, b_qkv), (w_out, b_out), (w_norm, b_norm), (w_1, b_1), (w_2, b_2), (w_last, b_last) = leaves
         context = cpu.attend(cpu.linear(x, w_qkv, b_qkv), starts, own["attention"].n_heads)  # [rows, dim]

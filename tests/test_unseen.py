@@ -311,8 +311,9 @@ def test_a_hooked_linear_of_a_block_is_called(unseen):
 
 
 @contextlib.contextmanager
-def global_hook():
-    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+def registered(register):
+    """A hook on every module."""
+    handle = register(lambda module, *more: None)
     try:
         yield
     finally:
@@ -327,7 +328,8 @@ def global_hook():
         Watching,
         lambda: torch.device("cpu"),  # a mode that sees functions
         torch.autograd.forward_ad.dual_level,
-        global_hook,
+        lambda: registered(nn.modules.module.register_module_forward_hook),
+        lambda: registered(nn.modules.module.register_module_forward_pre_hook),
     ],
 )
 def test_who_looks_into_a_call_sees_the_ops(around, unseen):
@@ -376,7 +378,7 @@ def test_a_long_text_alone_is_cut(monkeypatch, starts):
 
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_text_alone_has_the_bits_it_has_in_a_batch(length, scaled):
+def test_a_text_alone_is_as_in_a_batch(length, scaled):
     """Attention of one text takes a shorter way."""
     qkv = torch.randn(length, 3 * 48)
     scale = torch.tensor([1.0, 0.0, 0.5]) if scaled else None
