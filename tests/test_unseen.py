@@ -343,6 +343,15 @@ def test_who_looks_into_a_call_sees_the_ops(around, unseen):
         assert len(unseen) == (6 if around is torch.enable_grad else 3)  # a packed call is inference always
 
 
+@pytest.mark.parametrize("name", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_a_block_alone_asks_for_hooks_on_every_module(name):
+    """As those of live models, which look for hooks of their own modules only."""
+    with torch.inference_mode(), registered(getattr(nn.modules.module, name)):
+        assert find_rows(None, 2, 7, torch.device("cpu")).starts is None
+    with torch.inference_mode():
+        assert find_rows(None, 2, 7, torch.device("cpu")).starts == [0, 7, 14]
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traces_and_transforms_see_the_ops(unseen):
     model = DistilBertModel(DistilBertConfig(**TINY)).eval().requires_grad_(False)
