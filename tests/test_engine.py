@@ -349,6 +349,16 @@ def staged(embedder, engine, texts, compute=None):
     return out
 
 
+def test_runs_share_their_streams(embedder, texts, monkeypatch):
+    """torch deals out 32 a device in turn: with new ones for each run a graph's would come again."""
+    made, lanes = [], runner._Lanes
+    monkeypatch.setattr(runner, "_Lanes", lambda device: made.append(device) or lanes(device))
+    runner._lanes.cache_clear()
+    for _ in range(2):
+        staged(embedder, Engine(torch.device("cpu"), 700), texts)
+    assert made == [torch.device("cpu")]
+
+
 def test_graphs_serve_in_every_mode(embedder, texts, captured):
     """What is captured in inference mode is written to outside it; under autocast none is captured or replayed."""
     expected, engine = alone(embedder, texts), Engine(torch.device("cpu"), 700, GraphCache())
