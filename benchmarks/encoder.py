@@ -8,6 +8,7 @@ A peer is one function under `@provider`: it gets a Batch and gives back a call 
 
 import argparse
 import copy
+import ctypes
 import json
 import math
 import sys
@@ -401,7 +402,7 @@ def _off(result: Tensor, other: Tensor) -> Tensor:  # [rows, dim] twice -> [rows
 
 
 class Peak:
-    """The most memory in use since, beyond what was."""
+    """The most memory in use since, beyond what was: on a GPU torch's, on CPU the process's, where Linux tells it."""
 
     def __init__(self, device: torch.device):
         self.device, self.before = device, 0
@@ -409,9 +410,22 @@ class Peak:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
+        else:
+            with suppress(OSError, AttributeError):  # what is free goes back, or it would be taken again unseen
+                ctypes.CDLL(None).malloc_trim(0)
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, proc(5)
+                self.before = self._resident()
 
-    def bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) - self.before if self.device.type == "cuda" else 0
+    def bytes(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return self._resident() - self.before if self.before else None
+
+    @staticmethod
+    def _resident() -> int:
+        """Bytes, at most, since the last reset."""
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def largest_error(device: torch.device) -> float:
@@ -441,7 +455,7 @@ def measure(
         peak = Peak(batch.device)
         run = make(batch, stack)
         # a replay allocates nothing: what a graph took, it took when it was captured. Theirs brings weights along
-        of_capture = peak.bytes() if row["provider"] in (CAPTURED, timing.OVERLAPPED) else 0
+        of_capture = (peak.bytes() or 0) if row["provider"] in (CAPTURED, timing.OVERLAPPED) else 0
         if not known:  # only where a provider runs at all
             known.append(truth_of(batch))
             rest.append(rest_of(batch))
@@ -451,8 +465,9 @@ def measure(
             row["error"] = hold(run, batch, *known[0], rest=rest[0], peer=peer)
         peak = Peak(batch.device)
         took = timing.wall(run, batch.device, 2 * seconds, least=2 if turn else 3)
-        if batch.device.type == "cuda":
-            row["peak_bytes"] = max(of_capture, peak.bytes())
+        most = peak.bytes()
+        if most is not None and make is not onnx_runtime:  # whose own arena keeps what it once took
+            row["peak_bytes"] = max(row.get("peak_bytes", 0), of_capture, most)
         hold(run, batch, *known[0], rest=rest[0], peer=peer)
         with renamed(batch):  # a result that was remembered is of the ids as they were
             hold(make(batch, stack) if make is packed else run, batch, *known[1], ends, peer=peer)

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import record, shapes, timing
 from benchmarks.corpus import VOCABULARY, stdlib_docstrings, tokenizer_for
-from benchmarks.encoder import Batch, batch_of, chosen, largest_error, model_of, truth_of
+from benchmarks.encoder import FAR, Batch, batch_of, chosen, largest_error, model_of, truth_of
 from benchmarks.kernels import failed
 from benchmarks.shapes import Matrix
 from fastdistil import Embedder, reference
@@ -52,21 +54,47 @@ def drive(embedder: Embedder, windows: Iterator[Window], texts: int) -> tuple[np
     }
 
 
-def check(embedder: Embedder, found: np.ndarray, batch: Batch) -> None:
-    """Hold the first embeddings to the error law against the dense forward in float64."""
-    (truth, eager), texts = truth_of(batch), chosen(batch)
+@dataclass(frozen=True)
+class Truth:
+    """Embeddings of texts by the dense forward: exact in float64, plain in the model's precision, both [texts, dim]."""
+
+    which: list[int]
+    exact: Tensor
+    plain: Tensor
+    eps: float
+
+    def hold(self, found: np.ndarray, **bounds: float) -> None:
+        """Hold embeddings, of which these texts' are compared, to the error law."""
+        result = torch.from_numpy(found[self.which]).to(self.exact.device)
+        error_law(result, self.plain, self.exact, eps=self.eps, **bounds)
+
+    def near(self, found: np.ndarray, other: np.ndarray) -> None:
+        """Hold every embedding to another library's, or another precision's, by the errors of these texts'."""
+        off = np.linalg.norm(found.astype(np.float64) - other, axis=1)
+        allowed = FAR * (float((self.plain.double() - self.exact).norm(dim=1).max()) + self.eps)
+        assert off.max() <= allowed, f"text {off.argmax()} is off by {off.max():.3e}, allowed {allowed:.3e}"
+
+
+def pooled_truth(embedder: Embedder, batch: Batch) -> Truth:
+    (exact, plain), texts = truth_of(batch), chosen(batch)
     cu = cu_seqlens([batch.lengths[i] for i in texts], str(batch.device))
-    plain, exact = (reference.pool(h, cu, embedder.pooling, embedder.normalize) for h in (eager, truth))
-    result = torch.from_numpy(found[texts]).to(batch.device)
-    error_law(result, plain, exact, eps=torch.finfo(batch.model.dtype).eps, largest=largest_error(batch.device))
+    exact, plain = (reference.pool(h, cu, embedder.pooling, embedder.normalize) for h in (exact, plain))
+    return Truth(texts, exact, plain, torch.finfo(batch.model.dtype).eps)
 
 
-def check_texts(embedder: Embedder, found: np.ndarray, texts: list[str], most: int = 64) -> None:
-    """Hold the embeddings of the first texts, tokenised by the plain call, to the error law."""
+def truth_of_texts(embedder: Embedder, texts: list[str], most: int = 64) -> Truth:
+    """Of the first texts, tokenised by the plain call."""
     ids = embedder.tokenizer(texts[:most], truncation=True, max_length=embedder.max_length)["input_ids"]
     batch = batch_of(embedder.model, "", [len(i) for i in ids], max(map(len, ids)))
     batch.ids[batch.keep] = torch.tensor([i for one in ids for i in one], device=batch.device)
-    check(embedder, found, batch)
+    return pooled_truth(embedder, batch)
+
+
+def check_texts(embedder: Embedder, found: np.ndarray, texts: list[str], most: int = 64) -> Truth:
+    """Hold the embeddings of the first texts to the error law."""
+    truth = truth_of_texts(embedder, texts, most)
+    truth.hold(found, largest=largest_error(embedder.model.device))
+    return truth
 
 
 def of_tokens(embedder: Embedder, longest: int, form: str, tokens: int, rounds: int) -> dict[str, Any]:
@@ -81,7 +109,7 @@ def of_tokens(embedder: Embedder, longest: int, form: str, tokens: int, rounds: 
         return (Window(ids[ends[a] : ends[b]], lengths[a:b], first=a) for a, b in cuts(len(lengths)))
 
     found, _ = drive(embedder, windows(), len(lengths))  # compiles and captures
-    check(embedder, found, first)
+    pooled_truth(embedder, first).hold(found, largest=largest_error(first.device))
     rows = [drive(embedder, windows(), len(lengths))[1] for _ in range(rounds)]
     row = sorted(rows, key=lambda row: row["seconds"])[rounds // 2]
     row["samples_s"] = [r["seconds"] for r in rows]

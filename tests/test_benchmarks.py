@@ -339,12 +339,36 @@ def test_wrong_embeddings_are_not_timed():
     model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
     embedder = Embedder(model, corpus.tokenizer_for(texts, 300), pooling="mean", normalize=True, max_length=64)
     found = embedder.encode(texts)
-    engine.check_texts(embedder, found, texts)
+    truth = engine.check_texts(embedder, found, texts, most=8)
     with pytest.raises(AssertionError, match="error"):
         engine.check_texts(embedder, found[::-1].copy(), texts)
+    truth.near(found, found + 1e-8)
+    other = found.copy()
+    other[39] *= 1 + 1e-4  # one that is not among those held to float64
+    with pytest.raises(AssertionError, match="text 39 is off by 1.000e-04, allowed"):
+        truth.near(other, found)
+    other[39] = float("nan")
+    with pytest.raises(AssertionError, match="text 39 is off by nan"):
+        truth.near(other, found)
     found[7] += 1e-5
     with pytest.raises(AssertionError, match="error"):
         engine.check_texts(embedder, found, texts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is told by Linux")
+def test_peak_memory_on_cpu_is_of_the_call(monkeypatch):
+    def blocks():  # 64 MiB and one block more; from the second time on they come from the heap
+        return [torch.ones(2**20) for _ in range(17)]
+
+    blocks()
+    last = blocks()[-1]  # above free ones, which the heap keeps
+    peak = encoder.Peak(CPU)
+    before = peak.bytes()
+    blocks()
+    assert before < 2**22 and 0.9 * 2**26 < peak.bytes() < 1.3 * 2**26
+    assert encoder.Peak(CPU).bytes() < 2**22 and last is not None
+    monkeypatch.setattr(Path, "write_text", lambda *a: (_ for _ in ()).throw(PermissionError("read-only /proc")))
+    assert encoder.Peak(CPU).bytes() is None
 
 
 def test_on_cpu_providers_take_turns(quick, monkeypatch):
@@ -859,7 +883,10 @@ def test_the_table_of_the_encoder(tmp_path, monkeypatch):
     rows[0]["peak_bytes"] = 3 * 2**20
     record.write(tmp_path / "h200" / "encoder.json", around | {"rows": rows})
     measured = report.encoder_table().splitlines()
-    assert "| peak MiB | sdpa" in measured[0] and measured[2].endswith("0.0 (0.0) | 3 | 1.50x |")
+    assert "| peak MiB (of sdpa) | sdpa" in measured[0] and measured[2].endswith("0.0 (0.0) | 3 () | 1.50x |")
+    rows[2]["peak_bytes"] = 5 * 2**20
+    record.write(tmp_path / "h200" / "encoder.json", around | {"rows": rows})
+    assert "0.0 (0.0) | 3 (5) | 1.50x |" in report.encoder_table()
     assert "Missing: transformers flash_attention_2 (no flash)." in table and table[-1].startswith(
         "An H200, driver 1.2,"
     )
