@@ -1,6 +1,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -67,6 +69,41 @@ def test_order_batches_and_threads_do_not_matter(embedder, monkeypatch):
     monkeypatch.setattr(scheduler, "HEAD", 3)
     monkeypatch.setattr(scheduler, "WINDOW", 7)
     np.testing.assert_allclose(embedder.encode(iter(TEXTS)), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt()", "RuntimeError(\"can't start new thread\")"])
+def test_a_worker_that_does_not_start(error, minilm):
+    """An interrupt, or a limit on threads, while the second one starts: the first does not wait for it."""
+    code = f"""
+import sys, threading, torch
+from fastdistil.engine import runner
+
+start, before = threading.Thread.start, threading.active_count()
+
+def first_only(thread):
+    if threading.active_count() > before:
+        raise {error}
+    start(thread)
+
+torch.set_num_threads(4)
+threading.Thread.start = first_only
+try:
+    with runner.cpu_workers(4):
+        pass
+except BaseException as error:
+    assert repr(error) == repr({error}), error
+else:
+    raise SystemExit("nothing was raised")
+threading.Thread.start = start
+assert threading.active_count() == before and torch.get_num_threads() == 4
+found = []
+thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+thread.start()
+thread.join()
+assert found == [4], found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_distinct_text_is_tokenised_once(embedder, monkeypatch):

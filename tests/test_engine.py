@@ -201,7 +201,7 @@ def test_token_ids_instead_of_texts(embedder, texts):
     np.testing.assert_allclose(got[source], alone(embedder, texts), atol=1e-6)
     np.testing.assert_allclose(embedder.encode_tokens(torch.from_numpy(window.ids).long(), torch.from_numpy(cu)), got)
     assert embedder.encode_tokens(np.empty(0, np.int32), [0]).shape == (0, 32)
-    assert (embedder.encode_tokens([5, 6], [0, 0, 2])[0] == 0).all()  # an empty text
+    assert embedder.encode_tokens([], [0]).shape == embedder.encode_tokens([]).shape == (0, 32)
     for ids, ends, error, message in [
         ([1, 2, 3], [0, 2], ValueError, "must rise from 0 to the 3 input_ids"),
         ([1, 2, 3], [0, 4, 3], ValueError, "must rise"),
@@ -210,10 +210,47 @@ def test_token_ids_instead_of_texts(embedder, texts):
         ([1, 2, 30522], [0, 2, 3], ValueError, r"texts\[1\] holds the id 30522, outside the vocabulary of 30522"),
         ([1, -1, 5], [0, 2, 3], ValueError, r"texts\[0\] holds the id -1"),
         ([1] * 130, [0, 1, 130], ValueError, r"texts\[1\] has 129 tokens, more than max_length 128"),
+        ([5, 6], [0, 2, 2, 2], ValueError, r"texts\[1\] holds no token ids"),
     ]:
         with pytest.raises(error, match=message):
             embedder.encode_tokens(ids, ends)
     assert lengths.max() <= 128
+
+
+def test_columns_of_token_ids_and_of_texts(embedder, texts):
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = texts[:20]
+    ids, expected = embedder.tokenizer.encode_ids(texts, 128), embedder.encode(texts)
+    lists = pyarrow.list_(pyarrow.int32())
+    for column in (
+        ids,
+        [np.array(i, np.int64) for i in ids],
+        pyarrow.array(ids, lists),
+        pyarrow.array([[9, 9], *ids, [7]], pyarrow.large_list(pyarrow.int64()))[1:-1],
+        pyarrow.chunked_array([ids[:7], [], ids[7:]], lists),
+    ):
+        np.testing.assert_allclose(embedder.encode_tokens(column), expected, atol=1e-6)
+    pairs = pyarrow.array([[5, 6], [7, 8], [9, 5]], pyarrow.list_(pyarrow.int32(), 2))
+    np.testing.assert_array_equal(embedder.encode_tokens(pairs[1:]), embedder.encode_tokens([7, 8, 9, 5], [0, 2, 4]))
+    for wrong, error, message in [
+        (pyarrow.array([[1], None, [2]], lists), TypeError, r"texts\[1\] is null"),
+        (pyarrow.array([[1], [], [2, None]], lists), TypeError, r"texts\[2\] holds a null"),
+        (pyarrow.array([[1], []], lists), ValueError, r"texts\[1\] holds no token ids"),
+        (pyarrow.array([[1.5]]), TypeError, "input_ids must be a flat array of integers, got float64"),
+        ([[1], [1.5]], TypeError, r"texts\[1\] must be a list of token ids, got float64"),
+        ([1, 2], TypeError, r"texts\[0\] must be a list of token ids, got int64"),
+        (5, TypeError, "not iterable"),
+    ]:
+        with pytest.raises(error, match=message):
+            embedder.encode_tokens(wrong)
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        column = pyarrow.array(texts, pyarrow.string()).cast(kind)
+        np.testing.assert_array_equal(embedder.encode(column), expected)
+        np.testing.assert_array_equal(embedder.encode(pyarrow.chunked_array([column])), expected)
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a string, got NoneType"):
+        embedder.encode(pyarrow.array(["a", None]))
+    with pytest.raises(ValueError, match="the prompt 'x.*' holds a lone surrogate"):
+        embedder.encode(["a"], prompt="x\ud800")
     ids = np.arange(40, dtype=np.int32)[::-1][:9]  # no view that torch could take as it is
     ids.flags.writeable = False
     with warnings.catch_warnings(action="error"):

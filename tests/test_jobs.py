@@ -119,13 +119,20 @@ def test_every_format_gives_the_same_rows(kind, tmp_path):
 
 def test_directories_patterns_and_order(tmp_path):
     (tmp_path / "deep").mkdir()
-    for name in ("b.txt", "a.jsonl", "deep/c.csv", "ignored.md", "manifest.json"):
+    (tmp_path / "deep" / ".ipynb_checkpoints").mkdir()
+    hidden = (".a.jsonl", "deep/._c.csv", "deep/.ipynb_checkpoints/c.csv")  # what editors and copies leave behind
+    for name in ("b.txt", "a.jsonl", "deep/c.csv", "ignored.md", "manifest.json", *hidden):
         (tmp_path / name).write_text("text\n")
     names = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "deep/c.csv")]
     assert find_inputs([tmp_path]) == names
     assert find_inputs([tmp_path / "*.txt", tmp_path / "**" / "*.csv"]) == names[1:]
     assert find_inputs([names[1], names[0]]) == [names[1], names[0]]
     assert find_inputs([tmp_path / "d*"]) == names[2:]
+    assert find_inputs([tmp_path / ".a.jsonl", tmp_path / "deep" / ".ipynb_checkpoints"]) == [
+        str(tmp_path / name) for name in hidden[::2]
+    ]
+    with pytest.raises(ValueError, match=r"standard input \(-\) is given twice"):
+        find_inputs(["-", names[0], "-"])
     for nothing, message in ((tmp_path / "*.parquet", "no input file"), (tmp_path / "x", "no input file")):
         with pytest.raises(FileNotFoundError, match=message):
             find_inputs([nothing])
@@ -259,6 +266,7 @@ def test_columns_that_are_not_there(checkpoint, tmp_path, capsys):
 def test_tables_that_are_none(checkpoint, tmp_path, capsys):
     for content, message in [
         (b"", "has no line of column names"),
+        (b"text\ra\rb\r", "in.csv: the line of column names cannot be read (new-line character seen in unquoted field"),
         (b"text,text\na,b\n", "has 2 columns 'text'"),
         (b'id,text\n1,a\n2,"b\n3,c\n4,d\n', "unexpected end of data; it takes lines 3 to 5"),
     ]:
@@ -283,6 +291,10 @@ def test_a_column_of_token_ids(checkpoint, embedder, tmp_path, capsys):
     assert [r["row"] for r in rejects] == [1, 2, 3, 4, 6]
     assert "outside the vocabulary" in rejects[1]["reason"] and "65 tokens, more than" in rejects[2]["reason"]
     assert next(Index(tmp_path / "o").parts())[0] == [0, 5]
+    huge = pyarrow.array([[1], [2**63 + 5]], pyarrow.list_(pyarrow.uint64()))
+    parquet.write_table(pyarrow.table({"input_ids": huge}), path)
+    assert embed(checkpoint, *arguments) == 1
+    assert "row 1: column 'input_ids' holds the id 9223372036854775813, which is in no" in capsys.readouterr().err
     write("jsonl", tmp_path / "in.jsonl")
     assert embed(checkpoint, "--input", tmp_path / "in.jsonl", *arguments[2:]) == 1
     assert "token ids is read from .parquet files only" in capsys.readouterr().err
@@ -841,7 +853,24 @@ def test_embeddings_beyond_float16(minilm, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Embedder, "_compute", _with_a_nan(Embedder._compute))
     assert embed(tmp_path / "m", *given, "float16") == 1
     assert "in.jsonl, line 1: its embedding is beyond float16's range" in capsys.readouterr().err
-    assert embed(tmp_path / "m", *given, "float32") == 0
+    assert embed(tmp_path / "m", *given, "float32", "--on-error", "skip") == 3
+    assert next(Index(tmp_path / "o").parts())[0] == [0, 1]
+
+
+@pytest.mark.parametrize("form", ["npy", "jsonl"])
+def test_embeddings_that_are_not_finite(form, checkpoint, tmp_path, capsys, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}, {"text": "c"}])
+    given = ["--input", path, "--output", tmp_path / "o", "--format", form, "--overwrite"]
+    monkeypatch.setattr(Embedder, "_compute", _with_a_nan(Embedder._compute))
+    assert embed(checkpoint, *given) == 1
+    assert "in.jsonl, line 3: its embedding is not finite" in capsys.readouterr().err
+    assert embed(checkpoint, *given, "--on-error", "null") == 3
+    ids, vectors = next(Index(tmp_path / "o").parts())
+    assert ids == [0, 1, 2] and np.isfinite(vectors[:2]).all() and np.isnan(vectors[2]).all()
+    if form == "jsonl":
+        assert json.loads((tmp_path / "o" / "part-00000.jsonl").read_text().splitlines()[2])["embedding"] is None
+    [reject] = (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["row"] == 2
 
 
 @pytest.mark.parametrize("how", ["closed", "gone", "full"])

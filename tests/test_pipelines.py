@@ -456,6 +456,17 @@ def test_a_checkpoint_without_what_the_task_needs(task, tokenizer, tmp_path):
         pipeline(task, tmp_path, device="cpu")
 
 
+def test_a_head_of_another_task_with_the_same_names(tokenizer, tmp_path, their_tokenizer):
+    """classifier.weight is a sentence's and a token's."""
+    fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no checkpoint for token-classification: it is one of DistilBertForSequence"):
+        pipeline("ner", tmp_path, device="cpu")
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"architectures": None}  # nothing tells
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert pipeline("ner", tmp_path, device="cpu")("a cat")
+
+
 def test_a_pair_of_texts_needs_two_segments(tokenizer, tmp_path):
     """A BERT checkpoint has folded its first into the positions."""
     config = transformers.BertConfig(

@@ -20,7 +20,7 @@ from fastdistil.checkpoint import find
 from fastdistil.engine.runner import Done, Engine, GraphCache, budget_for
 from fastdistil.engine.scheduler import Window, cuts
 from fastdistil.engine.sentence import SIMILARITIES, Normalize, read_settings
-from fastdistil.engine.tokens import TextWindows, ahead
+from fastdistil.engine.tokens import TextWindows, ahead, of_column
 from fastdistil.model import DistilBertModel, as_device, one_device, to_eval
 from fastdistil.tokenizer import DistilBertTokenizer
 
@@ -257,8 +257,8 @@ class Embedder:
             raise TypeError(
                 f"texts must be one column of strings, got {dimensions} dimensions in a {type(texts).__name__}"
             )
-        if not isinstance(texts, (list, tuple)):
-            texts = list(texts)
+        if not isinstance(texts, (list, tuple)):  # an Arrow column knows how
+            texts = texts.to_pylist() if hasattr(texts, "to_pylist") else list(texts)
         engine = self.engine(max_batch_tokens)
         source = self.text_windows(tokenizer_processes, self._prompt(prompt, prompt_name))
         try:
@@ -270,16 +270,20 @@ class Embedder:
     def encode_tokens(
         self,
         input_ids: Any,
-        cu_seqlens: Any,
+        cu_seqlens: Any = None,
         max_batch_tokens: int | None = None,
         show_progress: bool | None = None,
     ) -> np.ndarray:
         """Embeddings of texts that are token ids already, special tokens included: float32 [n, dim].
 
         input_ids: integers [tokens], one text after another. cu_seqlens: integers [n + 1], where each begins, from 0 to
-        [tokens]; arrays or CPU tensors. Raises TypeError or ValueError naming the text.
+        [tokens]; arrays or CPU tensors. Without cu_seqlens input_ids holds a list of integers a text: an Arrow column
+        of lists, or arrays. Raises TypeError or ValueError naming the text.
         """
-        ids, ends = np.asarray(input_ids), np.asarray(cu_seqlens)
+        given = of_column(input_ids) if cu_seqlens is None else (input_ids, cu_seqlens)
+        ids, ends = (np.asarray(array) for array in given)
+        if not ids.size:
+            ids = ids.astype(np.int32)  # numpy's empty list is of floats
         for name, array in (("input_ids", ids), ("cu_seqlens", ends)):
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise TypeError(f"{name} must be a flat array of integers, got {array.dtype} {list(array.shape)}")
@@ -292,7 +296,10 @@ class Embedder:
         return self._collect(engine, windows, len(lengths), show_progress)
 
     def check_tokens(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Raise ValueError naming the first text with an id outside the vocabulary or more tokens than max_length."""
+        """Raise ValueError naming the first text with an id outside the vocabulary, more tokens than max_length, or
+        none."""
+        if len(none := np.flatnonzero(lengths == 0)):
+            raise ValueError(f"texts[{none[0]}] holds no token ids; an empty text has those of [CLS] and [SEP]")
         if len(long := np.flatnonzero(lengths > self.max_length)):
             raise ValueError(
                 f"texts[{long[0]}] has {lengths[long[0]]} tokens, more than max_length {self.max_length}; cut it"
@@ -327,6 +334,8 @@ class Embedder:
             return self.prompts[name]
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"a prompt must be a string, got {prompt!r}")
+        if prompt is not None and any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise ValueError(f"the prompt {prompt!r} holds a lone surrogate, which is not text")
         return self.prompt if prompt is None else prompt
 
     def run(self, engine: Engine, windows: Iterable[Window]) -> Iterator[Done]:

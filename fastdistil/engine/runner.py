@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from fastdistil.graphs import Snapshot, after, can_capture, capture
 logger = logging.getLogger("fastdistil")
 
 MOST_WORKERS = 16  # each holds the activations of a batch
+LONGEST_START = 60.0  # seconds that a worker waits for the others
 WORTH_A_WORKER = 512  # fewer tokens a thread are quicker with all threads on one batch
 SLOTS = 4  # batches in flight on CUDA
 ALIGNED = 64  # int32 elements
@@ -429,14 +430,19 @@ def cpu_workers(threads: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     def share_out() -> None:
         torch.get_num_threads()  # a thread's first look at the number would overwrite what is set before it
         torch.set_num_threads(threads // workers)
-        ready.wait()
+        with suppress(threading.BrokenBarrierError):
+            ready.wait()
 
-    ready = threading.Barrier(workers)
+    ready, started = threading.Barrier(workers, timeout=LONGEST_START), False
     pool = ThreadPoolExecutor(workers, initializer=share_out)
     try:
         # the barrier holds each worker in its start until all have started
         list(pool.map(lambda _: None, range(workers)))
         torch.set_num_threads(threads)  # set_num_threads also sets what threads made later start with
+        started = True
         yield pool, workers
     finally:
+        ready.abort()  # workers would wait for one that an interrupt, or a limit on threads, kept from starting
         pool.shutdown(cancel_futures=True)
+        if not started:
+            torch.set_num_threads(threads)

@@ -17,6 +17,29 @@ from fastdistil.tokenizer import DistilBertTokenizer
 Item = TypeVar("Item")
 
 
+def of_column(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of token ids, in an Arrow column or one by one, as (input_ids, cu_seqlens); an Arrow array's ids are not
+    copied. Raises TypeError naming the text that is none."""
+    if hasattr(column, "combine_chunks"):
+        column = column.combine_chunks()
+    if hasattr(column, "value_lengths") and hasattr(column, "flatten"):
+        values, nulls = column.flatten(), column.is_null().to_numpy(zero_copy_only=False)
+        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        if values.null_count:
+            at = int(values.is_null().to_numpy(zero_copy_only=False).argmax())
+            raise TypeError(f"texts[{np.searchsorted(ends, at, side='right') - 1}] holds a null among its token ids")
+        if nulls.any():
+            raise TypeError(f"texts[{nulls.argmax()}] is null, not a list of token ids")
+        return values.to_numpy(zero_copy_only=False), ends
+    rows = [np.asarray(row) for row in column]
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+            raise TypeError(f"texts[{i}] must be a list of token ids, got {row.dtype} {list(row.shape)}")
+    ends = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    return np.concatenate([np.empty(0, np.int32), *(row for row in rows if row.size)]), ends
+
+
 class TextWindows:
     """Makes windows of texts. prepare: what is done to a text before. processes: how many tokenise beside this one,
     for machines where the tokenizer's threads do not keep up; close() ends them."""

@@ -72,6 +72,8 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
         if name == STDIN:
             if sys.stdin is None:
                 raise OSError("the input is standard input, which is closed")
+            if name in found:
+                raise ValueError("standard input (-) is given twice; it can be read once")
             found.append(name)
         elif Path(name).is_dir():
             inside = _files_in(name)
@@ -102,15 +104,17 @@ def _files_in(directory: str) -> list[str]:
 
 
 def _walk(directory: Path) -> Iterator[tuple[str, list[str]]]:
-    """Directories and the names in them, links followed as patterns do, but not in a circle."""
+    """Directories and the names in them, links followed as patterns do, but not in a circle; as by patterns, names that
+    begin with a dot are passed over."""
     seen: set[Path] = set()
     for there, below, inside in os.walk(directory, followlinks=True):
         if (real := Path(there).resolve()) in seen:
             below.clear()
             continue
         seen.add(real)
-        below.sort()  # which of two links to one directory counts is not to be chance
-        yield there, inside
+        # sorted: which of two links to one directory counts is not to be chance
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield there, [name for name in inside if not name.startswith(".")]
 
 
 def read_rows(inputs: Iterable[str | Path], columns: Columns = Columns()) -> Iterator[Row]:  # noqa: B008  (immutable)
@@ -333,6 +337,8 @@ class Table(Source):
             except csv.Error as error:
                 if self._reader.line_num > before + 1:  # a quote that is not closed takes what follows along
                     error = csv.Error(f"{error}; it takes lines {before + 1} to {self._reader.line_num}")
+                if self._names is None:
+                    raise ValueError(f"{self.where}: the line of column names cannot be read ({error})") from error
                 yield error
                 continue
             if not values:
@@ -480,6 +486,8 @@ def _tokens(value: Any, column: str) -> np.ndarray:
         raise ValueError(f"column {column!r} is {_shown(value)}, not a list of token ids")
     if not found.size:
         raise ValueError(f"column {column!r} holds no token ids")
+    if found.dtype.kind == "u" and (largest := found.max()) > 2**63 - 1:
+        raise ValueError(f"column {column!r} holds the id {largest}, which is in no vocabulary")
     return found.astype(np.int64, copy=False) if found.dtype.kind == "u" else found
 
 

@@ -399,6 +399,9 @@ class Embedding:
         if self.dtype == np.float16:
             for i in at[(np.abs(found) > FLOAT16).any(1)]:
                 part.errors[part.usable[i]] = "its embedding is beyond float16's range; leave --output-dtype float32"
+        if not np.isfinite(found).all():
+            for i in at[~np.isfinite(found).all(1)]:
+                part.errors[part.usable[i]] = "its embedding is not finite; try --dtype float32, or look at the weights"
 
     def _window(self, part: Rows, texts: list[Any], first: int) -> Window:
         if self.of_tokens:
