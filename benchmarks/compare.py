@@ -91,10 +91,13 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
     on_gpu = (result.get("machine_info") or result).get("gpu") is not None
     about: dict[str, Any] = {"least": BAND if on_gpu else BAND_ON_CPU, "where": machine(result)}
     for entry in result.get("benchmarks", []):  # pytest-benchmark's
-        if ratios := entry["extra_info"].get("ratios"):
-            yield f"{entry['name']}, by the peer's time", Measured([1 / ratio for ratio in ratios], **about)
-        else:
-            yield entry["name"], Measured(entry["stats"]["data"], **about)
+        info, of_suite = entry["extra_info"], about | {"case": entry["fullname"].partition("::")[0]}
+        if ratios := info.get("ratios"):
+            yield f"{entry['name']}, by the peer's time", Measured([1 / ratio for ratio in ratios], **of_suite)
+        for name, samples in info.get("compared", {}).items():  # the less the better
+            yield f"{entry['name']}, {name}", Measured(samples, **of_suite)
+        if not ratios and not info.get("compared"):
+            yield entry["name"], Measured(entry["stats"]["data"], **of_suite)
     peers: dict[str, dict[str, list[float]]] = {}  # of each case the peers' turns
     for row in result.get("rows", []):
         turns = row.get("cold", row).get("turns_us", ())

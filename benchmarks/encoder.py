@@ -3,7 +3,8 @@
     python -m benchmarks encoder [--toy] [--model M] [--lengths-from texts.jsonl] [--out FILE] [--minutes N]
 
 Only real tokens are counted. Hidden states at real positions are held to the error law against float64 first.
-A peer is one function under `@provider`: it gets a Batch and gives back a call that computes the last hidden state.
+A peer is one function under `@provider`: it gets a Batch and gives back a call that computes the last hidden state of
+what batch.ids holds then, for the ids are changed in place between calls.
 """
 
 import argparse
@@ -577,25 +578,38 @@ def main(argv: list[str] | None = None) -> int:
     matrix = shapes.TOY if args.toy else shapes.FULL if device.type == "cuda" else shapes.ON_CPU
     if args.dtypes:
         matrix = shapes.with_dtypes(matrix, args.dtypes.split(","))
+    shape = None if args.model else asdict(matrix.shape)
+    about = record.environment() | {"stage": "encoder", "model": args.model, "shape": shape, "dry": args.toy}
+
+    def keep(rows: list[dict[str, Any]], whole: bool = False) -> None:
+        if args.out:
+            record.write(args.out, about | {"rows": rows, "whole": whole, "clocks": watch.samples})
+
     with timing.Watch() as watch:
         if args.model:
-            rows = of_checkpoint(args.model, texts, matrix, device, args.minutes)
+            rows = of_checkpoint(args.model, texts, matrix, device, args.minutes, keep)
         else:
-            rows = run(matrix, device, minutes=args.minutes)
+            rows = run(matrix, device, minutes=args.minutes, keep=keep)
     print(*lines(rows), sep="\n")
-    if args.out:
-        shape = None if args.model else asdict(matrix.shape)
-        result = {"stage": "encoder", "model": args.model, "shape": shape, "rows": rows, "clocks": watch.samples}
-        record.write(args.out, record.environment() | result | {"dry": args.toy})
+    keep(rows, whole=True)
     return int(failed(rows))
 
 
 def of_checkpoint(
-    path: str, texts: list[str] | None, matrix: Matrix, device: torch.device, minutes: float
+    path: str,
+    texts: list[str] | None,
+    matrix: Matrix,
+    device: torch.device,
+    minutes: float,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Somebody's own model, at the matrix's shapes or in batches of 32 of somebody's own texts."""
+    """Somebody's own model, at the matrix's shapes or in batches of 32 of somebody's own texts. keep: as in `run`."""
     deadline = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
+
+    def so_far(found: list[dict[str, Any]]) -> None:
+        keep(rows + found)
+
     for dtype in matrix.dtypes:
         try:
             model = DistilBertModel.from_pretrained(path, dtype=dtype, device=device)
@@ -603,7 +617,7 @@ def of_checkpoint(
             raise record.WrongUse(f"--model {path}: {error}") from error
         own = _batches_of_texts(model, path, texts) if texts else batches(model, matrix)
         for batch in own:
-            rows += measure(batch, deadline, matrix.seconds)
+            rows += measure(batch, deadline, matrix.seconds, keep=so_far)
         _forget()
     return rows
 

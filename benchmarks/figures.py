@@ -19,7 +19,7 @@ RESULTS = record.ROOT / "benchmarks" / "results"
 FIGURES = record.ROOT / "docs" / "figures"
 OURS = "#e8590c"
 PEERS = ("#1c7ed6", "#2f9e44", "#9c36b5", "#0c8599", "#c2255c", "#868e96", "#5f3dc4", "#99801d")
-MARKS = "osD^vPX*"
+MARKS = "osD^vPX*<>ph"
 THEMES = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6edf3", "#444c56")}  # text, grid; both on a clear ground
 # of an element that is moved: LayerNorm reads two and writes one, and does nine operations for each it writes; pack and
 # unpack move it alone, and are drawn as if that were one
@@ -75,7 +75,7 @@ def roofline(ax: Any, result: dict[str, Any]) -> bool:
     edge = peak / bandwidth
     ax.plot([low, edge, max(high, 2 * edge)], [low * bandwidth, peak, peak], color="#868e96", zorder=1)
     for i, (label, (x, y)) in enumerate(points.items()):
-        ax.plot(x, y, MARKS[i % 8], color=OURS if i % 2 else PEERS[0], label=label, markersize=7)
+        ax.plot(x, y, MARKS[i % len(MARKS)], color=(OURS, "#868e96")[i // len(MARKS) % 2], label=label, markersize=7)
     ax.set(xscale="log", yscale="log", xlabel="FLOP a byte moved", ylabel="FLOP/s")
     ax.set_title(f"Roofline, {dtype}: lines are this machine's measured copy and matrix product")
     return True
@@ -269,7 +269,9 @@ def machine(result: dict[str, Any]) -> str:
     """The device and versions, in a line."""
     gpu = result["gpu"]
     where = gpu["name"] if gpu else f"on CPU, not on a GPU: {result['cpu']}, {result['threads']} threads"
-    return f"{where}, torch {result['torch']}, triton {result['triton']}, {result['date'][:10]}"
+    changed = " with changes" if result["commit"]["dirty"] else ""
+    commit = f"commit {result['commit']['id'][:9]}{changed}"
+    return f"{where}, torch {result['torch']}, triton {result['triton']}, {result['date'][:10]}, {commit}"
 
 
 def out_of_step(results: Path = RESULTS, figures: Path = FIGURES) -> list[str]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ SUMMARY = 12_000  # characters at most, for logs that keep no more
 WRONG = 3  # a stage's exit status when something measured was wrong; Python's own for a crash is 1
 EVERY = 5.0  # seconds between two writes of what a stage has so far
 WRITING = 3.0  # seconds that a stage has to write what it has, when it is stopped
+RECENT = 1800.0  # seconds after which a ceiling is measured again
 GRACE = 60.0  # seconds at most that a stage may go on beyond its share, for a provider that is being measured
 
 
@@ -63,11 +65,14 @@ class Stage:
         self.matrix = shapes.TOY if self.dry else shapes.FULL if self.device.type == "cuda" else shapes.ON_CPU
 
     def ceilings(self) -> dict[str, Any]:
-        """As the stage of that name measured them, or measured now."""
+        """As the stage of that name measured them a little before, or measured now."""
         path = self.out / "ceilings.json"
         if path.is_file():
             found, here = record.read(path), record.environment()
-            if (found["gpu"] or {}).get("uuid") == (here["gpu"] or {}).get("uuid") and found["dry"] == self.dry:
+            age = datetime.fromisoformat(here["date"]) - datetime.fromisoformat(found["date"])
+            cards = [(one["gpu"] or {}).get("uuid") for one in (found, here)]
+            same = cards[0] == cards[1] and all(found[name] == here[name] for name in ("cpu", "torch", "commit"))
+            if same and age.total_seconds() < RECENT and found["dry"] == self.dry:
                 return found["ceilings"]
         return timing.ceilings(self.device, self.dry)
 
@@ -307,6 +312,8 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
         try:
             code = process.wait(most)
             words = {0: "right", WRONG: "WRONG"}.get(code, f"BROKE with status {code}")
+            if code == 0 and not (out / f"{name}.json").is_file():
+                words = "BROKE: it wrote nothing"
         except subprocess.TimeoutExpired:
             words = "STOPPED"
             os.killpg(process.pid, signal.SIGTERM)  # it writes what it has

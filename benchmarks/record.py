@@ -200,6 +200,10 @@ def checked(text: str, path: Any) -> dict[str, Any]:
         ):
             missing.append("clocks")
     rows = result.get("rows", [])
+    if result.get("stage") in ("kernels", "encoder", "engine") and not rows:
+        missing.append("rows")
+    if "machine_info" in result and not result.get("benchmarks") and not result.get("wrong"):
+        missing.append("benchmarks")
     timed = [row[way] for row in rows for way in ("cold", "graph") if way in row]
     timed += [row for row in rows if "median_us" in row]
     if not all(took.get("samples_us") for took in timed) or not all(

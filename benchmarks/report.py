@@ -28,13 +28,13 @@ def jobs_table() -> str:
     facts = [
         f"A process that embeds one text takes {entry['stats']['median']:.1f} s from start to end."
         for entry in _read("jobs.json")["benchmarks"]
-        if "ratio" not in entry["extra_info"]
+        if entry["name"].startswith("bench_start")
     ]
-    (words,) = (entry["extra_info"] for entry in _read("tokenizer.json")["benchmarks"])
-    facts.append(
+    facts += [
         f"Tokenising on one thread: {words['tokens_per_second']:,.0f} tokens/s, {words['of_bare']:.2f} of the bare "
         f"tokenizer's, {words['over_call']:.1f}x transformers' call."
-    )
+        for words in (entry["extra_info"] for entry in _read("tokenizer.json")["benchmarks"])
+    ]
     for entry in _read("memory.json")["benchmarks"]:
         info = entry["extra_info"]
         if "late_bytes" in info:
@@ -42,6 +42,7 @@ def jobs_table() -> str:
                 f"A job of {info['rows']:,} short rows: {info['early_bytes'] / 2**20:,.0f} MiB at most in its first "
                 f"fifth, {info['late_bytes'] / 2**20:,.0f} MiB in its second half (two layers of width 32)."
             )
+    facts += [line for name in ("tokenizer.json", "memory.json") for line in _failures(_read(name))]
     return "\n".join([*lines, "", *facts, "", machines])
 
 
@@ -70,6 +71,12 @@ def _ratios(name: str, last: str, key: str, form: str) -> tuple[list[str], str]:
 def _short(result: dict[str, Any]) -> str:
     """A processor by its maker's name for it, without what every name has."""
     return re.sub(r"\((?:R|TM)\)|\b(?:Processor|CPU)\b.*", "", result["machine_info"]["cpu"]).strip()
+
+
+def _failures(result: dict[str, Any]) -> list[str]:
+    """What has no figures, for one of its checks failed."""
+    found = [name.partition("::")[2] for name in result.get("wrong", ())]
+    return [f"WRONG, so without figures: {', '.join(found)}."] if found else []
 
 
 def encoder_table() -> str:

@@ -12,6 +12,7 @@ and only of few rows, which wait for the weights, for all.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton
 from torch import Tensor
 
 from benchmarks import compile_gate, kernels, record, shapes, timing
@@ -366,18 +368,29 @@ def run(
         for found in classes(matrix, device, processors, names):
             key = arch, found.op, found.name, card
             known = next((row for row in rows if (row["arch"], row["op"], row["class"], row.get("gpu")) == key), None)
+            others, of = [other for other in rows if other is not known], made_of(found, arch)
+            if known is not None and known.get("of") != of:
+                known = None  # of other kernels, candidates or compilers: none of it holds any more
             if known is not None and "stopped" not in known:
                 continue
             if time.monotonic() > deadline:
                 break
-            others = [other for other in rows if other is not known]
+            about = {"of": of} | {name: around[name] for name in ("commit", "date", "torch", "triton")}
 
-            def keep(row: dict[str, Any], others: list[dict[str, Any]] = others) -> None:
-                record.write(path, around | {"rows": [*others, row], "clocks": watch.samples})
+            def keep(row: dict[str, Any], others: list = others, about: dict = about) -> None:
+                record.write(path, around | {"rows": [*others, row | about], "clocks": watch.samples})
 
-            rows = [*others, tune(found, arch, deadline, jobs or os.cpu_count() or 1, known, keep)]
+            rows = [*others, tune(found, arch, deadline, jobs or os.cpu_count() or 1, known, keep) | about]
             keep(rows[-1])
     return rows
+
+
+def made_of(found: Class, arch: int) -> str:
+    """A digest of what a search rests on: the kernels, the candidates, the compiler and torch."""
+    told = [triton.__version__, torch.__version__]
+    told += sorted(_written(config) for config in candidates(found.op, found.name, arch))
+    sources = sorted(path for path in CONFIGS.parent.glob("*.py") if path != CONFIGS)
+    return hashlib.sha256("\n".join([*told, *(path.read_text("utf-8") for path in sources)]).encode()).hexdigest()
 
 
 def _first(most: int) -> Any:

@@ -797,12 +797,12 @@ def pipeline(
                 f"{' and more' if len(missing) > 4 else ''}, which would be random"
             )
         named = class_named_in(read_config(directory))
-        if report["unexpected_keys"] and named not in (model_class, DistilBertModel, DistilBertModelWithHeads):
-            if model_class is not DistilBertModel:  # whose head has tensors of the same names
-                raise ValueError(
-                    f"{directory} is no checkpoint for {task}: it is one of {named.__name__}, whose "
-                    f"{', '.join(sorted(report['unexpected_keys'])[:4])} would not be used"
-                )
+        others = named not in (model_class, DistilBertModel, DistilBertModelWithHeads)
+        if report["unexpected_keys"] and others and model_class is not DistilBertModel:
+            raise ValueError(  # whose head has tensors of the same names
+                f"{directory} is no checkpoint for {task}: it is one of {named.__name__}, whose "
+                f"{', '.join(sorted(report['unexpected_keys'])[:4])} would not be used"
+            )
         tokenizer = directory if tokenizer is None else tokenizer
     if not isinstance(tokenizer, DistilBertTokenizer):
         tokenizer = DistilBertTokenizer.from_pretrained(tokenizer)

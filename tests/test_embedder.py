@@ -71,7 +71,7 @@ def test_order_batches_and_threads_do_not_matter(embedder, monkeypatch):
     np.testing.assert_allclose(embedder.encode(iter(TEXTS)), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("error", ["KeyboardInterrupt()", "RuntimeError(\"can't start new thread\")"])
+@pytest.mark.parametrize("error", ["KeyboardInterrupt()", 'RuntimeError("can\'t start new thread")'])
 def test_a_worker_that_does_not_start(error, minilm):
     """An interrupt, or a limit on threads, while the second one starts: the first does not wait for it."""
     code = f"""
