@@ -91,7 +91,7 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
     on_gpu = (result.get("machine_info") or result).get("gpu") is not None
     about: dict[str, Any] = {"least": BAND if on_gpu else BAND_ON_CPU, "where": machine(result)}
     for entry in result.get("benchmarks", []):  # pytest-benchmark's
-        info, of_suite = entry["extra_info"], about | {"case": entry["fullname"].partition("::")[0]}
+        info, of_suite = entry["extra_info"], about | {"case": entry.get("fullname", "").partition("::")[0]}
         if ratios := info.get("ratios"):
             yield f"{entry['name']}, by the peer's time", Measured([1 / ratio for ratio in ratios], **of_suite)
         for name, samples in info.get("compared", {}).items():  # the less the better

@@ -65,6 +65,7 @@ def _ratios(name: str, last: str, key: str, form: str) -> tuple[list[str], str]:
             line = f"| {info['peer']} | {info['ratio']:.2f}x | {' | '.join(_rates(info))} | {more} |"
             there = (found.get(info["peer"]) for found in beside)
             lines.append(line + "".join(f" {one['ratio']:.2f}x |" if one else " |" for one in there))
+    lines += [line for failure in _failures(result) for line in ("", failure)]
     return lines, "  \n".join(map(_machine, (result, *others)))
 
 

@@ -20,6 +20,9 @@ from benchmarks import gpu, record
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out", type=Path, default=Path("benchmark-my-gpu"))
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
     args, more = parser.parse_known_args(argv)
     # where git is not there to ask; the report takes no such result
     os.environ.setdefault("FASTDISTIL_COMMIT", "unknown")

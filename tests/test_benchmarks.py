@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -371,6 +372,65 @@ def test_peak_memory_on_cpu_is_of_the_call(monkeypatch):
     assert encoder.Peak(CPU).bytes() is None
 
 
+def test_the_engine_is_checked_in_every_round(monkeypatch):
+    """One text of the last timed round, another one's precision, and the encoder that it is measured by."""
+    model = encoder.model_of(shapes.TOY.shape, CPU, torch.float32)
+    tokenizer = corpus.tokenizer_for(["a few words", "to make a tokenizer of"], 60)
+    embedder = Embedder(model, tokenizer, pooling="mean", normalize=True, max_length=64)
+    drive, calls = engine.drive, []
+
+    def driven(spoil):
+        def driving(*args):
+            found, row = drive(*args)
+            calls.append(len(found))
+            spoil(found, len(calls))
+            return found, row
+
+        calls.clear()
+        monkeypatch.setattr(engine, "drive", driving)
+        return engine.of_tokens(embedder, 16, "long-tailed", 4_000)
+
+    row = driven(lambda found, call: None)
+    assert calls == [calls[0]] * (1 + engine.ROUNDS) and calls[0] > 300 and len(row["samples_s"]) == engine.ROUNDS
+    for text, value in ((201, float("nan")), (201, 0.2), (calls[0] - 1, 1e-3)):  # the last is held to float64
+        for when in (1, 1 + engine.ROUNDS):
+
+            def spoil(found, call, when=when, text=text, value=value):
+                if call == when:
+                    found[text] += value
+
+            with pytest.raises(AssertionError, match=r"error|finite|text 201 is off"):
+                driven(spoil)
+    compute = Embedder._compute  # by the encoder alone, of which no rows are asked
+
+    def off_alone(self, ids, cu, longest, positions, rows, full):
+        return compute(self, ids, cu, longest, positions, rows, full) * (1 if len(rows) else 1.001)
+
+    monkeypatch.setattr(Embedder, "_compute", off_alone)
+    with pytest.raises(AssertionError, match="error"):
+        driven(lambda found, call: None)
+
+
+def test_ceilings_are_of_this_run(monkeypatch, tmp_path):
+    stage = gpu.Stage(tmp_path, 1, dry=True)
+    monkeypatch.setattr(timing, "ceilings", lambda *args: "measured now")
+    assert stage.ceilings() == "measured now"
+    here = record.environment() | {"dry": True, "ceilings": "before"}
+    record.write(tmp_path / "ceilings.json", here)
+    assert stage.ceilings() == "before"
+    commit = {"id": "a" * 40, "dirty": True}
+    others = (
+        {"date": "2020-01-01T00:00:00+00:00"},
+        {"cpu": "another"},
+        {"torch": "1.0"},
+        {"commit": commit},
+        {"dry": 0},
+    )
+    for other in others:
+        record.write(tmp_path / "ceilings.json", here | other)
+        assert stage.ceilings() == "measured now"
+
+
 def test_on_cpu_providers_take_turns(quick, monkeypatch):
     order, times = [], iter([1e-3, 9e-3, 9e-3, 2e-3, 4e-3, 9e-3])
 
@@ -648,6 +708,15 @@ def test_a_class_cut_off_is_gone_on_with(monkeypatch, tmp_path):
     assert len(timed) == 6 and len(set(timed)) == 6 and "stopped" not in second and len(second["wrong"]) == 3
     assert second["winner"] == tune._written(configs[5]) and tune.run(*arguments, minutes=1)[1] == second
     assert len(timed) == 6 and any("max error" in line for line in tune.lines([second]))
+    (_, row) = record.read(tmp_path / "tune.json")["rows"]
+    assert row["commit"] == record.commit() and row["triton"] and row["date"]
+    for other in ("triton", "torch"):  # by another compiler: nothing of it holds
+        monkeypatch.setattr(getattr(tune, other), "__version__", "9.9")
+        (_, again) = tune.run(*arguments, minutes=1)
+        assert again["of"] != row["of"] and again["winner"] == second["winner"]
+    assert len(timed) == 18
+    monkeypatch.setattr(tune, "candidates", lambda *args: configs[:7])
+    assert tune.run(*arguments, minutes=1)[1]["compiled"] == 7
 
 
 def test_scores():
@@ -826,6 +895,69 @@ def test_on_cpu_turns_are_compared(tmp_path):
     assert not compare.compare(*compare.load_both(str(tmp_path / "a.json"), str(tmp_path / "b.json")))[1]
 
 
+def test_suites_are_compared_by_what_they_tell(tmp_path):
+    """And not by the time of a process that does other things, too; what is gone from a suite is a regression."""
+
+    def of(**benchmarks):
+        entries = [
+            {"name": name, "fullname": f"benchmarks/bench_x.py::{name}", "stats": {"data": [1.0]}, "extra_info": info}
+            for name, info in benchmarks.items()
+        ]
+        record.write(tmp_path / "r.json", {"machine_info": AROUND, "benchmarks": entries})
+        return compare.load(str(tmp_path / "r.json"))
+
+    ours = {"compared": {"by the bare tokenizer's time": [1.0, 1.01], "bytes": [100.0]}}
+    before = of(words=ours, other={})
+    assert compare.compare(before, of(words=ours, other={})) == (compare.compare(before, before)[0], True)
+    for worse in (
+        {"by the bare tokenizer's time": [3.0, 3.0], "bytes": [100.0]},
+        ours["compared"] | {"bytes": [900.0]},
+    ):
+        lines, right = compare.compare(before, of(words={"compared": worse}, other={}))
+        assert not right and lines[0].startswith("SLOWER")
+    lines, right = compare.compare(before, of(words=ours))
+    assert not right and any(line.startswith("GONE   r.json: other") for line in lines)
+    assert compare.compare(of(words=ours), before)[1]
+
+
+def test_what_fails_after_it_was_timed_has_no_figures(tmp_path, monkeypatch):
+    """pytest-benchmark would write them: a suite's JSON, the tables and the goals."""
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "bench_own.py").write_text(
+        "def bench_right(benchmark):\n    benchmark.pedantic(int)\n\n"
+        "def bench_wrong(benchmark):\n    benchmark.pedantic(int)\n    assert 1 == 2, 'not the same'\n"
+    )
+    for name in ("conftest.py", "__init__.py"):
+        shutil.copy(record.ROOT / "benchmarks" / name, tmp_path / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(record.ROOT / "pyproject.toml"),
+    ]
+    command += [f"--rootdir={tmp_path}", "--benchmark-only", f"--benchmark-json={tmp_path / 'r.json'}", "bench_own.py"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    paths = os.pathsep.join([str(record.ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = record.measured(tmp_path / "r.json")
+    assert [entry["name"] for entry in found["benchmarks"]] == ["bench_right"]
+    [(name, why)] = found["wrong"].items()
+    assert name.endswith("::bench_wrong") and why.startswith("not the same")
+    (tmp_path / "cpu").mkdir()
+    shutil.copy(tmp_path / "r.json", tmp_path / "cpu" / "encode.json")
+    results = goals.Results(tmp_path)
+    assert results.suite("encode", "bench_right", "seconds") > 0 and math.isnan(results.suite("encode", "x", "ratio"))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert "WRONG, so without figures: bench_wrong." in report.cpu_table()
+
+
 def test_kernels_in_several_processes(tmp_path):
     arguments = ["--toy", "--ops", "pool", "--processes", "2", "--out", str(tmp_path / "r.json")]
     assert kernels.main(arguments) == 0
@@ -843,6 +975,8 @@ def test_kernels_in_several_processes(tmp_path):
     assert found["cold"]["median_us"] == pytest.approx(2, abs=0.05) and found["cold"]["drift"] == 2
     assert (found["of_copy"], found["of_matmul"]) == pytest.approx((1.0, 0.5), abs=0.05)
     assert kernels.joined([two[0], two[1] | {"wrong": "x"}], CEILINGS)["wrong"] == "x"
+    assert kernels.joined([two[0], {"missing": "no time was left"}, {"wrong": "x"}], CEILINGS) == {"wrong": "x"}
+    assert "missing" in kernels.joined([two[0], {"missing": "no time was left"}], CEILINGS)
 
 
 def test_ratios_are_of_turns():
@@ -1244,6 +1378,9 @@ def test_right_means_that_tests_ran_to_their_end(tmp_path):
 
     ended, died = {"a.py": {"ended": ""}}, {"a.py": {"ended": ""}, "b.py": {"ended": "pytest ended with status 4"}}
     assert verdict(rows=[], whole=False) == ["-", "unmeasured"]
+    runs = [{"run": "together", "failed": 40}, {"run": "a.py again", "failed": 39}, {"run": "memory", "failed": 1}]
+    assert verdict(rows=runs, whole=False) == ["41", "missed"]
+    assert verdict(counts={"passed": 5, "failed": 400, "skipped": 30}, runs=ended) == ["400", "missed"]
     assert verdict(counts={"passed": 0, "failed": 0, "skipped": 3}, runs=ended) == ["-", "unmeasured"]
     assert verdict(counts={"passed": 1, "failed": 0, "skipped": 499}, runs=ended) == ["-", "unmeasured"]
     assert verdict(counts={"passed": 9, "failed": 0, "skipped": 3}, runs=ended) == ["0", "met"]
@@ -1289,6 +1426,7 @@ def test_the_example_for_ones_own_card(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(gpu, "main", main)
     example = runpy.run_path(str(record.ROOT / "examples" / "benchmark_my_gpu.py"))
+    assert example["main"](["--help"]) == 0 and "by default benchmark-my-gpu" in capsys.readouterr().out and not given
     assert example["main"](["--out", str(tmp_path), "--dry"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert set(lines) < set(said) and f"encoder was stopped: {tmp_path / 'encoder.json'} has what it had so far" in said

@@ -78,6 +78,23 @@ def live_part(name, lengths, out):
     return out if name.startswith("pool") else out[: sum(lengths)]
 
 
+@pytest.mark.parametrize(
+    ("precision", "factor"), [(torch.float32, 1 + 2e-6), (torch.bfloat16, 1.005), (torch.float16, 0.999)]
+)
+def test_what_is_off_by_a_factor_breaks_the_error_law(precision, factor):
+    """Also where every element is off by less than rounding may be; and another precision is not eager's."""
+    torch.manual_seed(0)
+    truth = torch.randn(300, 200, dtype=torch.float64)
+    eager = (truth * (1 + 0.5 * torch.finfo(precision).eps * torch.randn_like(truth))).to(precision)
+    other = (truth * (1 + 0.5 * torch.finfo(precision).eps * torch.randn_like(truth))).to(precision)
+    error_law(other, eager, truth)
+    with pytest.raises(AssertionError, match="as if multiplied by"):
+        error_law((other.double() * factor).to(precision), eager, truth, largest=9, mean=9)
+    if precision is torch.float32:
+        with pytest.raises(AssertionError, match="the result is torch.bfloat16, eager's is torch.float32"):
+            error_law(other.bfloat16(), eager, truth)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
