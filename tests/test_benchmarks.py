@@ -1791,6 +1791,9 @@ def test_a_provider_that_is_wrong_elsewhere_is_wrong(quick, monkeypatch):
     of = torch.repeat_interleave(torch.arange(12), torch.tensor(batch.lengths))
     mine = torch.isin(of, torch.tensor(encoder.chosen(batch)))
     encoder.hold(lambda: rest.clone(), batch, truth, eager, rest=rest)
+    factor = torch.where(mine, 1, 1.01)[:, None]  # which no row is off by more than rounding may be
+    with pytest.raises(AssertionError, match=r"text \d+, which was not held to float64"):
+        encoder.hold(lambda: (rest * factor).bfloat16(), batch, truth, eager, rest=rest)
     with pytest.raises(AssertionError, match=r"text \d+, which was not held to float64"):
         encoder.hold(lambda: torch.where(mine[:, None], rest, rest * 1.1), batch, truth, eager, rest=rest)
     assert encoder.rest_of(encoder.batch_of(model, "", [5] * 3, 5)) is None  # all are
