@@ -185,7 +185,7 @@ def run(
     toy = matrix is shapes.TOY
     docstrings = [text for _, text in stdlib_docstrings()][: 200 if toy else None]
     tokenizer = tokenizer_for(docstrings, 500 if toy else VOCABULARY)
-    copies = 1 if toy or device.type == "cpu" else 4
+    copies = 1 if toy or device.type == "cpu" else 2
     texts = [text if i == 0 else f"{i} {text}" for i in range(copies) for text in docstrings]  # none twice
     rows: list[dict[str, Any]] = []
     for dtype in matrix.dtypes:

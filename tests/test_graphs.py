@@ -76,7 +76,10 @@ def both(model, *args, **kwargs):
 
 def same(model, *args, **kwargs):
     ours, plain = both(model, *args, **kwargs)
-    torch.testing.assert_close(ours.last_hidden_state, plain.last_hidden_state, rtol=0, atol=1e-5)
+    # a graph has more rows, for which a library may add up in another order: of weights shifted by 0.1 float32 itself
+    # errs by 1e-5
+    atol = 1e-4 if ours.last_hidden_state.is_cuda else 1e-5
+    torch.testing.assert_close(ours.last_hidden_state, plain.last_hidden_state, rtol=0, atol=atol)
 
 
 def test_buckets():

@@ -47,13 +47,14 @@ def guarded(monkeypatch):
 
 @pytest.fixture
 def tf32(monkeypatch):
-    """tf32(on): whether torch and the kernels may round float32 operands to TF32; returns the epsilon to allow for."""
+    """tf32(on): whether torch and the kernels may round float32 operands to TF32; the bounds to hold them to then."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
 
     def switch(on):
         matmul.fp32_precision = "tf32" if on else "ieee"
-        return 2.0**-10 if on else None  # the kernels cut operands off to TF32's ten bits, a library may round them
+        # the kernels cut operands off to TF32's ten bits, a library may round them
+        return {"eps": 2.0**-10, "factor": 2.0} if on else {}
 
     yield switch
     matmul.fp32_precision = before

@@ -59,11 +59,12 @@ def fits(kind, config, dtype, device):
 def test_every_form(kind, config, lengths, dtype, device, force, tf32):
     fits(kind, config, dtype, device)
     force(config)
-    eps = tf32(kind == "tf32" and device == "cuda")
+    bounds = tf32(kind == "tf32" and device == "cuda")
+    bounds |= {"largest": 4} if bounds else {}  # p and v are cut off as well, one upon the other
     most = config.longest or 4 * config.tile + 1  # several tiles are enough, and slow in the interpreter
     lengths = [min(n, most) for n in lengths]
     qkv, cu = rows_of(lengths, 2, 32, dtype, device), cu_seqlens(lengths, device)
-    hold_to_definition("attention", qkv, cu, max(lengths), 2, live=sum(lengths), dead=140, eps=eps)
+    hold_to_definition("attention", qkv, cu, max(lengths), 2, live=sum(lengths), dead=140, **bounds)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_great_scores_err_no_more_than_in_eager(lengths, dtype, device):
     qkv, cu = rows_of(lengths, 2, 32, dtype, device) * 20, cu_seqlens(lengths, device)
     if dtype is torch.float16:
         qkv /= 8
-    hold_to_definition("attention", qkv, cu, max(lengths), 2)
+    hold_to_definition("attention", qkv, cu, max(lengths), 2, largest=4)  # near ties: another order of sums errs so
 
 
 @pytest.mark.parametrize("lengths", [[5, 9, 16], [20, 32, 7], [50, 3], [140, 9]], ids=lambda v: str(max(v)))

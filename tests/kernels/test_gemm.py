@@ -92,10 +92,10 @@ def test_every_configuration(kind, config, rows, dtype, device, force, tf32):
     needs_tma(config.family, device)
     force(kind, config, dtype)
     x, w, b = arguments(rows, 200, 272, dtype, device)
-    eps = tf32(kind == "tf32" and device == "cuda")
+    bounds = tf32(kind == "tf32" and device == "cuda")
     cu = cu_seqlens([rows], device)
-    hold_to_definition("bias_gelu", x, w / 8, b, "gelu", cu, live=rows, dead=200, eps=eps)
-    hold_to_definition("linear", x, w, b, eps=eps)
+    hold_to_definition("bias_gelu", x, w / 8, b, "gelu", cu, live=rows, dead=200, **bounds)
+    hold_to_definition("linear", x, w, b, **bounds)
 
 
 @pytest.mark.parametrize("shape", [(65, 64, 96), (130, 33, 17), (1, 200, 272)])
