@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastdistil.config import DistilBertConfig
+from fastdistil.cpu import copy_alone
 
 logger = logging.getLogger("fastdistil")
 
@@ -374,9 +375,12 @@ def load_weights(model: nn.Module, weights: Weights, *, ignore_mismatched_sizes:
         for new, name in source.items():
             tensor = weights.read(name)
             if new == folded:
-                # one segment: its type's vector is added at every position
-                tensor = tensor.double() + weights.read(types)[0].double()  # type: ignore[arg-type]
-            state[new].copy_(tensor)
+                # one segment: its type's vector is added at every position; row by row, see copy_alone
+                first = weights.read(types)[0].double()  # type: ignore[arg-type]
+                for row, values in zip(state[new], tensor, strict=True):
+                    row.copy_(values.double() + first)
+            else:
+                copy_alone(state[new], tensor)
     _log(model, report)
     return report
 

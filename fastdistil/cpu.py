@@ -29,6 +29,7 @@ ONEDNN_ACTIVATIONS = {
 }
 # Scores in work at a time, 4 MiB: the quickest of 2**17 to 2**20 at 128 to 512 tokens, 12 heads of 32 and of 64.
 SCORE_ELEMENTS = 2**20
+ALONE = 2**14  # elements: from 2**15 on torch shares a copy out among threads
 # A row that fills no vector register of AVX-512 takes torch's softmax up to twelve times as long as one that does.
 LANES, WORTH_WIDENING = 16, 2**10
 # glibc's mallopt(3): the option that each environment variable sets, and bytes. Blocks of up to 32 MiB, the most there
@@ -58,6 +59,17 @@ def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., 
         return F.pad(out, (0, 0, 0, rows - live))
 
     return on_live_rows
+
+
+def copy_alone(target: Tensor, source: Tensor) -> None:
+    """target.copy_(source) of contiguous tensors by this thread alone: OpenMP's team does not live through a fork, and
+    a model that was only loaded is to be of use in forked processes."""
+    if target.is_cpu and source.is_cpu and target.is_contiguous() and source.is_contiguous():
+        pieces = (one.detach().view(-1).split(ALONE) for one in (target, source))
+        for piece, part in zip(*pieces, strict=True):
+            piece.copy_(part)
+    else:
+        target.copy_(source)
 
 
 def embed_layer_norm(

@@ -64,6 +64,25 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
+_ROW_BY_ROW = {kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, Int8Linear)}
+_OF_ROWS = ("torch.ao.nn.", "torchao.", "peft.", "bitsandbytes.")  # whose layers in a Linear's place are like it
+
+
+def is_of_rows(kind: Any) -> bool:
+    """Whether modules of a class give each row of [rows, dim] what they give it in [batch, length, dim]; of somebody's
+    own nobody knows."""
+    return getattr(kind, "forward", None) in _ROW_BY_ROW or kind.__module__.startswith(_OF_ROWS)
+
+
+def acts_on_rows(module: Any) -> bool:
+    """The same of a module, which may be None, patched or hooked."""
+    if module is None:
+        return False
+    state = module.__dict__
+    watched = "forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]
+    return not watched and is_of_rows(type(module))
+
+
 def to_eval(module: nn.Module) -> None:
     """`eval()` where it changes something: to see that it does not takes far less time, which a query feels."""
     parts = [module]
@@ -308,8 +327,10 @@ class MultiHeadSelfAttention(nn.Module):
         device = tensors[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # from_dlpack wants it current
             for name in ("weight", "bias"):
-                buffer = torch.cat([getattr(part, name).data for part in parts])
-                for part, piece in zip(parts, buffer.chunk(3), strict=True):
+                own = [getattr(part, name).data for part in parts]
+                buffer = own[0].new_empty(sum(map(len, own)), *own[0].shape[1:])
+                for part, piece, values in zip(parts, buffer.chunk(3), own, strict=True):
+                    cpu.copy_alone(piece, values)
                     getattr(part, name).data = torch.from_dlpack(piece)
                 buffers.append(buffer)
         self._qkv = (buffers[0], buffers[1])
@@ -406,18 +427,29 @@ class TransformerBlock(nn.Module):
             and _is_ours(ffn, FFN)
             and _is_off(attention._modules["dropout"])  # type: ignore[union-attr]
             and _is_off(ffn._modules["dropout"])  # type: ignore[union-attr]
+            and all(acts_on_rows(part) for part in self.leaves())
         )
+
+    def leaves(self) -> list[Any]:
+        own: Any = self._modules
+        attention, ffn = own["attention"]._modules, own["ffn"]._modules
+        return [
+            *(attention.get(name) for name in ("q_lin", "k_lin", "v_lin", "out_lin")),
+            *(ffn.get(name) for name in ("lin1", "lin2")),
+            *(own.get(name) for name in ("sa_layer_norm", "output_layer_norm")),
+        ]
 
     def forward(
         self,
-        x: Tensor,
-        mask: Tensor | None = None,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         probabilities: bool = False,
         adapters: Sequence[str] = (),
     ) -> Any:
-        """x: [B, L, dim] -> [B, L, dim], and with `probabilities` the attention's, [B, heads, L, L]"""
-        context, weights = self.attention(x, mask, head_mask, probabilities, adapters)
+        """hidden_states: [B, L, dim] -> the same, and with `probabilities` the attention's, [B, heads, L, L]"""
+        x = hidden_states
+        context, weights = self.attention(x, attention_mask, head_mask, probabilities, adapters)
         if adapters:
             x = self._through(adapters, context, x, self.ffn, None)
         else:
@@ -501,13 +533,15 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        mask: Tensor | None = None,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         probabilities: bool = False,
         adapters: Sequence[str] = (),
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """x: [B, L, dim] -> the input's and each block's [B, L, dim], and with `probabilities` each one's attention"""
+    ) -> BaseModelOutput:
+        """hidden_states: [B, L, dim]. attention_mask: 4-D, see `_masks`. -> the last block's, as hidden_states the
+        input's and each block's, and with `probabilities` each one's attention"""
+        x, mask = hidden_states, attention_mask
         states, attentions = [x], []
         block: Any
         for i, block in enumerate(self.layer):
@@ -521,7 +555,7 @@ class Transformer(nn.Module):
                 x, weights = x[0], x[1]
                 attentions.append(weights)
             states.append(x)
-        return states, attentions
+        return BaseModelOutput(x, tuple(states), tuple(attentions) or None)
 
     def packed(
         self,
@@ -655,14 +689,17 @@ class PreTrainedModel(WithAdapters):
         # not to_empty, whose empty_like of a meta tensor imports sympy: half a second
         self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         self.tie_weights(untied)
-        owners = {}
+        # in the modules' order, and none whose weight the checkpoint has: one seed gives one model in both libraries
         for prefix, module in self.named_modules():
-            for name, _ in module.named_parameters(prefix, recurse=False):
-                owners[name] = module
-        for module in {id(owners[name]): owners[name] for name in sorted(fresh) if name in owners}.values():
-            self._init_weights(module)
+            missing = [name for name, _ in module.named_parameters(prefix, recurse=False) if name in fresh]
+            if missing and isinstance(module, nn.Linear) and all(name.endswith(".bias") for name in missing):
+                nn.init.zeros_(module.bias)
+            elif missing:
+                self._draw(module)
+        for module in self.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
         if any(name.endswith("position_embeddings.weight") for name in fresh):
-            self._init_weights(next(m for m in self.modules() if isinstance(m, Embeddings)))
+            self._draw(next(m for m in self.modules() if isinstance(m, Embeddings)))
 
     def save_pretrained(
         self,
@@ -710,12 +747,19 @@ class PreTrainedModel(WithAdapters):
         save(self, Path(save_directory), config, kept, max_shard_size=max_shard_size, state_dict=state_dict)
 
     def post_init(self) -> None:
-        """Initial values in transformers' order, so that one seed gives one model in both libraries."""
+        """Initial values in transformers' order, so that one seed gives one model in both libraries; what has its own,
+        from a checkpoint or drawn before, keeps them."""
         if self.device.type != "meta":
             self.apply(self._init_weights)
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """`_draw`, once a module: the mark is transformers', whose loaders and modules heed it, too."""
+        if not module.__dict__.get("_is_hf_initialized"):
+            self._draw(module)
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def _draw(self, module: nn.Module) -> None:
         std = self.config.initializer_range or 0.02
         if isinstance(module, nn.Linear):
             module.weight.normal_(0, std)
@@ -763,8 +807,9 @@ class PreTrainedModel(WithAdapters):
     _from_config = from_config
 
     def init_weights(self) -> None:
-        """Give every parameter its initial value anew."""
-        self.apply(self._init_weights)
+        """Give initial values to what has none yet, as `post_init` does; what was loaded stays."""
+        if self.device.type != "meta":
+            self.apply(self._init_weights)
         self.tie_weights()
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
@@ -1046,7 +1091,8 @@ class DistilBertModel(PreTrainedModel):
         x = self.embeddings(ids, embeds, positions)  # [B, L, dim]
         if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
             mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
-        return self.transformer(x, mask, heads, want_attentions, adapters)
+        out = self.transformer(x, mask, heads, want_attentions, adapters)
+        return [*out.hidden_states[:-1], out.last_hidden_state], list(out.attentions or ())
 
     def _packed(
         self, given: Inputs, every: bool = False, only: Tensor | str | None = None
@@ -1366,6 +1412,9 @@ def _masks(attention_mask: Tensor | None, batch: int, length: int, heads: int) -
         return None, None
     shape = tuple(attention_mask.shape)
     if attention_mask.dim() == 4:
+        if shape[2] == 1 and length > 1:  # every query's alike
+            attention_mask = attention_mask.expand(-1, -1, length, -1)
+            shape = tuple(attention_mask.shape)
         if shape[2:] != (length, length) or shape[0] not in (1, batch) or shape[1] not in (1, heads):
             raise ValueError(f"a 4-D attention_mask must be [{batch}, 1, {length}, {length}], got {list(shape)}")
         # as in the padding's case, a query that may attend to nothing attends to everything

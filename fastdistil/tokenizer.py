@@ -78,9 +78,8 @@ class DistilBertTokenizer:
     Padding and truncation happen only when asked for, whatever a tokenizer.json has baked in.
     """
 
-    model_input_names = ("input_ids", "attention_mask")
+    model_input_names: Sequence[str] = ("input_ids", "attention_mask")
     is_fast = True
-    truncation_side = "right"
     pad_token_type_id = 0
 
     def __init__(
@@ -93,6 +92,7 @@ class DistilBertTokenizer:
         strip_accents: bool | None = None,
         model_max_length: int | None = None,
         padding_side: str = "right",
+        truncation_side: str = "right",
         clean_up_tokenization_spaces: bool = True,
         **special_tokens: str,
     ):
@@ -100,8 +100,7 @@ class DistilBertTokenizer:
             raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
         if (vocab_file is None) == (tokenizer is None):
             raise ValueError("give exactly one of vocab_file (a vocab.txt) and tokenizer (a tokenizers.Tokenizer)")
-        if padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side must be right or left, got {padding_side!r}")
+        self.padding_side, self.truncation_side = padding_side, truncation_side
         self._special = SPECIAL | special_tokens
         for name, token in self._special.items():
             if not isinstance(token, str):
@@ -121,7 +120,6 @@ class DistilBertTokenizer:
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
             raise ValueError(f"model_max_length is {limit!r}; it must be 1 or more")
         self.model_max_length = NO_LIMIT if limit >= NO_LIMIT else int(limit)
-        self.padding_side = padding_side
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self._tokenizer = self._from_vocab(Path(vocab_file)) if vocab_file is not None else _copy(tokenizer)
         self._tokenizer.no_padding()
@@ -211,6 +209,7 @@ class DistilBertTokenizer:
             "strip_accents",
             "model_max_length",
             "padding_side",
+            "truncation_side",
             "clean_up_tokenization_spaces",
         ]:
             if settings.get(name) is not None:
@@ -265,6 +264,7 @@ class DistilBertTokenizer:
             "tokenize_chinese_chars": self.tokenize_chinese_chars,
             "model_max_length": self.model_max_length,
             "padding_side": self.padding_side,
+            "truncation_side": self.truncation_side,
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
         }
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -315,6 +315,18 @@ class DistilBertTokenizer:
         vocab = self.get_vocab()
         return [vocab[token] for token in self._special.values()]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises ValueError for what cannot be kept to."""
+        if name in ("padding_side", "truncation_side") and value not in ("right", "left"):
+            raise ValueError(f"{name} must be right or left, got {value!r}")
+        if name in SPECIAL:
+            if not isinstance(value, str) or self._tokenizer.token_to_id(value) is None:
+                raise ValueError(f"{name} must be a token of the vocabulary, got {value!r}")
+            self._special = self._special | {name: value}
+            self._before, self._after = self._template()
+            return
+        object.__setattr__(self, name, value)
+
     def __getattr__(self, name: str) -> Any:  # unk_token, unk_token_id, ...
         special = self.__dict__.get("_special", {})
         if name in special:
@@ -358,6 +370,9 @@ class DistilBertTokenizer:
                 return [self._tokenizer.encode(pieces[0], add_special_tokens=False)]
             return self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
 
+        if self.truncation_side == "left":  # each text is read to its end
+            found = [one.ids for one in self._cut_and_encode(texts, math.inf, encode, "texts", first_row)]
+            return [self._before + ids[max(0, len(ids) - room) :] + self._after for ids in found]
         encodings = self._cut_and_encode(texts, room, encode, "texts", first_row)
         return [self._before + encoding.ids[:room] + self._after for encoding in encodings]
 
@@ -372,8 +387,8 @@ class DistilBertTokenizer:
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
         pad_to_multiple_of: int | None = None,
-        return_attention_mask: bool = True,
-        return_token_type_ids: bool = False,
+        return_attention_mask: bool | None = None,
+        return_token_type_ids: bool | None = None,
         return_offsets_mapping: bool = False,
         return_special_tokens_mask: bool = False,
         return_length: bool = False,
@@ -382,7 +397,8 @@ class DistilBertTokenizer:
 
         padding: True or "longest", "max_length", or False. truncation: True or "longest_first", "only_first",
         "only_second", or False; to max_length tokens, by default model_max_length; None is True if max_length is given
-        and padding is not. return_tensors: "pt" (int64), "np" or None (lists). Raises TypeError or ValueError naming
+        and padding is not. return_attention_mask, return_token_type_ids: by default whether model_input_names has
+        them. return_tensors: "pt" (int64), "np" or None (lists). Raises TypeError or ValueError naming
         the row.
         """
         single = isinstance(text, str)
@@ -402,9 +418,11 @@ class DistilBertTokenizer:
         def encode(pieces: list[str]) -> list[Encoding]:
             return self._tokenizer.encode_batch(pieces, add_special_tokens=False)
 
-        # a side that truncation leaves whole cannot be cut beforehand
+        left = self.truncation_side == "left"
+        # a side that truncation leaves whole cannot be cut beforehand, nor any whose beginning goes
         may_cut = {"only_first": (room, math.inf), "only_second": (math.inf, room)}.get(strategy or "", (room + 1,) * 2)
-        first = self._cut_and_encode(texts, room if pairs is None else may_cut[0], encode)
+        may_cut = (math.inf, math.inf) if left else may_cut
+        first = self._cut_and_encode(texts, room if pairs is None and not left else may_cut[0], encode)
         second = None if pairs is None else self._cut_and_encode(pairs, may_cut[1], encode, "text_pair")
 
         def sizes(row: int, one: Encoding, two: Encoding) -> tuple[int, int]:
@@ -421,16 +439,16 @@ class DistilBertTokenizer:
         for row, one in enumerate(first):
             two = None if second is None else second[row]
             if len(one) + (len(two) if two else 0) > room:
-                whole = (len(one), 0) if two is None else sizes(row, one, two)
-                one, two = _truncate(one, two, whole, int(room), strategy, row)
+                whole = (len(one), 0) if two is None else (len(one), len(two)) if left else sizes(row, one, two)
+                one, two = _truncate(one, two, whole, int(room), strategy, row, self.truncation_side)
             encodings.append(self._tokenizer.post_process(one, two, add_special_tokens))
         if padding:
             self._pad(encodings, padding, max_length, pad_to_multiple_of)
 
         data: dict[str, list] = {"input_ids": [e.ids for e in encodings]}
-        if return_token_type_ids:
+        if _asked(return_token_type_ids, "token_type_ids" in self.model_input_names):
             data["token_type_ids"] = [e.type_ids for e in encodings]
-        if return_attention_mask:
+        if _asked(return_attention_mask, "attention_mask" in self.model_input_names):
             data["attention_mask"] = [e.attention_mask for e in encodings]
         if return_special_tokens_mask:
             data["special_tokens_mask"] = [e.special_tokens_mask for e in encodings]
@@ -745,6 +763,10 @@ def _as_lists(text: Text, text_pair: Text | None) -> tuple[list[str], list[str] 
     return list(text), list(text_pair)
 
 
+def _asked(wanted: bool | None, usual: bool) -> bool:
+    return usual if wanted is None else bool(wanted)
+
+
 def _strategy(truncation: bool | str) -> str | None:
     names = {True: "longest_first", False: None, "do_not_truncate": None}
     if truncation in ("longest_first", "only_first", "only_second"):
@@ -755,7 +777,13 @@ def _strategy(truncation: bool | str) -> str | None:
 
 
 def _truncate(
-    one: Encoding, two: Encoding | None, whole: tuple[int, int], room: int, strategy: str | None, row: int
+    one: Encoding,
+    two: Encoding | None,
+    whole: tuple[int, int],
+    room: int,
+    strategy: str | None,
+    row: int,
+    side: str,
 ) -> tuple[Encoding, Encoding | None]:
     """Both texts' tokens cut to `room`. whole: how many they were, which decides whose are cut."""
     n1, n2 = whole
@@ -771,10 +799,10 @@ def _truncate(
         n1 = room - n2
     if n1 < 0 or n2 < 0:
         raise ValueError(f"row {row} cannot be cut to max_length by {strategy}: the other text alone is too long")
-    one.truncate(n1)
+    one.truncate(n1, direction=side)
     if two is None:
         return one, None
-    two.truncate(n2)
+    two.truncate(n2, direction=side)
     return _without_rest(one), _without_rest(two)
 
 

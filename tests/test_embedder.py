@@ -403,3 +403,15 @@ def test_lowering_spares_special_tokens(minilm, checkpoint):
     assert ours.tokenizer.mask_token_id in ours.tokenize(texts).ids
     with pytest.raises(TypeError, match="normalize must be true or false, got 'yes'"):
         Embedder(ours.model, ours.tokenizer, normalize="yes")
+
+
+def test_the_longest_text_can_be_set(checkpoint):
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu")
+    text = "a b c d e f g h i j k l"
+    embedder.max_seq_length = 5
+    assert embedder.get_max_seq_length() == embedder.max_length == 5
+    np.testing.assert_allclose(embedder.encode(text), embedder.encode("a b c"), atol=1e-6)
+    with pytest.raises(ValueError, match="max_length is 100000; it must be from 3 to"):
+        embedder.max_seq_length = 100_000
+    with pytest.raises(ValueError, match="output_value=None is not supported"):
+        embedder.encode(text, output_value=None)

@@ -566,9 +566,11 @@ def test_norms_of_another_precision():
 
 
 def test_a_wrapped_linear_is_called(packed):
-    """As low-rank fine-tuning libraries wrap theirs."""
+    """As low-rank fine-tuning libraries wrap theirs; what somebody else puts there may look at other tokens."""
 
     class Wrapped(torch.nn.Module):
+        __module__ = "peft.tuners.lora.layer"
+
         def __init__(self, base):
             super().__init__()
             self.base = base

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -388,8 +390,16 @@ def test_the_rest_of_the_surface():
     assert torch.equal(
         other.state_dict()["transformer.layer.1.ffn.lin1.weight"], ours.transformer.layer[1].ffn.lin1.weight
     )
+    other.transformer.layer[1].ffn.lin1 = torch.nn.Linear(48, 80)  # which has no initial values of the model's yet
+    own, before = other.transformer.layer[1].ffn.lin1.weight, other.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
     other.init_weights()
-    assert not torch.equal(other.transformer.layer[1].ffn.lin1.weight, ours.transformer.layer[1].ffn.lin1.weight)
+    assert own.std().item() == pytest.approx(0.02, rel=0.1) and not torch.equal(
+        before.pop("transformer.layer.1.ffn.lin1.weight"), own
+    )
+    assert all(
+        torch.equal(tensor, other.state_dict()[name]) for name, tensor in before.items() if "1.ffn.lin1" not in name
+    )
     ours.requires_grad_(False)
     ours.enable_input_require_grads()
     ours.set_attn_implementation("sdpa")
@@ -818,3 +828,131 @@ def test_a_patched_forward_and_a_global_hook_are_run():
         assert not torch.allclose(packed, expected, atol=1e-3)
     finally:
         handle.remove()
+
+
+# --- programs that others have ----------------------------------------------------------------------------------------
+
+
+class AddsTheFirst(torch.nn.Module):
+    """Looks at another token, in what stands for a Linear or a LayerNorm."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y + 0.5 * y[:, :1]
+
+
+LEAVES = [
+    *(f"attention.{name}" for name in ("q_lin", "k_lin", "v_lin", "out_lin")),
+    *("ffn.lin1", "ffn.lin2", "sa_layer_norm", "output_layer_norm"),
+]
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["ours", "live"])
+@pytest.mark.parametrize("place", LEAVES)
+def test_a_part_of_somebodys_own_sees_whole_texts(place, live):
+    ours, theirs = pair()
+    ids, keep = inputs()
+    owner, _, name = f"transformer.layer.1.{place}".rpartition(".")
+    for model in (ours, theirs):
+        part = model.get_submodule(owner)
+        setattr(part, name, AddsTheFirst(getattr(part, name)))
+    with torch.inference_mode():
+        expected = theirs(ids, attention_mask=keep.long())[0]
+        if live:
+            ours = fastdistil.accelerate(theirs)
+        got = ours(ids, attention_mask=keep.long())[0]
+    torch.testing.assert_close(got[keep], expected[keep], rtol=0, atol=TOLERANCE)
+
+
+def test_a_part_with_a_hook_that_is_put_in_between_two_calls_sees_whole_texts():
+    ours, _ = pair()
+    ids, keep = inputs()
+    linear, seen = torch.nn.Linear(48, 80), []
+    linear.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    with torch.inference_mode():
+        ours(ids, keep)
+        ours.transformer.layer[1].ffn.lin1 = linear
+        ours(ids, keep)
+    assert seen == [(4, 21, 48)]
+
+
+def test_weights_that_were_loaded_stay(tmp_path):
+    """Whatever a class of somebody's own ends its constructor with."""
+    pair(seed=5)[0].save_pretrained(tmp_path)
+
+    class Own(fastdistil.DistilBertForSequenceClassification):
+        def __init__(self, config, last):
+            super().__init__(config)
+            self.distilbert = DistilBertModel.from_pretrained(tmp_path)
+            self.teacher = DistilBertModel.from_pretrained(tmp_path)
+            self.extra = torch.nn.Linear(config.dim, 500)
+            getattr(self, last)()
+
+    expected = DistilBertModel.from_pretrained(tmp_path).state_dict()
+    for last in ("init_weights", "post_init"):
+        model = Own(DistilBertConfig(**TINY), last)
+        for part in (model.distilbert, model.teacher):
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in part.state_dict().items())
+        assert (model.extra.bias == 0).all() and model.extra.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name", ["SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering", "MaskedLM"]
+)
+def test_a_new_head_on_a_checkpoint_has_the_values_of_the_seed(name, tmp_path):
+    pair(seed=5)[0].save_pretrained(tmp_path)
+    states, after = [], []
+    for library in (fastdistil, transformers):
+        torch.manual_seed(7)
+        states.append(getattr(library, f"DistilBertFor{name}").from_pretrained(tmp_path).state_dict())
+        after.append(torch.rand(3))
+    ours, theirs = states
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert torch.equal(*after)
+
+
+def test_a_mask_that_is_alike_for_all_queries():
+    ours, theirs = pair(attn="sdpa")
+    ids, keep = inputs()
+    for mask in (keep[:, None, None], torch.zeros(4, 1, 1, 21).masked_fill(~keep[:, None, None], torch.finfo().min)):
+        with torch.inference_mode():
+            got, expected = ours(ids, attention_mask=mask)[0], theirs(ids, attention_mask=mask)[0]
+        torch.testing.assert_close(got[keep], expected[keep], rtol=0, atol=TOLERANCE)
+
+
+def test_parts_are_called_by_transformers_names():
+    ours, theirs = pair()
+    x = torch.randn(2, 7, 48)
+    with torch.no_grad():
+        for given in ({"hidden_states": x}, {"hidden_states": x, "attention_mask": None}):
+            got, expected = ours.transformer(**given), theirs.transformer(**given)
+            torch.testing.assert_close(got.last_hidden_state, expected.last_hidden_state, rtol=0, atol=TOLERANCE)
+            one, other = ours.transformer.layer[0](**given), theirs.transformer.layer[0](**given)
+            torch.testing.assert_close(one, other[0] if isinstance(other, tuple) else other, rtol=0, atol=TOLERANCE)
+        assert torch.equal(got[0], got.last_hidden_state) and len(got.hidden_states) == 3
+
+
+@pytest.mark.parametrize("how", ["config", "float32", "bfloat16", "head"])
+def test_a_model_that_was_loaded_serves_forked_processes(how, tmp_path):
+    """As servers do that load before they fork: nothing may have started OpenMP's threads, which the child lacks."""
+    sizes = dict(TINY, vocab_size=3_000, dim=256, n_heads=4, hidden_dim=1_024)
+    fastdistil.DistilBertForTokenClassification(DistilBertConfig(**sizes)).save_pretrained(tmp_path)
+    made = {
+        "config": f"fastdistil.DistilBertModel(fastdistil.DistilBertConfig(**{sizes!r})).eval()",
+        "head": f"fastdistil.DistilBertForTokenClassification.from_pretrained({str(tmp_path)!r})",
+    }.get(how, f"fastdistil.DistilBertModel.from_pretrained({str(tmp_path)!r}, dtype={how!r})")
+    code = f"""
+import os, torch, fastdistil
+torch.set_num_threads(2)
+model = {made}
+if (child := os.fork()) == 0:
+    with torch.inference_mode():
+        model(torch.randint(1, 3000, (8, 39)))
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

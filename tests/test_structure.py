@@ -25,7 +25,7 @@ ALLOWED = {
     "cpu": {"reference"},
     "int8": {"cpu", "reference"},
     "ops": {"_register", "kernels", "cpu", "reference"},
-    "checkpoint": {"config"},
+    "checkpoint": {"config", "cpu"},
     "adapters": {"checkpoint", "ops"},
     "model": {
         *("adapters", "int8", "ops", "cpu", "reference", "packing", "graphs", "config", "outputs", "checkpoint"),

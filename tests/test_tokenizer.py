@@ -444,3 +444,37 @@ def test_an_absurd_multiple_is_refused(minilm):
     tokenizer = DistilBertTokenizer.from_pretrained(minilm)
     with pytest.raises(ValueError, match="cannot pad to 1000000000000 tokens"):
         tokenizer("a", padding=True, pad_to_multiple_of=10**12)
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["single", "pairs"])
+@pytest.mark.parametrize("room", [4, 7, 8, 21])
+def test_the_beginning_is_cut_off_where_that_is_asked_for(room, pairs, minilm, tmp_path):
+    texts = ["a b c d e f g", "one two", "", "it's 3.14, isn't it? " * 500]
+    seconds = [["x y z", "a b c d e f g h i", "k l m n o p q r", "u v " * 300]] if pairs else []
+    ours, theirs = DistilBertTokenizer.from_pretrained(minilm), transformers.AutoTokenizer.from_pretrained(minilm)
+    ours.truncation_side = theirs.truncation_side = "left"
+    options = dict(truncation=True, max_length=room)
+    assert ours(texts, *seconds, **options)["input_ids"] == theirs(texts, *seconds, **options)["input_ids"]
+    if not pairs:
+        assert ours.encode_ids(texts, room) == theirs(texts, **options)["input_ids"]
+        assert ours.encode_ids(texts, 2) == [[101, 102]] * 4
+    ours.save_pretrained(tmp_path)
+    again = DistilBertTokenizer.from_pretrained(tmp_path)
+    assert again(texts, *seconds, **options)["input_ids"] == ours(texts, *seconds, **options)["input_ids"]
+    assert DistilBertTokenizer.from_pretrained(minilm, truncation_side="left").truncation_side == "left"
+
+
+def test_what_is_set_is_kept_to(minilm):
+    ours, theirs = DistilBertTokenizer.from_pretrained(minilm), transformers.AutoTokenizer.from_pretrained(minilm)
+    for tokenizer in (ours, theirs):
+        tokenizer.pad_token, tokenizer.mask_token, tokenizer.model_input_names = "[UNK]", "[unused1]", ["input_ids"]
+    got, expected = (t(["a b", "c"], padding=True) for t in (ours, theirs))
+    assert dict(got) == dict(expected) and (ours.pad_token_id, ours.mask_token_id) == (100, theirs.mask_token_id)
+    for name, value in (
+        ("truncation_side", "top"),
+        ("padding_side", None),
+        ("pad_token", "no such"),
+        ("mask_token", 3),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            setattr(ours, name, value)

@@ -64,10 +64,7 @@ class Embedder:
             raise ValueError(f"pooling {pooling!r} is not one of {', '.join(ops.POOLING)}")
         if max_length is None:
             max_length = min(positions, tokenizer.model_max_length)
-        if isinstance(max_length, bool) or not isinstance(max_length, int):
-            raise TypeError(f"max_length must be an integer, got {max_length!r}")
-        if not 2 < max_length <= positions:
-            raise ValueError(f"max_length is {max_length}; it must be from 3 to the model's {positions} positions")
+        max_length = _checked_length(max_length, positions)
         largest = max(tokenizer.get_vocab().values())
         if largest >= model.config.vocab_size:
             raise ValueError(
@@ -238,6 +235,13 @@ class Embedder:
     def max_seq_length(self) -> int:
         return self.max_length
 
+    @max_seq_length.setter
+    def max_seq_length(self, most: int) -> None:
+        self.max_length = _checked_length(most, self.model.config.max_position_embeddings)
+
+    def get_max_seq_length(self) -> int:
+        return self.max_length
+
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -388,6 +392,14 @@ class Embedder:
         return F.normalize(out, dim=-1) if self.normalize else out
 
 
+def _checked_length(most: Any, positions: int) -> int:
+    if isinstance(most, bool) or not isinstance(most, int):
+        raise TypeError(f"max_length must be an integer, got {most!r}")
+    if not 2 < most <= positions:
+        raise ValueError(f"max_length is {most}; it must be from 3 to the model's {positions} positions")
+    return most
+
+
 def _check_dim(truncate_dim: Any, dim: int) -> None:
     if isinstance(truncate_dim, bool) or not isinstance(truncate_dim, int):
         raise TypeError(f"truncate_dim must be an integer, got {truncate_dim!r}")
@@ -402,7 +414,7 @@ def _check_theirs(given: dict[str, Any], device: torch.device) -> None:
     for name, value in given.items():
         if name not in (*nothing, "chunk_size"):
             raise TypeError(f"encode() has no argument {name!r}")
-        same = value is None or (name == "device" and _is_at(as_device(value), device))
+        same = (value is None and name != "output_value") or (name == "device" and _is_at(as_device(value), device))
         if name in nothing and value != nothing[name] and not same:
             raise ValueError(f"{name}={value!r} is not supported; leave it out")
 

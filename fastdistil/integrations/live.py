@@ -30,6 +30,7 @@ from fastdistil.model import (
     MultiHeadSelfAttention,
     TransformerBlock,
     apply_add_norm,
+    is_of_rows,
     is_packed_otherwise,
     is_plain,
 )
@@ -87,7 +88,9 @@ class Fast:
         except (Unknown, AttributeError):
             return
         if all(getattr(layer.q_lin, "out_features", dim) == dim for layer in layers):  # no head was pruned
-            self.blocks = [_block(layer, dim, heads, activation) for layer in layers]
+            blocks = [_block(layer, dim, heads, activation) for layer in layers]
+            if all(is_of_rows(type(part)) for block in blocks for part in block.leaves()):
+                self.blocks = blocks
 
     def lay_side_by_side(self) -> None:
         """The weights of q, k and v, unless they lie so already. No other thread may read them meanwhile."""
