@@ -96,7 +96,7 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
             yield f"{entry['name']}, by the peer's time", Measured([1 / ratio for ratio in ratios], **of_suite)
         for name, samples in info.get("compared", {}).items():  # the less the better
             yield f"{entry['name']}, {name}", Measured(samples, **of_suite)
-        if not ratios and not info.get("compared"):
+        if not ratios:  # the whole benchmark's, as older files have it alone
             yield entry["name"], Measured(entry["stats"]["data"], **of_suite)
     peers: dict[str, dict[str, list[float]]] = {}  # of each case the peers' turns
     for row in result.get("rows", []):

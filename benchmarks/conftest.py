@@ -4,14 +4,18 @@ import torch
 from benchmarks import record, timing
 
 _watch = timing.Watch()
-_failed: dict[str, str] = {}  # pytest-benchmark keeps the times of a test that fails after them
+# pytest-benchmark keeps the times of a test that fails, or is interrupted, after them
+_passed: set[str] = set()
+_failed: dict[str, str] = {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.failed:
-        _failed[item.nodeid] = str(call.excinfo.value).partition("\n")[0][:300]
+    if report.when == "call" and report.passed:
+        _passed.add(item.nodeid)
+    elif report.when == "call" and report.failed:
+        _failed[item.nodeid] = str(call.excinfo.value if call.excinfo else report.longrepr).partition("\n")[0][:300]
     return report
 
 
@@ -32,7 +36,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     _watch.__exit__()
-    output_json["benchmarks"] = [entry for entry in output_json["benchmarks"] if entry["fullname"] not in _failed]
+    output_json["benchmarks"] = [entry for entry in output_json["benchmarks"] if entry["fullname"] in _passed]
     output_json["wrong"] = _failed
     output_json["clocks"] = _watch.samples
     output_json["digest"] = record.digest(output_json)

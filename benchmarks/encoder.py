@@ -587,9 +587,10 @@ def main(argv: list[str] | None = None) -> int:
     shape = None if args.model else asdict(matrix.shape)
     about = record.environment() | {"stage": "encoder", "model": args.model, "shape": shape, "dry": args.toy}
 
-    def keep(rows: list[dict[str, Any]], whole: bool = False) -> None:
+    def keep(rows: list[dict[str, Any]], name: str = ".partial") -> None:  # an earlier result stays until this is whole
         if args.out:
-            record.write(args.out, about | {"rows": rows, "whole": whole, "clocks": watch.samples})
+            path = args.out.with_name(args.out.name + name)
+            record.write(path, about | {"rows": rows, "whole": not name, "clocks": watch.samples})
 
     with timing.Watch() as watch:
         if args.model:
@@ -597,7 +598,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             rows = run(matrix, device, minutes=args.minutes, keep=keep)
     print(*lines(rows), sep="\n")
-    keep(rows, whole=True)
+    keep(rows, "")
+    if args.out:
+        args.out.with_name(args.out.name + ".partial").unlink(missing_ok=True)
     return int(failed(rows))
 
 

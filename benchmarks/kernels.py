@@ -254,10 +254,6 @@ def sdpa(backend: SDPBackend) -> Make:
         mask = None if even else live[:, None, None]
         if backend is SDPBackend.EFFICIENT_ATTENTION and case.dtype is torch.float32 and case.device.type == "cuda":
             raise Missing("float32 by three products of TF32, which err by more than its law")
-        if backend is SDPBackend.EFFICIENT_ATTENTION and case.dtype is torch.float32 and case.device.type == "cuda":
-            raise Missing("float32 by three products of TF32, which err by more than its law")
-        if backend is SDPBackend.EFFICIENT_ATTENTION and case.dtype is torch.float32 and case.device.type == "cuda":
-            raise Missing("float32 by three products of TF32, which err by more than its law")
         stack.enter_context(sdpa_kernel(backend))
 
         def attend() -> Tensor:

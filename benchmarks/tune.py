@@ -323,14 +323,16 @@ def _written(config: Config) -> str:
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
+def _recorded(source: str) -> tuple[int, int]:
+    """Where RECORDED stands."""
+    start = source.index("RECORDED: dict[")
+    empty = "{}" in source[start : source.index("\n", start)]
+    return start, source.index("\n\n", start) if empty else source.index("\n}", start) + 2
+
+
 def apply(rows: list[dict[str, Any]], source: str) -> str:
     """The source of kernels/_configs.py with the winners in RECORDED, sorted, beside what was recorded of others."""
-    start = source.index("RECORDED: dict[")
-    end = (
-        source.index("\n\n", start)
-        if "{}" in source[start : source.index("\n", start)]
-        else source.index("\n}", start) + 2
-    )
+    start, end = _recorded(source)
     known = {key: _written(config) for key, config in _configs.RECORDED.items()}
     found = [(row, (row["arch"], row["op"], row["class"]), row["winner"]) for row in rows]
     found += [(row, (row["arch"], row["op"], f"{row['class']}/whole"), row.get("whole")) for row in rows]
@@ -362,22 +364,22 @@ def run(
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     around = record.environment() | {"stage": "tune", "dry": card is None}
     arch = _configs.architecture(device) if device.type == "cuda" else 90
+    about = {"of": made_of()} | {name: around[name] for name in ("commit", "date", "torch", "triton")}
+    # what other kernels, candidates or compilers gave here holds no more
+    rows = [row for row in rows if (row["arch"], row.get("gpu")) != (arch, card) or row.get("of") == about["of"]]
     processors = _configs.processors(device) if device.type == "cuda" else 132
     limited = patch.object(sys.modules[__name__], "candidates", _first(most)) if most else patch.dict({})
     with limited, timing.Watch() as watch:
         for found in classes(matrix, device, processors, names):
             key = arch, found.op, found.name, card
             known = next((row for row in rows if (row["arch"], row["op"], row["class"], row.get("gpu")) == key), None)
-            others, of = [other for other in rows if other is not known], made_of(found, arch)
-            if known is not None and known.get("of") != of:
-                known = None  # of other kernels, candidates or compilers: none of it holds any more
+            others = [other for other in rows if other is not known]
             if known is not None and "stopped" not in known:
                 continue
             if time.monotonic() > deadline:
                 break
-            about = {"of": of} | {name: around[name] for name in ("commit", "date", "torch", "triton")}
 
-            def keep(row: dict[str, Any], others: list = others, about: dict = about) -> None:
+            def keep(row: dict[str, Any], others: list[dict[str, Any]] = others) -> None:
                 record.write(path, around | {"rows": [*others, row | about], "clocks": watch.samples})
 
             rows = [*others, tune(found, arch, deadline, jobs or os.cpu_count() or 1, known, keep) | about]
@@ -385,12 +387,15 @@ def run(
     return rows
 
 
-def made_of(found: Class, arch: int) -> str:
-    """A digest of what a search rests on: the kernels, the candidates, the compiler and torch."""
-    told = [triton.__version__, torch.__version__]
-    told += sorted(_written(config) for config in candidates(found.op, found.name, arch))
-    sources = sorted(path for path in CONFIGS.parent.glob("*.py") if path != CONFIGS)
-    return hashlib.sha256("\n".join([*told, *(path.read_text("utf-8") for path in sources)]).encode()).hexdigest()
+def made_of() -> str:
+    """A digest of what a search rests on: the kernels and all that chooses their configurations but what is recorded,
+    the search itself, the compiler and torch."""
+    told = [triton.__version__, torch.__version__, Path(__file__).read_text("utf-8")]
+    for path in sorted(CONFIGS.parent.glob("*.py")):
+        source = path.read_text("utf-8")
+        start, end = _recorded(source) if path == CONFIGS else (0, 0)
+        told.append(source[:start] + source[end:])
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def _first(most: int) -> Any:

@@ -738,6 +738,8 @@ TASKS: dict[str, tuple[type[Pipeline], type]] = {
     "token-classification": (TokenClassificationPipeline, DistilBertForTokenClassification),
     "question-answering": (QuestionAnsweringPipeline, DistilBertForQuestionAnswering),
 }
+# heads whose last layer has one name, so that one's would load into another
+ONE_CLASSIFIER = {"ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"}
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
 
 
@@ -796,13 +798,10 @@ def pipeline(
                 f"{directory} is no checkpoint for {task}: it lacks {', '.join(missing[:4])}"
                 f"{' and more' if len(missing) > 4 else ''}, which would be random"
             )
-        named = class_named_in(read_config(directory))
-        others = named not in (model_class, DistilBertModel, DistilBertModelWithHeads)
-        if report["unexpected_keys"] and others and model_class is not DistilBertModel:
-            raise ValueError(  # whose head has tensors of the same names
-                f"{directory} is no checkpoint for {task}: it is one of {named.__name__}, whose "
-                f"{', '.join(sorted(report['unexpected_keys'])[:4])} would not be used"
-            )
+        named = (read_config(directory).architectures or [""])[0]
+        heads = [re.sub(r".*(?=For)", "", name) for name in (model_class.__name__, named)]
+        if heads[0] != heads[1] and set(heads) <= ONE_CLASSIFIER:
+            raise ValueError(f"{directory} is no checkpoint for {task}: its configuration names {named}")
         tokenizer = directory if tokenizer is None else tokenizer
     if not isinstance(tokenizer, DistilBertTokenizer):
         tokenizer = DistilBertTokenizer.from_pretrained(tokenizer)

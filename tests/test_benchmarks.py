@@ -715,8 +715,19 @@ def test_a_class_cut_off_is_gone_on_with(monkeypatch, tmp_path):
         (_, again) = tune.run(*arguments, minutes=1)
         assert again["of"] != row["of"] and again["winner"] == second["winner"]
     assert len(timed) == 18
-    monkeypatch.setattr(tune, "candidates", lambda *args: configs[:7])
-    assert tune.run(*arguments, minutes=1)[1]["compiled"] == 7
+    kernels_here = shutil.copytree(tune.CONFIGS.parent, tmp_path / "kernels")
+    before = tune.made_of()
+    monkeypatch.setattr(tune, "CONFIGS", kernels_here / tune.CONFIGS.name)
+    assert tune.made_of() == before
+    source = tune.CONFIGS.read_text()
+    tune.CONFIGS.write_text(tune.apply([second | {"winner": tune._written(configs[5])}], source))
+    assert tune.CONFIGS.read_text() != source and tune.made_of() == before  # what is recorded is no reason
+    for name in ("_configs.py", "attention.py"):
+        with open(kernels_here / name, "a") as file:
+            file.write("# other\n")
+        assert tune.made_of() != before
+        before = tune.made_of()
+    assert [row["arch"] for row in tune.run(*arguments, minutes=-1)] == [80]  # none of it is applied any more
 
 
 def test_scores():

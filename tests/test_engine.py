@@ -215,6 +215,11 @@ def test_token_ids_instead_of_texts(embedder, texts):
         with pytest.raises(error, match=message):
             embedder.encode_tokens(ids, ends)
     assert lengths.max() <= 128
+    ids = np.arange(40, dtype=np.int32)[::-1][:9]  # no view that torch could take as it is
+    ids.flags.writeable = False
+    with warnings.catch_warnings(action="error"):
+        backwards = embedder.encode_tokens(ids, [0, 9])
+    np.testing.assert_allclose(backwards, embedder.encode_tokens(ids.copy(), [0, 9]), atol=0)
 
 
 def test_columns_of_token_ids_and_of_texts(embedder, texts):
@@ -225,6 +230,7 @@ def test_columns_of_token_ids_and_of_texts(embedder, texts):
     for column in (
         ids,
         [np.array(i, np.int64) for i in ids],
+        [np.array(i, np.uint64) for i in ids],
         pyarrow.array(ids, lists),
         pyarrow.array([[9, 9], *ids, [7]], pyarrow.large_list(pyarrow.int64()))[1:-1],
         pyarrow.chunked_array([ids[:7], [], ids[7:]], lists),
@@ -235,10 +241,13 @@ def test_columns_of_token_ids_and_of_texts(embedder, texts):
     for wrong, error, message in [
         (pyarrow.array([[1], None, [2]], lists), TypeError, r"texts\[1\] is null"),
         (pyarrow.array([[1], [], [2, None]], lists), TypeError, r"texts\[2\] holds a null"),
+        (pyarrow.array([[1], [None, 2]], lists), TypeError, r"texts\[1\] holds a null"),
         (pyarrow.array([[1], []], lists), ValueError, r"texts\[1\] holds no token ids"),
         (pyarrow.array([[1.5]]), TypeError, "input_ids must be a flat array of integers, got float64"),
         ([[1], [1.5]], TypeError, r"texts\[1\] must be a list of token ids, got float64"),
         ([1, 2], TypeError, r"texts\[0\] must be a list of token ids, got int64"),
+        ([[5], [[1, 2], [3]]], TypeError, r"texts\[1\] must be a list of token ids: "),
+        ([[5], np.array([2**64 - 1], np.uint64)], ValueError, r"texts\[1\] holds the id \d+, outside"),
         (5, TypeError, "not iterable"),
     ]:
         with pytest.raises(error, match=message):
@@ -251,11 +260,6 @@ def test_columns_of_token_ids_and_of_texts(embedder, texts):
         embedder.encode(pyarrow.array(["a", None]))
     with pytest.raises(ValueError, match="the prompt 'x.*' holds a lone surrogate"):
         embedder.encode(["a"], prompt="x\ud800")
-    ids = np.arange(40, dtype=np.int32)[::-1][:9]  # no view that torch could take as it is
-    ids.flags.writeable = False
-    with warnings.catch_warnings(action="error"):
-        backwards = embedder.encode_tokens(ids, [0, 9])
-    np.testing.assert_allclose(backwards, embedder.encode_tokens(ids.copy(), [0, 9]), atol=0)
 
 
 def test_autocast_holds_in_every_thread(embedder, texts):

@@ -832,10 +832,10 @@ def test_an_input_that_changes_while_it_is_read(change, message, checkpoint, tmp
     assert files(tmp_path / "o") == files(tmp_path / "whole")
 
 
-def _with_a_nan(compute):
+def _with_a_nan(compute, value=float("nan")):
     def computed(*args):
         out = compute(*args).clone()
-        out[-1, 0] = float("nan")  # as of a text that the model cannot bear
+        out[-1, 0] = value  # as of a text that the model cannot bear
         return out
 
     return computed
@@ -859,18 +859,21 @@ def test_embeddings_beyond_float16(minilm, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("form", ["npy", "jsonl"])
 def test_embeddings_that_are_not_finite(form, checkpoint, tmp_path, capsys, monkeypatch):
-    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}, {"text": "c"}])
-    given = ["--input", path, "--output", tmp_path / "o", "--format", form, "--overwrite"]
-    monkeypatch.setattr(Embedder, "_compute", _with_a_nan(Embedder._compute))
-    assert embed(checkpoint, *given) == 1
-    assert "in.jsonl, line 3: its embedding is not finite" in capsys.readouterr().err
-    assert embed(checkpoint, *given, "--on-error", "null") == 3
-    ids, vectors = next(Index(tmp_path / "o").parts())
-    assert ids == [0, 1, 2] and np.isfinite(vectors[:2]).all() and np.isnan(vectors[2]).all()
-    if form == "jsonl":
-        assert json.loads((tmp_path / "o" / "part-00000.jsonl").read_text().splitlines()[2])["embedding"] is None
-    [reject] = (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()
-    assert json.loads(reject)["row"] == 2
+    path = jsonl(tmp_path / "in.jsonl", [{"text": 1}, {"text": "a"}, {"text": "b"}, {"text": "c"}])
+    given = ["--input", path, "--output", tmp_path / "o", "--format", form, "--overwrite", "--on-error"]
+    compute = Embedder._compute
+    for value in (float("nan"), float("inf"), -float("inf")):
+        monkeypatch.setattr(Embedder, "_compute", _with_a_nan(compute, value))
+        assert embed(checkpoint, *given, "null") == 3
+        ids, vectors = next(Index(tmp_path / "o").parts())
+        assert ids == [0, 1, 2, 3] and np.isfinite(vectors[1:3]).all() and np.isnan(vectors[[0, 3]]).all()
+        if form == "jsonl":
+            assert json.loads((tmp_path / "o" / "part-00000.jsonl").read_text().splitlines()[3])["embedding"] is None
+        rejects = (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()
+        assert [json.loads(line)["row"] for line in rejects] == [0, 3] and "is not finite" in rejects[1]
+    jsonl(path, [{"text": "a"}, {"text": "b"}])
+    assert embed(checkpoint, *given, "fail") == 1
+    assert "in.jsonl, line 2: its embedding is not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["closed", "gone", "full"])

@@ -946,10 +946,11 @@ def test_a_model_that_was_loaded_serves_forked_processes(how, tmp_path):
         "head": f"fastdistil.DistilBertForTokenClassification.from_pretrained({str(tmp_path)!r})",
     }.get(how, f"fastdistil.DistilBertModel.from_pretrained({str(tmp_path)!r}, dtype={how!r})")
     code = f"""
-import os, torch, fastdistil
+import os, signal, torch, fastdistil
 torch.set_num_threads(2)
 model = {made}
 if (child := os.fork()) == 0:
+    signal.alarm(30)
     with torch.inference_mode():
         model(torch.randint(1, 3000, (8, 39)))
     os._exit(0)

@@ -456,12 +456,30 @@ def test_a_checkpoint_without_what_the_task_needs(task, tokenizer, tmp_path):
         pipeline(task, tmp_path, device="cpu")
 
 
-def test_a_head_of_another_task_with_the_same_names(tokenizer, tmp_path, their_tokenizer):
-    """classifier.weight is a sentence's and a token's."""
-    fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY)).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("named", "task"),
+    [
+        ("DistilBertForSequenceClassification", "ner"),
+        ("BertForSequenceClassification", "ner"),
+        ("DistilBertForMultipleChoice", "text-classification"),
+        ("DistilBertForTokenClassification", None),
+    ],
+)
+def test_a_head_of_another_task_with_the_same_names(named, task, tokenizer, tmp_path):
+    """classifier.weight is a sentence's, a token's and a choice's."""
+    sizes = (
+        TINY
+        if named.startswith("Distil")
+        else dict(vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    )
+    config = getattr(transformers, f"{named.partition('For')[0]}Config")(**sizes, num_labels=1)
+    getattr(transformers, named)(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no checkpoint for token-classification: it is one of DistilBertForSequence"):
-        pipeline("ner", tmp_path, device="cpu")
+    if task is None:
+        assert pipeline("ner", tmp_path, device="cpu")("a cat")
+        return
+    with pytest.raises(ValueError, match=rf"is no checkpoint for .*-classification: its configuration names {named}"):
+        pipeline(task, tmp_path, device="cpu")
     settings = json.loads((tmp_path / "config.json").read_text()) | {"architectures": None}  # nothing tells
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert pipeline("ner", tmp_path, device="cpu")("a cat")

@@ -335,12 +335,13 @@ class Embedder:
             if name not in self.prompts:
                 there = ", ".join(map(repr, self.prompts)) or "none"
                 raise ValueError(f"there is no prompt {name!r}; the checkpoint has {there}")
-            return self.prompts[name]
+            prompt = self.prompts[name]
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"a prompt must be a string, got {prompt!r}")
-        if prompt is not None and any("\ud800" <= c <= "\udfff" for c in prompt):
+        prompt = self.prompt if prompt is None else prompt
+        if prompt and any("\ud800" <= c <= "\udfff" for c in prompt):
             raise ValueError(f"the prompt {prompt!r} holds a lone surrogate, which is not text")
-        return self.prompt if prompt is None else prompt
+        return prompt
 
     def run(self, engine: Engine, windows: Iterable[Window]) -> Iterator[Done]:
         """Embeddings of windows, batch by batch: float32 [sequences, dim], one of equal texts."""

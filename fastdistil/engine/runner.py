@@ -443,6 +443,8 @@ def cpu_workers(threads: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
         yield pool, workers
     finally:
         ready.abort()  # workers would wait for one that an interrupt, or a limit on threads, kept from starting
-        pool.shutdown(cancel_futures=True)
-        if not started:
-            torch.set_num_threads(threads)
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            if not started:
+                torch.set_num_threads(threads)

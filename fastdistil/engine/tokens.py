@@ -21,7 +21,7 @@ def of_column(column: Any) -> tuple[np.ndarray, np.ndarray]:
     """Lists of token ids, in an Arrow column or one by one, as (input_ids, cu_seqlens); an Arrow array's ids are not
     copied. Raises TypeError naming the text that is none."""
     if hasattr(column, "combine_chunks"):
-        column = column.combine_chunks()
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if hasattr(column, "value_lengths") and hasattr(column, "flatten"):
         values, nulls = column.flatten(), column.is_null().to_numpy(zero_copy_only=False)
         lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
@@ -32,10 +32,15 @@ def of_column(column: Any) -> tuple[np.ndarray, np.ndarray]:
         if nulls.any():
             raise TypeError(f"texts[{nulls.argmax()}] is null, not a list of token ids")
         return values.to_numpy(zero_copy_only=False), ends
-    rows = [np.asarray(row) for row in column]
-    for i, row in enumerate(rows):
+    rows = []
+    for i, given in enumerate(column):
+        try:
+            row = np.asarray(given)
+        except ValueError as error:  # lists in it, of different lengths
+            raise TypeError(f"texts[{i}] must be a list of token ids: {error}") from error
         if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
             raise TypeError(f"texts[{i}] must be a list of token ids, got {row.dtype} {list(row.shape)}")
+        rows.append(np.minimum(row, 2**63 - 1).astype(np.int64) if row.dtype == np.uint64 else row)
     ends = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
     return np.concatenate([np.empty(0, np.int32), *(row for row in rows if row.size)]), ends
 

@@ -401,7 +401,7 @@ class Embedding:
                 part.errors[part.usable[i]] = "its embedding is beyond float16's range; leave --output-dtype float32"
         if not np.isfinite(found).all():
             for i in at[~np.isfinite(found).all(1)]:
-                part.errors[part.usable[i]] = "its embedding is not finite; try --dtype float32, or look at the weights"
+                part.errors[part.usable[i]] = "its embedding is not finite; look at the weights, or compute in float32"
 
     def _window(self, part: Rows, texts: list[Any], first: int) -> Window:
         if self.of_tokens:
