@@ -207,7 +207,10 @@ def bench_engine_against_ctranslate2(benchmark, embedder, texts, path, compute_t
         truth.hold(theirs, **PEER)
         truth.near(mine, exact)
         truth.near(theirs, exact)
+    least = 0.99999 if compute_type == "float32" else 0.997
+    assert min((vectors * exact).sum(1).mean() for vectors in results) >= least
     cosine = [(vectors * exact).sum(1) for vectors in found]
+    assert min(c.min() for c in cosine) >= (0.99999 if compute_type == "float32" else 0.5)
     both = "" if compute_type == "float32" else ", both"
     tell(
         benchmark,

@@ -323,7 +323,6 @@ class DistilBertTokenizer:
             if not isinstance(value, str) or self._tokenizer.token_to_id(value) is None:
                 raise ValueError(f"{name} must be a token of the vocabulary, got {value!r}")
             self._special = self._special | {name: value}
-            self._before, self._after = self._template()
             return
         object.__setattr__(self, name, value)
 
@@ -397,9 +396,8 @@ class DistilBertTokenizer:
 
         padding: True or "longest", "max_length", or False. truncation: True or "longest_first", "only_first",
         "only_second", or False; to max_length tokens, by default model_max_length; None is True if max_length is given
-        and padding is not. return_attention_mask, return_token_type_ids: by default whether model_input_names has
-        them. return_tensors: "pt" (int64), "np" or None (lists). Raises TypeError or ValueError naming
-        the row.
+        and padding is not. return_attention_mask, return_token_type_ids: by default whether model_input_names has them.
+        return_tensors: "pt" (int64), "np" or None (lists). Raises TypeError or ValueError naming the row.
         """
         single = isinstance(text, str)
         if single and text_pair == "":

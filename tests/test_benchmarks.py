@@ -379,7 +379,9 @@ def test_the_engine_is_checked_in_every_round(monkeypatch):
     embedder = Embedder(model, tokenizer, pooling="mean", normalize=True, max_length=64)
     drive, calls = engine.drive, []
 
-    def driven(spoil):
+    words = [f"{i} words to make a tokenizer of" for i in range(200)]
+
+    def driven(spoil, run=lambda: engine.of_tokens(embedder, 16, "long-tailed", 4_000)):
         def driving(*args):
             found, row = drive(*args)
             calls.append(len(found))
@@ -388,7 +390,7 @@ def test_the_engine_is_checked_in_every_round(monkeypatch):
 
         calls.clear()
         monkeypatch.setattr(engine, "drive", driving)
-        return engine.of_tokens(embedder, 16, "long-tailed", 4_000)
+        return run()
 
     row = driven(lambda found, call: None)
     assert calls == [calls[0]] * (1 + engine.ROUNDS) and calls[0] > 300 and len(row["samples_s"]) == engine.ROUNDS
@@ -401,6 +403,14 @@ def test_the_engine_is_checked_in_every_round(monkeypatch):
 
             with pytest.raises(AssertionError, match=r"error|finite|text 201 is off"):
                 driven(spoil)
+
+    def of_texts():
+        return engine.of_texts(embedder, words, 0)
+
+    assert driven(lambda found, call: None, of_texts)["tokenizer_tokens_per_s"] > 0
+    for when in (1, 1 + engine.ROUNDS):
+        with pytest.raises(AssertionError, match=r"error|finite"):
+            driven(lambda found, call, when=when: found.__imul__(1 if call != when else float("nan")), of_texts)
     compute = Embedder._compute  # by the encoder alone, of which no rows are asked
 
     def off_alone(self, ids, cu, longest, positions, rows, full):
@@ -1180,6 +1190,8 @@ def test_a_stage_that_breaks_loses_nothing_of_the_others(tmp_path, monkeypatch, 
             if self.name == "tune":
                 (tmp_path / "tune.json").write_text('{"lines": []}')
                 return 1
+            if self.name == "ceilings":
+                return 0
             lines = ["WRONG one thing", *(f"line {i}" + "x" * 200 for i in range(99))]
             record.write(tmp_path / f"{self.name}.json", {"lines": lines[::-1]})
             return {"encoder": gpu.WRONG, "engine": -11}.get(self.name, 0)
@@ -1193,6 +1205,7 @@ def test_a_stage_that_breaks_loses_nothing_of_the_others(tmp_path, monkeypatch, 
     assert ran == list(gpu.STAGES) and len(summary) <= gpu.SUMMARY
     killed = {"kernels": (0, "kernels", 0, "kernels")}  # asked to end first; the others with all that they had started
     assert ended == [each for name in gpu.STAGES for each in killed.get(name, (0, name))]
+    assert "ceilings: BROKE: it wrote nothing, " in summary
     states = ("environment: right", "kernels: STOPPED", "encoder: WRONG", "engine: BROKE with status -11")
     for line in (*states, "tune: BROKE with status 1", "its digest does not fit"):
         assert line in summary
@@ -1366,6 +1379,8 @@ def test_results_that_do_not_say_enough_are_refused(tmp_path):
         (ON_CARD | {"rows": [], "clocks": [{"power.draw": "600 W"}]}, "lacks clocks"),
         (AROUND | {"gpu": {"name": "A GPU", "uuid": ""}}, "lacks gpu's uuid, gpu's driver_version"),
         (AROUND | {"rows": [{"cold": {"median_us": 1.0}}]}, "lacks samples of a row"),
+        (AROUND | {"rows": [], "stage": "encoder"}, "lacks rows"),
+        ({"machine_info": AROUND, "benchmarks": []}, "lacks benchmarks"),
         (ON_CARD | {"rows": [], "clocks": []}, "lacks clocks"),
         (ON_CARD | {"rows": [], "clocks": [{"clocks.sm": "1980 MHz"}]}, "lacks clocks"),
         ({"machine_info": AROUND | {"gpu": CARD}, "benchmarks": []}, "lacks clocks"),
