@@ -645,11 +645,12 @@ def test_half_precision_that_nothing_multiplies_goes_through_float32(dtype, monk
     ids=["one batch", "batches", "somebody's choice"],
 )
 def test_freed_memory_is_kept_by_the_engine(tokens, chosen, kept):
-    """After many batches, what threads free is not mapped anew: it was a page fault a page. After one alone all is as
-    it was, for it holds for the whole process; so do the settings of malloc's that a user has chosen."""
+    """After many batches, what threads free is not mapped anew: it was a page fault a page. After one alone nothing was
+    asked for, since it holds for the whole process; the settings of malloc's that a user has chosen stay."""
     code = """
-import resource, torch
+import resource, statistics, torch
 from concurrent.futures import ThreadPoolExecutor
+from fastdistil import cpu
 from fastdistil.engine.runner import Engine
 from fastdistil.engine.scheduler import Window
 import numpy as np
@@ -676,8 +677,12 @@ engine = Engine(torch.device("cpu"), 8)
 windows = [Window(np.ones(TOKENS, np.int32), np.full(TOKENS // 4, 4))]
 list(engine.run(windows, lambda ids, cu, *rest: torch.zeros(len(cu) - 1, 1)))
 for _ in range(8): faults()
-print(sum(faults() for _ in range(8)))
+print(cpu.keep_freed_memory.cache_info().currsize, statistics.median(faults() for _ in range(16)))
 """.replace("TOKENS", str(tokens))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     out = subprocess.run([sys.executable, "-c", code], env=clean | chosen, capture_output=True, text=True, check=True)
-    assert (int(out.stdout) < 5_000) == kept, out.stdout  # 8 to 22 also beside other work; not kept: from 58,000 on
+    asked, faults = out.stdout.split()
+    assert int(asked) == (tokens > 4)
+    # a page a round, but 26,000 in one whose thread meets a heap that none has used; 252,000 with somebody's choice,
+    # and between the two where nothing was asked for, since glibc's own thresholds move
+    assert not int(asked) or (float(faults) < 1_000) == kept, out.stdout
