@@ -23,6 +23,8 @@ from benchmarks.corpus import stdlib_docstrings
 from benchmarks.encoder import PEER, largest_error
 from benchmarks.engine import check_texts, truth_of_texts
 from fastdistil import Embedder, cpu
+from fastdistil.engine.runner import Engine
+from fastdistil.engine.scheduler import CPU_BUDGET
 from fastdistil.jobs.index import Index
 from fastdistil.jobs.run import Embedding, Job, Log, run_job
 
@@ -143,6 +145,30 @@ def bench_less_precision(benchmark, embedder, texts, path, dtype):
     tell(benchmark, f"{dtype} against its own float32", times, len(embedder.tokenize(texts).ids), cosine)
 
 
+def products_alone(embedder, texts):
+    """Seconds of the blocks' matrix products of the same batches on the same threads, with nothing between them: what
+    no encoder that multiplies so fast can pass."""
+    window, dim = embedder.tokenize(texts), embedder.model.config.dim
+    blocks = []
+    for layer in embedder.model.transformer.layer:
+        thirds = (layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin)
+        qkv = torch.cat([part.weight for part in thirds]), torch.cat([part.bias for part in thirds])
+        out, up, down = layer.attention.out_lin, layer.ffn.lin1, layer.ffn.lin2
+        blocks.append((qkv, *((part.weight, part.bias) for part in (out, up, down))))
+
+    def compute(ids, cu_seqlens, *rest):
+        x = torch.ones(len(ids), dim)
+        for qkv, out, up, down in blocks:
+            cpu.linear(x, *qkv), cpu.linear(x, *out)
+            cpu.linear(cpu.linear(x, *up), *down)
+        return torch.zeros(len(cu_seqlens) - 1, 1)
+
+    start = time.perf_counter()
+    for _ in Engine(CPU, CPU_BUDGET).run([window], compute):
+        pass
+    return time.perf_counter() - start
+
+
 class CTranslate2:
     """CTranslate2's encoder, mean-pooled: texts sorted by tokens, batches of as many padded tokens as ours have."""
 
@@ -193,13 +219,16 @@ def bench_engine_against_ctranslate2(benchmark, embedder, texts, path, compute_t
     truth = truth_in(compute_type, ours, embedder, texts)
     truth.hold(ours.encode(texts[:64]), largest=largest_error(CPU))
     truth.hold(peer.encode(texts[:64]), **PEER)
-    times, found, results = [], [], []
+    times, found, results, products = [], [], [], []
 
     def setup():
         start = time.perf_counter()
         found.append(peer.encode(texts))
         times.append(time.perf_counter() - start)
         torch.set_num_threads(threads)  # which CTranslate2 sets for itself
+        if compute_type == "float32":
+            with torch.inference_mode():
+                products.append(products_alone(embedder, texts))
 
     benchmark.pedantic(lambda: results.append(ours.encode(texts)), setup=setup, rounds=ROUNDS)
     for mine, theirs in zip(results, found, strict=True):
@@ -212,6 +241,9 @@ def bench_engine_against_ctranslate2(benchmark, embedder, texts, path, compute_t
     cosine = [(vectors * exact).sum(1) for vectors in found]
     assert min(c.min() for c in cosine) >= (0.99999 if compute_type == "float32" else 0.5)
     both = "" if compute_type == "float32" else ", both"
+    if products:
+        bound = median(theirs / ours for theirs, ours in zip(times, products, strict=True))
+        benchmark.extra_info.update(products_seconds=products, products_ratio=bound)
     tell(
         benchmark,
         f"CTranslate2 {compute_type}{both}, sorted by tokens",

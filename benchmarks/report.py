@@ -31,6 +31,12 @@ def jobs_table() -> str:
         if entry["name"].startswith("bench_start")
     ]
     facts += [
+        f"The blocks' matrix products alone, of the same batches, with nothing between them, take "
+        f"{1 / entry['extra_info']['products_ratio']:.2f} of CTranslate2's time in float32."
+        for entry in _read("jobs.json")["benchmarks"]
+        if "products_ratio" in entry["extra_info"]
+    ]
+    facts += [
         f"Tokenising on one thread: {words['tokens_per_second']:,.0f} tokens/s, {words['of_bare']:.2f} of the bare "
         f"tokenizer's, {words['over_call']:.1f}x transformers' call."
         for words in (entry["extra_info"] for entry in _read("tokenizer.json")["benchmarks"])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from fastdistil.batch_encoding import BatchEncoding
 from fastdistil.checkpoint import find, read_object
 
 logger = logging.getLogger("fastdistil")
@@ -29,45 +30,9 @@ MAX_WORD = 100  # WordPiece gives [UNK] for a longer word, so a word has at most
 PIECE = 2**16  # characters of a text that is read to its end, at a time
 CHARS_PER_TOKEN = 8  # a first cut this long nearly always holds enough tokens; English has 4 to 5
 
-Text = str | Sequence[str]
-
+Text = str | Sequence[str] | Sequence[Sequence[str]]
 
 PADDED = frozenset(("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"))
-
-
-class BatchEncoding(dict):
-    """The tokenizer's result: a dictionary whose keys are attributes too. `encodings` are the library's objects, where
-    the texts themselves were tokenised: what tools make of a result, and `pad` of several, has none."""
-
-    def __init__(self, data: Any = (), encodings: Sequence[Encoding] = ()):
-        super().__init__(data)
-        self.encodings = encodings
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def to(self, device: str | torch.device) -> "BatchEncoding":
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
-        return BatchEncoding(moved, self.encodings)
-
-    def _encoding(self, row: int) -> Encoding:
-        if not self.encodings:
-            raise ValueError("these ids come from no text: ask what the tokenizer itself returned")
-        return self.encodings[row]
-
-    def tokens(self, row: int = 0) -> list[str]:
-        return self._encoding(row).tokens
-
-    def word_ids(self, row: int = 0) -> list[int | None]:
-        return self._encoding(row).word_ids
-
-    def sequence_ids(self, row: int = 0) -> list[int | None]:
-        found = self._encoding(row)  # whose own forgets the first text of a pair
-        own = zip(found.special_tokens_mask, found.sequence_ids, strict=True)
-        return [None if special else int(kind == 1) for special, kind in own]
 
 
 class DistilBertTokenizer:
@@ -102,6 +67,7 @@ class DistilBertTokenizer:
             raise ValueError("give exactly one of vocab_file (a vocab.txt) and tokenizer (a tokenizers.Tokenizer)")
         self.padding_side, self.truncation_side = padding_side, truncation_side
         self._special = SPECIAL | special_tokens
+        self.extra_special_tokens: list[str] = []
         for name, token in self._special.items():
             if not isinstance(token, str):
                 raise TypeError(f"{name} must be a string, got {token!r}")
@@ -188,6 +154,8 @@ class DistilBertTokenizer:
                     raise ValueError(f"{directory}/tokenizer_config.json: {name} holds {token!r}, not a token")
                 if self._tokenizer.token_to_id(content) is None:
                     self._tokenizer.add_special_tokens([content])
+                if content not in self.extra_special_tokens:
+                    self.extra_special_tokens.append(content)
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -266,6 +234,7 @@ class DistilBertTokenizer:
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "extra_special_tokens": self.extra_special_tokens,
         }
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
@@ -306,19 +275,69 @@ class DistilBertTokenizer:
     def get_vocab(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
+    def get_added_vocab(self) -> dict[str, int]:
+        """The tokens that are found in a text before it is cut into words, special ones and those of add_tokens."""
+        return {token.content: i for i, token in sorted(self._tokenizer.get_added_tokens_decoder().items())}
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Add a token, or a list of them, strings or `tokenizers.AddedToken`, behind the vocabulary; how many were new.
+
+        Special ones are found in a text as they stand, and left out by decode(skip_special_tokens=True). The model's
+        embeddings have to grow along: `model.resize_token_embeddings(len(tokenizer))`.
+        """
+        tokens = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else list(new_tokens)
+        for at, token in enumerate(tokens):
+            if not isinstance(token, (str, AddedToken)):
+                raise TypeError(f"new_tokens[{at}] must be a string or an AddedToken, got {token!r}")
+            _check_unicode(_content(token), f"new_tokens[{at}]")
+        return (self._tokenizer.add_special_tokens if special_tokens else self._tokenizer.add_tokens)(tokens)
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
+    ) -> int:
+        """Add the tokens of {"extra_special_tokens": [...], "mask_token": ..., ...} that are new; how many were.
+
+        additional_special_tokens is the older name of extra_special_tokens. Those there are go on being special, but
+        are listed no more where replace_extra_special_tokens.
+        """
+        added = 0
+        for name, value in special_tokens_dict.items():
+            extra = name in ("extra_special_tokens", "additional_special_tokens")
+            if not extra and name not in SPECIAL:
+                raise ValueError(f"{name} is no special token of this tokenizer; it has {', '.join(SPECIAL)}")
+            if extra != isinstance(value, (list, tuple)):
+                raise TypeError(f"{name} must be {'a list of tokens' if extra else 'one token'}, got {value!r}")
+            tokens = list(value) if extra else [value]
+            added += self.add_tokens(tokens, special_tokens=True)
+            if extra:
+                kept = [] if replace_extra_special_tokens else self.extra_special_tokens
+                self.extra_special_tokens = list(dict.fromkeys([*kept, *map(_content, tokens)]))
+            else:
+                setattr(self, name, _content(value))
+        return added
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """extra_special_tokens, as transformers 4 called them."""
+        return self.extra_special_tokens
+
     @property
     def all_special_tokens(self) -> list[str]:
-        return list(self._special.values())
+        return list(dict.fromkeys([*self._special.values(), *self.extra_special_tokens]))
 
     @property
     def all_special_ids(self) -> list[int]:
         vocab = self.get_vocab()
-        return [vocab[token] for token in self._special.values()]
+        return [vocab[token] for token in self.all_special_tokens]
+
+    def _is_special(self) -> set[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special} | set(self.all_special_ids)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises ValueError for what cannot be kept to."""
-        if name in ("padding_side", "truncation_side") and value not in ("right", "left"):
-            raise ValueError(f"{name} must be right or left, got {value!r}")
+        if name in ("padding_side", "truncation_side"):
+            _check_side(name, value)
         if name in SPECIAL:
             if not isinstance(value, str) or self._tokenizer.token_to_id(value) is None:
                 raise ValueError(f"{name} must be a token of the vocabulary, got {value!r}")
@@ -340,11 +359,16 @@ class DistilBertTokenizer:
             return self.unk_token_id if found is None else found
         return [self.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
 
-    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str | None] | None:
+    def convert_ids_to_tokens(
+        self, ids: int | list[int], skip_special_tokens: bool = False
+    ) -> str | list[str | None] | None:
         def token(i: int) -> str | None:
             return self._tokenizer.id_to_token(i) if 0 <= i < 2**32 else None
 
-        return token(ids) if isinstance(ids, int) else [token(int(i)) for i in ids]
+        if isinstance(ids, int):
+            return token(ids)
+        skipped = self.all_special_ids if skip_special_tokens else ()
+        return [token(int(i)) for i in ids if int(i) not in skipped]
 
     # --- text to ids --------------------------------------------------------------------------------------------
 
@@ -383,26 +407,35 @@ class DistilBertTokenizer:
         padding: bool | str = False,
         truncation: bool | str | None = None,
         max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
         pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
         return_attention_mask: bool | None = None,
         return_token_type_ids: bool | None = None,
+        return_overflowing_tokens: bool = False,
         return_offsets_mapping: bool = False,
         return_special_tokens_mask: bool = False,
         return_length: bool = False,
+        verbose: bool = True,
     ) -> BatchEncoding:
         """Tokenise a text or a list of texts (or of pairs, by text_pair), as transformers' tokenizers do.
 
         padding: True or "longest", "max_length", or False. truncation: True or "longest_first", "only_first",
         "only_second", or False; to max_length tokens, by default model_max_length; None is True if max_length is given
         and padding is not. return_attention_mask, return_token_type_ids: by default whether model_input_names has them.
-        return_tensors: "pt" (int64), "np" or None (lists). Raises TypeError or ValueError naming the row.
+        is_split_into_words: a text is a list of words; offsets then count a word's characters.
+        return_overflowing_tokens: what is cut off a text follows in rows of its own, each of which begins with the last
+        `stride` tokens of the one before; overflow_to_sample_mapping tells whose they are. padding_side: by default the
+        tokenizer's own. return_tensors: "pt" (int64), "np" or None (lists). Raises TypeError or ValueError naming the
+        row.
         """
-        single = isinstance(text, str)
+        single = _is_of_words(text) if is_split_into_words else isinstance(text, str)
         if single and text_pair == "":
             text_pair = None  # as transformers does; in a list an empty second text stays one
-        texts, pairs = _as_lists(text, text_pair)
+        texts, pairs = _as_lists(text, text_pair, single)
         if truncation is None and max_length is not None and not padding:
             truncation = True  # as transformers takes it
         strategy = _strategy(truncation or False)
@@ -412,36 +445,27 @@ class DistilBertTokenizer:
         room = math.inf
         if strategy and max_length is not None:
             room = self._room(max_length, pair=pairs is not None, special=add_special_tokens)
+        if isinstance(stride, bool) or not isinstance(stride, int) or not 0 <= stride < max(room, 1):
+            raise ValueError(f"stride is {stride!r}; rows have room for {room} tokens of a text, and it must be less")
 
-        def encode(pieces: list[str]) -> list[Encoding]:
-            return self._tokenizer.encode_batch(pieces, add_special_tokens=False)
-
-        left = self.truncation_side == "left"
-        # a side that truncation leaves whole cannot be cut beforehand, nor any whose beginning goes
-        may_cut = {"only_first": (room, math.inf), "only_second": (math.inf, room)}.get(strategy or "", (room + 1,) * 2)
-        may_cut = (math.inf, math.inf) if left else may_cut
-        first = self._cut_and_encode(texts, room if pairs is None and not left else may_cut[0], encode)
-        second = None if pairs is None else self._cut_and_encode(pairs, may_cut[1], encode, "text_pair")
-
-        def sizes(row: int, one: Encoding, two: Encoding) -> tuple[int, int]:
-            """Of both texts, as far as matters: where both are long and there is an odd token, the longer keeps it."""
-            enough = room + 1  # a text with fewer is whole
-            while strategy == "longest_first" and room % 2 and min(len(one), len(two)) >= enough:
-                if enough > 64 * room:
-                    return self._compared(str(texts[row]), str((pairs or [])[row]))
-                enough *= 4
-                (one,), (two,) = (self._cut_and_encode([side[row]], enough, encode) for side in (texts, pairs or []))
-            return len(one), len(two)
-
-        encodings = []
-        for row, one in enumerate(first):
-            two = None if second is None else second[row]
+        whole = is_split_into_words or return_overflowing_tokens or self.truncation_side == "left"
+        encode = self._encode_words if is_split_into_words else self._encode_texts
+        firsts, seconds = encode(texts, pairs, math.inf if whole else room, strategy)
+        encodings: list[Encoding] = []
+        samples: list[int] = []
+        for row, (one, two) in enumerate(zip(firsts, seconds, strict=True)):
             if len(one) + (len(two) if two else 0) > room:
-                whole = (len(one), 0) if two is None else (len(one), len(two)) if left else sizes(row, one, two)
-                one, two = _truncate(one, two, whole, int(room), strategy, row, self.truncation_side)
-            encodings.append(self._tokenizer.post_process(one, two, add_special_tokens))
+                sizes = (len(one), len(two) if two else 0)
+                if two and strategy == "longest_first" and not whole:
+                    sizes = self._sizes(texts[row], (pairs or [])[row], one, two, room)
+                rest = stride if return_overflowing_tokens else None
+                two = _as_second(two) if two and return_overflowing_tokens else two
+                one, two = _truncate(one, two, sizes, int(room), strategy, row, self.truncation_side, rest)
+            made = self._tokenizer.post_process(one, two, add_special_tokens)
+            encodings += [made, *made.overflowing] if return_overflowing_tokens else [made]
+            samples += [row] * (len(encodings) - len(samples))
         if padding:
-            self._pad(encodings, padding, max_length, pad_to_multiple_of)
+            self._pad(encodings, padding, max_length, pad_to_multiple_of, padding_side or self.padding_side)
 
         data: dict[str, list] = {"input_ids": [e.ids for e in encodings]}
         if _asked(return_token_type_ids, "token_type_ids" in self.model_input_names):
@@ -454,9 +478,50 @@ class DistilBertTokenizer:
             data["offset_mapping"] = [e.offsets for e in encodings]
         if return_length:
             data["length"] = [len(e) for e in encodings]
+        if return_overflowing_tokens:
+            data["overflow_to_sample_mapping"] = samples
         if return_tensors is not None:
             return BatchEncoding(_to_tensors(data, return_tensors), encodings)
-        return BatchEncoding({k: v[0] for k, v in data.items()} if single else data, encodings)
+        if single and not return_overflowing_tokens:  # a length stays in a list, as with transformers
+            return BatchEncoding({k: v[0] if isinstance(v[0], list) else v for k, v in data.items()}, encodings)
+        return BatchEncoding(data, encodings)
+
+    def _encode_words(self, texts: list, pairs: list | None, *_: Any) -> tuple[list[Encoding], list]:
+        """The tokens of texts that are lists of words, and of their second texts (or None)."""
+
+        def encode(side: list, name: str) -> list[Encoding]:
+            for row, words in enumerate(side):
+                if not isinstance(words, (list, tuple)):
+                    raise TypeError(f"{name}[{row}] must be a list of words, got {type(words).__name__}")
+                for at, word in enumerate(words):
+                    _check_unicode(_check_text(word, f"{name}[{row}][{at}]"), f"{name}[{row}][{at}]")
+            return self._tokenizer.encode_batch(side, is_pretokenized=True, add_special_tokens=False)
+
+        return encode(texts, "text"), [None] * len(texts) if pairs is None else encode(pairs, "text_pair")
+
+    def _encode_texts(
+        self, texts: list[str], pairs: list[str] | None, room: float, strategy: str | None
+    ) -> tuple[list[Encoding], list]:
+        """The tokens of texts, at least those that `room` will leave, and of their second texts (or None)."""
+        if pairs is None:
+            return self._cut_and_encode(texts, room, self._batch), [None] * len(texts)
+        # a side that truncation leaves whole cannot be cut beforehand
+        most = {"only_first": (room, math.inf), "only_second": (math.inf, room)}.get(strategy or "", (room + 1,) * 2)
+        first = self._cut_and_encode(texts, most[0], self._batch)
+        return first, self._cut_and_encode(pairs, most[1], self._batch, "text_pair")
+
+    def _batch(self, texts: list[str]) -> list[Encoding]:
+        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def _sizes(self, text: str, pair: str, one: Encoding, two: Encoding, room: float) -> tuple[int, int]:
+        """Of both texts, as far as matters: where both are long and there is an odd token, the longer keeps it."""
+        enough = room + 1  # a text with fewer is whole
+        while room % 2 and min(len(one), len(two)) >= enough:
+            if enough > 64 * room:
+                return self._compared(str(text), str(pair))
+            enough *= 4
+            (one,), (two,) = (self._cut_and_encode([side], enough, self._batch) for side in (text, pair))
+        return len(one), len(two)
 
     def _compared(self, *texts: str) -> tuple[int, int]:
         """The tokens of two texts, both read piece by piece until the shorter one ends: as many as that."""
@@ -560,13 +625,7 @@ class DistilBertTokenizer:
             return encode(texts)
         except TypeError:  # the library refuses the whole batch; name the text
             for row, text in zip(rows, texts, strict=True):
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise ValueError(
-                        f"{name}[{row}] holds a lone surrogate ({text[error.start]!r} at character {error.start}), "
-                        "which is not text; decode the source with errors='replace'"
-                    ) from error
+                _check_unicode(text, f"{name}[{row}]")
             raise
 
     def pad(
@@ -588,8 +647,7 @@ class DistilBertTokenizer:
         tokenizer's own. return_attention_mask: by default true. Raises ValueError naming the row.
         """
         side = self.padding_side if padding_side is None else padding_side
-        if side not in ("right", "left"):
-            raise ValueError(f"padding_side must be right or left, got {side!r}")
+        _check_side("padding_side", side)
         data = _by_name(encoded_inputs)
         data |= {name: _plain(data[name]) for name in PADDED & data.keys()}
         ids = data.get("input_ids")
@@ -632,11 +690,12 @@ class DistilBertTokenizer:
         return [1, *[0] * len(token_ids_0), 1, *second]
 
     def _pad(
-        self, encodings: list[Encoding], padding: bool | str, max_length: int | None, multiple: int | None
+        self, encodings: list[Encoding], padding: bool | str, max_length: int | None, multiple: int | None, side: str
     ) -> None:
+        _check_side("padding_side", side)
         length = self._padded_length([len(e) for e in encodings], padding, max_length, multiple)
         for encoding in encodings:
-            encoding.pad(length, direction=self.padding_side, pad_id=self.pad_token_id, pad_token=self.pad_token)
+            encoding.pad(length, direction=side, pad_id=self.pad_token_id, pad_token=self.pad_token)
 
     def _padded_length(
         self, lengths: list[int], padding: bool | str, max_length: int | None, multiple: int | None
@@ -671,7 +730,7 @@ class DistilBertTokenizer:
         """Text of token ids (a list, array or tensor), with spaces before punctuation removed as in transformers 4."""
         ids = np.asarray(token_ids).reshape(-1).tolist()
         if skip_special_tokens:
-            special = set(self.all_special_ids)
+            special = self._is_special()
             ids = [i for i in ids if i not in special]
         size = len(self)
         for i in ids:
@@ -747,10 +806,38 @@ def _check_text(text: Any, name: str) -> str:
     return str(text)
 
 
-def _as_lists(text: Text, text_pair: Text | None) -> tuple[list[str], list[str] | None]:
-    if isinstance(text, str):
-        if text_pair is not None and not isinstance(text_pair, str):
-            raise TypeError(f"text is one string, so text_pair must be one too, got {type(text_pair).__name__}")
+def _check_side(name: str, side: Any) -> None:
+    if side not in ("right", "left"):
+        raise ValueError(f"{name} must be right or left, got {side!r}")
+
+
+def _is_of_words(text: Any) -> bool:
+    """Whether a list is one text's words, and not one of such lists."""
+    if not isinstance(text, (list, tuple)):
+        raise TypeError(f"with is_split_into_words a text is a list of words, got {type(text).__name__}")
+    return not text or not isinstance(text[0], (list, tuple))
+
+
+def _content(token: str | AddedToken) -> str:
+    return token if isinstance(token, str) else token.content
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds a lone surrogate ({text[error.start]!r} at character {error.start}), which is not text; "
+            "decode the source with errors='replace'"
+        ) from error
+
+
+def _as_lists(text: Text, text_pair: Text | None, single: bool) -> tuple[list, list | None]:
+    if single:
+        if text_pair is not None and (isinstance(text_pair, str) != isinstance(text, str)):
+            raise TypeError(
+                f"text is one {type(text).__name__}, so text_pair must be one too, got {type(text_pair).__name__}"
+            )
         return [text], None if text_pair is None else [text_pair]
     if not isinstance(text, (list, tuple)):
         raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
@@ -782,8 +869,10 @@ def _truncate(
     strategy: str | None,
     row: int,
     side: str,
+    stride: int | None,
 ) -> tuple[Encoding, Encoding | None]:
-    """Both texts' tokens cut to `room`. whole: how many they were, which decides whose are cut."""
+    """Both texts' tokens cut to `room`. whole: how many they were, which decides whose are cut. stride: None, or how
+    many tokens of a piece the next one of the rest repeats."""
     n1, n2 = whole
     if strategy == "longest_first" and two is not None:
         # the longer gives way first; where both are long, each gets half and the longer one the odd token
@@ -797,11 +886,24 @@ def _truncate(
         n1 = room - n2
     if n1 < 0 or n2 < 0:
         raise ValueError(f"row {row} cannot be cut to max_length by {strategy}: the other text alone is too long")
-    one.truncate(n1, direction=side)
-    if two is None:
-        return one, None
-    two.truncate(n2, direction=side)
+    for encoding, most in ((one, n1), (two, n2)):
+        if encoding is not None:
+            if stride and len(encoding) > most and stride >= most:
+                raise ValueError(
+                    f"row {row}: {most} tokens of a text are kept, too few for the next piece to share {stride}"
+                )
+            encoding.truncate(most, stride=stride or 0, direction=side)
+    if two is None or stride is not None:
+        return one, two
     return _without_rest(one), _without_rest(two)
+
+
+def _as_second(encoding: Encoding) -> Encoding:
+    """With the type of a second text, which the library gives the first piece alone."""
+    state = json.loads(encoding.__getstate__()) | {"type_ids": [1] * len(encoding)}
+    second = Encoding()
+    second.__setstate__(json.dumps(state).encode())
+    return second
 
 
 def _without_rest(encoding: Encoding) -> Encoding:

@@ -478,3 +478,183 @@ def test_what_is_set_is_kept_to(minilm):
     ):
         with pytest.raises(ValueError, match=f"{name} must be"):
             setattr(ours, name, value)
+
+
+WORDS = [
+    ["Wolfgang", "lives", "in", "unaffable", "Żółć,", "don't"],
+    [],
+    ["one"],
+    ["", "a", " ", "b c"],
+    ["[MASK]", "x" * 101, "日本語", "naïve"] * 3,
+    [f"word{i}" for i in range(90)],
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": True, "return_tensors": "pt"},
+        {"truncation": True, "max_length": 9, "padding": "max_length"},
+        {"truncation": True, "max_length": 8, "return_overflowing_tokens": True, "stride": 1},
+        {"add_special_tokens": False, "return_special_tokens_mask": True, "return_length": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_texts_that_are_split_into_words(ours, theirs, options, pairs):
+    options = {"is_split_into_words": True, "return_offsets_mapping": not options.get("return_tensors"), **options}
+    for args in (
+        [(WORDS, WORDS[::-1]), (WORDS[0], WORDS[2])] if pairs else [(WORDS,), (WORDS[0],), (tuple(WORDS[4]),), ([],)]
+    ):
+        mine, other = ours(*args, **options), theirs(*args, **options)
+        assert as_lists(mine) == as_lists(other)
+        for row in range(len(mine.encodings)):
+            assert mine.word_ids(row) == other.word_ids(row)
+            assert mine.tokens(row) == other.tokens(row)
+            assert mine.sequence_ids(row) == other.sequence_ids(row)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("strategy", [True, "only_first", "only_second"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_what_is_cut_off_follows_in_rows(ours, theirs, side, strategy, pairs, monkeypatch):
+    for tokenizer in (ours, theirs):
+        monkeypatch.setattr(tokenizer, "truncation_side", side)
+    rng = random.Random(5)
+    texts = [" ".join(rng.choices(["one", "unaffable", "three"], k=k)) for k in (0, 1, 6, 25, 60)]
+    short = [" ".join(rng.choices(["four", "five"], k=k)) for k in (1, 4, 2, 3, 0)]
+    if not pairs and strategy == "only_second":
+        return
+    args = (texts,) if not pairs else (texts, short) if strategy == "only_first" else (short, texts)
+    if pairs and strategy is True:
+        args = (texts + short, short[::-1] + texts)
+    for stride, more in product((0, 1, 3), ({}, {"padding": True, "return_tensors": "pt"}, {"padding_side": "left"})):
+        options = {"stride": stride, "return_token_type_ids": True, "padding": "longest", **more}
+        options |= {"truncation": strategy, "max_length": 19, "return_overflowing_tokens": True}
+        options["return_offsets_mapping"] = True
+        mine, other = ours(*args, **options), theirs(*args, **options)
+        assert as_lists(mine) == as_lists(other)
+        for row in range(len(mine.encodings)):
+            assert mine.sequence_ids(row) == other.sequence_ids(row)
+            assert mine.word_ids(row) == other.word_ids(row)
+            for index in range(30):
+                for text in range(len(args)):
+                    wanted = answer(other, "word_to_tokens", row, index, text)
+                    assert answer(mine, "word_to_tokens", row, index, text) == wanted
+        one = [side[3] for side in args]
+        assert as_lists(ours(*one, **options)) == as_lists(theirs(*one, **options))
+    plain = {"truncation": strategy, "max_length": 19, "stride": 3}
+    assert as_lists(ours(*args, **plain)) == as_lists(theirs(*args, **plain))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": "max_length", "max_length": 30}, {"add_special_tokens": False}])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_what_tokens_words_and_characters_belong_to(ours, theirs, options, padding_side):
+    options = options | {"padding_side": padding_side}
+    calls = [
+        (["A naïve text", "[SEP] unaffable"],),
+        (["unaffable, hé!", ""], ["second one", "b"]),
+        ("one text",),
+        ("a", "b c"),
+    ]
+    for args in calls:
+        mine, other = ours(*args, **options), theirs(*args, **options)
+        for row, index in product(range(len(mine.encodings)), range(16)):
+            for ask in ("char_to_token", "char_to_word", "word_to_tokens", "word_to_chars"):
+                for text in range(len(args)):
+                    wanted = answer(other, ask, row, index, text)
+                    assert answer(mine, ask, row, index, text) == wanted, (ask, row, index, text)
+            for ask in ("token_to_word", "token_to_chars", "token_to_sequence"):
+                if index < len(other["input_ids"][row] if isinstance(args[0], list) else other["input_ids"]):
+                    assert answer(mine, ask, row, index) == answer(other, ask, row, index), (ask, row, index)
+                    if not row:
+                        assert answer(mine, ask, index) == answer(other, ask, index)
+        assert mine.token_to_word(-2) == mine.word_ids()[-2]
+        assert [e.sequence_ids for e in mine.encodings] == [e.sequence_ids for e in other.encodings]
+    assert ours("one unaffable").word_to_tokens(1).end == 5 and ours("one").token_to_chars(1).start == 0
+
+
+def answer(encoding, ask, *where):
+    try:
+        return getattr(encoding, ask)(*where)
+    except TypeError:  # of transformers, which makes a span of None
+        return None
+
+
+def test_tokens_that_are_added(minilm, tmp_path):
+    from tokenizers import AddedToken
+
+    from fastdistil import DistilBertConfig, DistilBertModel
+
+    ours = DistilBertTokenizer.from_pretrained(minilm)
+    theirs = transformers.DistilBertTokenizer.from_pretrained(minilm)
+    texts = ["A naïve Naïve Blah blah the <e1> zzz9", "new tok, newtok and new  tok", "[MASK]<e2>x <e3>"]
+    steps = [
+        lambda t: t.add_tokens(["naïve", "the", "Blah"]),
+        lambda t: t.add_tokens(["Blah", "new2"]),
+        lambda t: t.add_tokens("zzz9", special_tokens=True),
+        lambda t: t.add_tokens(AddedToken("new tok", lstrip=True, single_word=True)),
+        lambda t: t.add_special_tokens({"additional_special_tokens": ["<e1>", "<e2>"]}),
+        lambda t: t.add_special_tokens({"extra_special_tokens": ["<e3>"]}, replace_extra_special_tokens=False),
+        lambda t: t.add_special_tokens({"mask_token": AddedToken("<mask>")}),
+        lambda t: t.add_special_tokens({"extra_special_tokens": ["<e3>"]}),
+    ]
+    for step in steps:
+        assert step(ours) == step(theirs) and len(ours) == len(theirs)
+        assert ours(texts)["input_ids"] == theirs(texts)["input_ids"] == ours.encode_ids(texts)
+        assert ours.all_special_tokens == theirs.all_special_tokens and ours.all_special_ids == theirs.all_special_ids
+        assert ours.extra_special_tokens == ours.additional_special_tokens == theirs.extra_special_tokens
+        assert ours.get_added_vocab() == theirs.get_added_vocab() and ours.mask_token_id == theirs.mask_token_id
+        for ids in ours(texts)["input_ids"]:
+            kept = ours.convert_ids_to_tokens(ids, skip_special_tokens=True)
+            assert kept == theirs.convert_ids_to_tokens(ids, skip_special_tokens=True)
+    assert ours.decode(ours("x zzz9 <e2> blah")["input_ids"], skip_special_tokens=True) == "x blah"
+
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for kind, where in product((DistilBertTokenizer, transformers.DistilBertTokenizer), ("ours", "theirs")):
+        back = kind.from_pretrained(tmp_path / where)
+        assert back(texts)["input_ids"] == ours(texts)["input_ids"] and len(back) == len(ours)
+        assert back.all_special_tokens == ours.all_special_tokens and back.mask_token == "<mask>"
+
+    model = DistilBertModel(DistilBertConfig(n_layers=1, dim=32, n_heads=2, hidden_dim=64))
+    model.resize_token_embeddings(len(ours))
+    assert model(**ours(texts, padding=True, return_tensors="pt")).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda t: t("a b", is_split_into_words=True), TypeError, "a text is a list of words, got str"),
+        (lambda t: t([["a"], "b"], is_split_into_words=True), TypeError, r"text\[1\] must be a list of words, got str"),
+        (lambda t: t([["a"], ["b", 1]], is_split_into_words=True), TypeError, r"text\[1\]\[1\] must be a string"),
+        (lambda t: t([["a", "\ud800"]], is_split_into_words=True), ValueError, r"text\[0\]\[1\] holds a lone surr"),
+        (lambda t: t([["a"]], ["b"], is_split_into_words=True), TypeError, r"text_pair\[0\] must be a list of words"),
+        (lambda t: t(["a"], "b", is_split_into_words=True), TypeError, "text is one list, so text_pair"),
+        (lambda t: t("a b c d", max_length=5, stride=3), ValueError, "stride is 3; rows have room for 3"),
+        (lambda t: t("a", stride=-1), ValueError, "stride is -1"),
+        (lambda t: t("a", stride="2"), ValueError, "stride is '2'"),
+        (
+            lambda t: t(
+                ["a"] * 2,
+                ["b", "b c d e"],
+                truncation="only_second",
+                max_length=6,
+                stride=2,
+                return_overflowing_tokens=True,
+            ),
+            ValueError,
+            "row 1: 2 tokens of a text are kept, too few for the next piece to share 2",
+        ),
+        (lambda t: t("a", padding=True, padding_side="up"), ValueError, "padding_side must be right or left"),
+        (lambda t: t.add_tokens(["a", 1]), TypeError, r"new_tokens\[1\] must be a string"),
+        (lambda t: t.add_tokens("\ud800"), ValueError, r"new_tokens\[0\] holds a lone surrogate"),
+        (lambda t: t.add_special_tokens({"foo": "a"}), ValueError, "foo is no special token"),
+        (lambda t: t.add_special_tokens({"extra_special_tokens": "a"}), TypeError, "must be a list of tokens"),
+        (lambda t: t.add_special_tokens({"pad_token": ["a"]}), TypeError, "must be one token"),
+    ],
+)
+def test_bad_words_strides_and_tokens(minilm, call, error, message):
+    with pytest.raises(error, match=message):
+        call(DistilBertTokenizer.from_pretrained(minilm))
