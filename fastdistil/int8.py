@@ -35,10 +35,15 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = quantize(linear.weight.detach().float())
-        self.register_buffer("weight", weight.to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].contiguous())
-        self.register_buffer("bias", linear.bias.detach().float().clone())
+        weight, bias = linear.weight.detach(), linear.bias.detach()
+        self.register_buffer("weight", torch.empty(weight.shape, dtype=torch.int8, device=weight.device))
+        self.register_buffer("scale", torch.empty_like(bias, dtype=torch.float32))
+        self.register_buffer("bias", bias.float().clone())
+        rows = max(1, cpu.ALONE // max(1, self.in_features))  # by this thread alone: see `cpu.copy_alone`
+        for part, values, scale in zip(*(t.split(rows) for t in (weight, self.weight, self.scale)), strict=True):
+            rounded, steps = quantize(part.float(), _round_alone)
+            values.copy_(rounded)
+            scale.copy_(steps[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
@@ -63,10 +68,16 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, round_: Callable[[Tensor], Tensor] = Tensor.round_) -> tuple[Tensor, Tensor]:
     """x: float32 [rows, in] -> whole numbers from -127 to 127, still float32, and each row's scale [rows, 1]."""
     largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg()).clamp(min=SMALLEST)
-    return (x * (127 / largest)).round_(), largest / 127
+    return round_(x * (127 / largest)), largest / 127
+
+
+def _round_alone(x: Tensor) -> Tensor:
+    for piece in x.view(-1).split(2**11):  # torch's rounding shares out what is longer
+        piece.round_()
+    return x
 
 
 def apply(layers: Sequence[Int8Linear], x: Tensor, activation: str | None = None) -> Tensor:

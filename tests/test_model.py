@@ -936,7 +936,7 @@ def test_parts_are_called_by_transformers_names():
         assert torch.equal(got[0], got.last_hidden_state) and len(got.hidden_states) == 3
 
 
-@pytest.mark.parametrize("how", ["config", "float32", "bfloat16", "head"])
+@pytest.mark.parametrize("how", ["config", "float32", "bfloat16", "int8", "head"])
 def test_a_model_that_was_loaded_serves_forked_processes(how, tmp_path):
     """As servers do that load before they fork: nothing may have started OpenMP's threads, which the child lacks."""
     sizes = dict(TINY, vocab_size=3_000, dim=256, n_heads=4, hidden_dim=1_024)
