@@ -6,6 +6,7 @@ read on the device, and what a bucket has more of is padding, which kernels skip
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -174,10 +175,12 @@ class Snapshot:
     """Where a model's tensors lie and what its modules compute: what a graph has fixed, compared at every call."""
 
     def __init__(self, model: nn.Module):
-        self.modules = modules = list(model.modules())
+        self.root = weakref.ref(model)  # which holds its graphs, and them this
+        modules = list(model.modules())
+        self.modules = modules[1:]
         kinds = {type(module) for module in modules}
         self.known = all(kind in PLAIN or kind.__module__.startswith("fastdistil.") for kind in kinds)
-        self.own: list[dict[str, Any]] = [module.__dict__ for module in modules]
+        self.own: list[dict[str, Any]] = [module.__dict__ for module in self.modules]
         self.settings = [(own, name) for own in self.own for name in SETTINGS if name in own]
         self.children = [module._modules for module in modules]
         self.parameters = [module._parameters for module in modules]
@@ -192,14 +195,16 @@ class Snapshot:
 
     def is_plain(self) -> bool:
         """Whether state() sees all that the model computes: only known modules, without hooks."""
-        watched = any("forward" in own or own[hooks] for own in self.own for hooks in HOOKS)
+        every = [self.root().__dict__, *self.own]
+        watched = any("forward" in own or own[hooks] for own in every for hooks in HOOKS)
         return self.known and not watched and not torch.nn.modules.module._has_any_global_hook()
 
     def state(self) -> list[Any]:
+        root: Any = self.root()
         tensors = self._tensors()
         return [  # lists by map, for a graph's replay takes less time than a careless walk
-            [*map(type, self.modules)],
-            [own["training"] for own in self.own],
+            [type(root), *map(type, self.modules)],
+            [root.training, *(own["training"] for own in self.own)],
             [own.get(name) for own, name in self.settings],
             [*map(id, chain.from_iterable(map(dict.values, self.children)))],
             [*map(Tensor.data_ptr, tensors)],

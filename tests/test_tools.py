@@ -1,8 +1,10 @@
 """What the tools around transformers' models ask of a model, its results and its tokenizer."""
 
 import copy
+import gc
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -165,6 +167,29 @@ def test_weights_that_are_tensors_of_tensors_are_left_to_their_modules(accelerat
     with torch.inference_mode():
         ours, expected = model(**given)[0][real], rounded(**given)[0][real]
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["graphs", "accelerated"])
+def test_a_model_nobody_holds_frees_its_weights_at_once(how):
+    """Not when the garbage collector comes round: `del model` is how memory of a GPU is made free."""
+    model, given = model_of("Model"), batch(2, 9)
+    if how == "accelerated":
+        model = transformers.DistilBertModel(transformers.DistilBertConfig(**CONFIG)).eval()
+        fastdistil.accelerate(model)
+    else:
+        model.cuda_graphs()
+        model._graphs._weights = Snapshot(model)
+    with torch.inference_mode():
+        model(**given)
+    assert how == "graphs" or "_fast" in model.__dict__
+    weight = weakref.ref(model.transformer.layer[0].ffn.lin2)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_no_graph_knows_weights_that_are_tensors_of_tensors():

@@ -326,7 +326,7 @@ class GraphCache:
         self._shared: Any = None
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
-        self._seen: tuple[tuple[nn.Module, ...], Snapshot] | None = None
+        self._seen: tuple[tuple[nn.Module, ...], Snapshot, nn.ModuleList] | None = None
 
     def __reduce__(self) -> tuple:
         return GraphCache, ()
@@ -337,8 +337,9 @@ class GraphCache:
         with self._lock:
             now = None if self._seen is None or self._seen[0] != parts else self._seen[1]
             if now is None or now.state() != now.when_captured:
-                now = Snapshot(nn.ModuleList(parts))
-                self._seen = parts, now
+                together = nn.ModuleList(parts)  # which a snapshot does not keep
+                now = Snapshot(together)
+                self._seen = parts, now, together
             return now if now.is_plain() else None
 
     def clear(self) -> bool:

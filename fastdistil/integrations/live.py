@@ -79,8 +79,9 @@ class Fast:
     """
 
     def __init__(self, model: Any):
-        self.watched = [(m, m.__dict__, type(m), tuple(m._modules.values())) for m in model.modules()]
-        self.own = self.watched.pop(0)[1:]
+        # of the model itself its parts alone: it holds this, and would else wait for the garbage collector
+        self.parts = tuple(model._modules.values())
+        self.watched = [(m, m.__dict__, type(m), tuple(m._modules.values())) for m in [*model.modules()][1:]]
         self.blocks: list[TransformerBlock] | None = None
         try:
             heads, dim, activation = model._heads_and_activation()
@@ -99,10 +100,9 @@ class Fast:
             if attention.looked_at != _address(attention):  # not yet, or moved to another place or dtype
                 _lay_side_by_side(attention)
 
-    def is_current(self) -> bool:
+    def is_current(self, model: nn.Module) -> bool:
         """Whether the model is made of the same modules."""
-        state, _, children = self.own
-        return tuple(state["_modules"].values()) == children and all(
+        return tuple(model._modules.values()) == self.parts and all(
             type(m) is kind and tuple(state["_modules"].values()) == children
             for m, state, kind, children in self.watched
         )
@@ -275,7 +275,7 @@ class Live:
         ):
             return None
         fast = self.__dict__.get("_fast")
-        if fast is None or not fast.is_current():
+        if fast is None or not fast.is_current(model):
             fast = self.__dict__["_fast"] = Fast(model)
         return fast if fast.is_plain() else None
 
