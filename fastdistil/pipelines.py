@@ -780,8 +780,9 @@ def pipeline(
         raise TypeError(f"the model must be one of fastdistil's, got {type(model).__name__}")
     if loaded and tokenizer is None:
         raise ValueError("a loaded model comes without a tokenizer; pass tokenizer=")
+    hub: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
     if not loaded:
-        directory = find(model, revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
+        directory = find(model, **hub)
         if device is None:
             device = one_device("auto" if device_map is None else device_map)
         place = as_device(device)
@@ -804,5 +805,5 @@ def pipeline(
             raise ValueError(f"{directory} is no checkpoint for {task}: its configuration names {named}")
         tokenizer = directory if tokenizer is None else tokenizer
     if not isinstance(tokenizer, DistilBertTokenizer):
-        tokenizer = DistilBertTokenizer.from_pretrained(tokenizer)
+        tokenizer = DistilBertTokenizer.from_pretrained(tokenizer, **hub)
     return kind(model, tokenizer, max_batch_tokens, **options)

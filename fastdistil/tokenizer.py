@@ -161,10 +161,21 @@ class DistilBertTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_repo: Any, *, revision: str | None = None, local_files_only: bool = False, **overrides: Any
+        cls,
+        path_or_repo: Any,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        **overrides: Any,
     ) -> "DistilBertTokenizer":
-        """From a directory or hub id holding tokenizer.json or vocab.txt, with tokenizer_config.json's settings."""
-        directory = find(path_or_repo, revision=revision, local_files_only=local_files_only)
+        """From a directory or hub id holding tokenizer.json or vocab.txt, with tokenizer_config.json's settings.
+
+        overrides: the constructor's arguments. Raises OSError, ValueError or TypeError naming the file.
+        """
+        hub: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir, token=token)
+        directory = find(path_or_repo, local_files_only=local_files_only, **hub)
         settings = read_object(directory / "special_tokens_map.json") | read_object(directory / "tokenizer_config.json")
         given: dict[str, Any] = {
             name: value.get("content") if isinstance(value, dict) else value

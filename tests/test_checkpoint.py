@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from fastdistil import DistilBertConfig, DistilBertForMaskedLM, DistilBertModel
+from fastdistil import DistilBertConfig, DistilBertForMaskedLM, DistilBertModel, DistilBertTokenizer, pipeline
 from fastdistil.checkpoint import HUB_FILES, LoadReport, Weights, find, load_weights
 from fastdistil.model import PreTrainedModel
 
@@ -194,11 +194,22 @@ def test_hub_id_from_the_local_cache(saved, tmp_path, monkeypatch):
     (repo / "refs" / "main").write_text("a" * 40)
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).write_bytes((path / name).read_bytes())
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one"]
+    (snapshot / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    (snapshot / "added_tokens.json").write_text('{"<new>": 6}')
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     same(DistilBertModel.from_pretrained("someone/tiny", local_files_only=True), theirs)
     with pytest.raises(FileNotFoundError, match="'someone/other' is neither a local directory nor a hub id"):
         DistilBertModel.from_pretrained("someone/other", local_files_only=True)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    where = dict(local_files_only=True, revision="main", cache_dir=str(tmp_path / "cache"), token=False)
+    tokenizer = DistilBertTokenizer.from_pretrained("someone/tiny", **where)
+    assert tokenizer("one <new>")["input_ids"] == [2, 5, 6, 3]
+    found = pipeline("feature-extraction", str(path), "someone/tiny", device="cpu", **where)
+    assert len(found("one <new>")[0]) == 4
 
 
 def test_pickles_only_on_request(saved, tmp_path):
@@ -423,5 +434,9 @@ def test_the_hub_is_asked_for_every_file_of_a_sentence_transformer():
         "2_Dense/config.json",
         "2_Dense/model.safetensors",
         "model.safetensors",
+        "sentence_bert_config.json",
+        "sentence_distilbert_config.json",
+        "added_tokens.json",
     ]
-    assert list(filter_repo_objects([*names, "2_Dense/pytorch_model.bin"], allow_patterns=HUB_FILES)) == names
+    others = ["2_Dense/pytorch_model.bin", "pytorch_model.bin", "onnx/model.onnx", "README.md"]
+    assert list(filter_repo_objects([*names, *others], allow_patterns=HUB_FILES)) == names

@@ -128,14 +128,17 @@ def test_options(checkpoint):
     with torch.inference_mode():
         np.testing.assert_allclose(cls.encode("a cat sat"), cls.model(ids)[0][0, 0], atol=1e-6)
     (checkpoint / "sentence_bert_config.json").write_text('{"max_seq_length": null, "do_lower_case": true}')
+    (checkpoint / "sentence_distilbert_config.json").write_text('{"max_seq_length": 5}')  # the first one counts
     (checkpoint / "config_sentence_transformers.json").write_text(
         json.dumps({"prompts": {"query": "Query: "}, "default_prompt_name": "query"})
     )
     prompted = Embedder.from_pretrained(checkpoint, device="cpu")
     assert prompted.max_length == 512
     np.testing.assert_allclose(prompted.encode("A CAT"), own.encode("query: a cat"), atol=1e-6)
-    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+    for name in ("modules.json", "config_sentence_transformers.json"):
         (checkpoint / name).unlink()
+    for path in checkpoint.glob("sentence_*_config.json"):
+        path.unlink()
     plain = Embedder.from_pretrained(checkpoint, device="cpu")
     assert (plain.pooling, plain.normalize, plain.max_length) == ("mean", False, 512)
 
@@ -403,6 +406,21 @@ def test_lowering_spares_special_tokens(minilm, checkpoint):
     assert ours.tokenizer.mask_token_id in ours.tokenize(texts).ids
     with pytest.raises(TypeError, match="normalize must be true or false, got 'yes'"):
         Embedder(ours.model, ours.tokenizer, normalize="yes")
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "xlm-roberta"])
+def test_settings_under_their_older_names(checkpoint, kind):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    (checkpoint / "sentence_bert_config.json").unlink()
+    (checkpoint / f"sentence_{kind}_config.json").write_text('{"max_seq_length": 5}')
+    texts = ["a b c d e f g h i j k l", "a b"]
+    theirs = sentence_transformers.SentenceTransformer(str(checkpoint), device="cpu")
+    ours = Embedder.from_pretrained(checkpoint, device="cpu")
+    assert ours.max_length == theirs.max_seq_length == 5
+    np.testing.assert_allclose(ours.encode(texts), theirs.encode(texts), atol=1e-5)
+    (checkpoint / f"sentence_{kind}_config.json").write_text('{"max_seq_length": "5"}')
+    with pytest.raises(ValueError, match=f"sentence_{kind}_config.json: max_seq_length is '5'"):
+        Embedder.from_pretrained(checkpoint, device="cpu")
 
 
 def test_the_longest_text_can_be_set(checkpoint):

@@ -14,6 +14,7 @@ from fastdistil import ops
 from fastdistil.checkpoint import Weights, read_json, read_object
 
 ACTIVATIONS = {kind.__name__: kind for kind in (nn.Tanh, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
+KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # as ever named, first wins
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
@@ -42,8 +43,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{directory}/modules.json has {kind} before Pooling, or Pooling twice: not supported")
         elif kind != "Transformer":
             raise ValueError(f"{directory}/modules.json asks for the module {kind or module!r}, which is not supported")
-    sentence = read_object(directory / "sentence_bert_config.json")
-    where = f"{directory}/sentence_bert_config.json"
+    sentence: dict[str, Any] = {}
+    where = ""
+    for kind in KINDS:
+        if sentence := read_object(directory / f"sentence_{kind}_config.json"):
+            where = f"{directory}/sentence_{kind}_config.json"
+            break
     if (length := sentence.get("max_seq_length")) is not None:
         if isinstance(length, bool) or not isinstance(length, int) or length < 3:
             raise ValueError(f"{where}: max_seq_length is {length!r}; it must be an integer of 3 tokens or more")
