@@ -34,74 +34,106 @@ class BatchEncoding(dict):
         super().__init__(data)
         self._encodings = list(encodings)
 
+    def __getitem__(self, name: Any) -> Any:
+        """The field of that name; of a number, that row's `tokenizers.Encoding`."""
+        return self._whole(name) if isinstance(name, int) else super().__getitem__(name)
+
     def __getattr__(self, name: str) -> Any:
         try:
-            return self[name]
+            return super().__getitem__(name)
         except KeyError:
             raise AttributeError(name) from None
 
-    def to(self, device: str | torch.device) -> "BatchEncoding":
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
-        return BatchEncoding(moved, self._encodings)
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> "BatchEncoding":
+        """Move the tensors to the device, in place; returns itself."""
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                self[name] = value.to(device, non_blocking=non_blocking)
+        return self
 
     @property
     def encodings(self) -> list[Encoding]:
-        return [self._encoding(row) for row in range(len(self._encodings))]
+        return [self._whole(row) for row in range(len(self._encodings))]
+
+    @property
+    def n_sequences(self) -> int | None:
+        """1, or 2 of pairs; None where no text was tokenised."""
+        return self._encodings[0].n_sequences if self._encodings else None
 
     def _encoding(self, row: int) -> Encoding:
         if not self._encodings:
             raise ValueError("these ids come from no text: ask what the tokenizer itself returned")
-        found = self._encodings[row]
+        return self._encodings[row]
+
+    def _whole(self, row: int) -> Encoding:
+        """That knows the places of both texts of a pair."""
+        found = self._encoding(row)
         if found.n_sequences == 2:
             self._encodings[row] = found = _of_two_texts(found)
         return found
 
-    def tokens(self, row: int = 0) -> list[str]:
-        return self._encoding(row).tokens
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        """Each token's string."""
+        return self._encoding(batch_index).tokens
 
-    def word_ids(self, row: int = 0) -> list[int | None]:
-        return self._encoding(row).word_ids
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """Each token's word, as a number within its text; None of special tokens."""
+        return self._encoding(batch_index).word_ids
 
-    def sequence_ids(self, row: int = 0) -> list[int | None]:
-        return self._encoding(row).sequence_ids
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """Each token's text, 0 or 1; None of special tokens."""
+        found = self._encoding(batch_index)  # whose own may have forgotten the first text of a pair
+        own = zip(found.special_tokens_mask, found.sequence_ids, strict=True)
+        return [None if special else int(kind == 1) for special, kind in own]
 
     def _place(self, first: int, second: int | None) -> tuple[Encoding, int]:
         row, index = (0, first) if second is None else (first, second)
-        return self._encoding(row), index
+        return self._whole(row), index
 
     def _token(self, first: int, second: int | None) -> tuple[Encoding, int]:
         encoding, token = self._place(first, second)
-        return encoding, token + len(encoding) if token < 0 else token
+        at = token + len(encoding) if token < 0 else token
+        if not 0 <= at < len(encoding):
+            raise IndexError(f"there is no token {token} in a row of {len(encoding)}")
+        return encoding, at
 
-    def token_to_sequence(self, row_or_token: int, token: int | None = None) -> int | None:
-        encoding, token = self._token(row_or_token, token)
+    def token_to_sequence(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        encoding, token = self._token(batch_or_token_index, token_index)
         return encoding.token_to_sequence(token)
 
-    def token_to_word(self, row_or_token: int, token: int | None = None) -> int | None:
-        encoding, token = self._token(row_or_token, token)
+    def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        encoding, token = self._token(batch_or_token_index, token_index)
         return encoding.token_to_word(token)
 
-    def token_to_chars(self, row_or_token: int, token: int | None = None) -> CharSpan | None:
-        encoding, token = self._token(row_or_token, token)
+    def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
+        encoding, token = self._token(batch_or_token_index, token_index)
         found = encoding.token_to_chars(token)
         return None if found is None else CharSpan(*found)
 
-    def char_to_token(self, row_or_char: int, char: int | None = None, sequence_index: int = 0) -> int | None:
-        encoding, char = self._place(row_or_char, char)
-        return encoding.char_to_token(char, sequence_index)
+    def char_to_token(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        encoding, char = self._place(batch_or_char_index, char_index)
+        return encoding.char_to_token(char, sequence_index) if char >= 0 else None
 
-    def char_to_word(self, row_or_char: int, char: int | None = None, sequence_index: int = 0) -> int | None:
-        encoding, char = self._place(row_or_char, char)
-        return encoding.char_to_word(char, sequence_index)
+    def char_to_word(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        encoding, char = self._place(batch_or_char_index, char_index)
+        return encoding.char_to_word(char, sequence_index) if char >= 0 else None
 
-    def word_to_tokens(self, row_or_word: int, word: int | None = None, sequence_index: int = 0) -> TokenSpan | None:
-        encoding, word = self._place(row_or_word, word)
-        found = encoding.word_to_tokens(word, sequence_index)
+    def word_to_tokens(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> TokenSpan | None:
+        encoding, word = self._place(batch_or_word_index, word_index)
+        found = encoding.word_to_tokens(word, sequence_index) if word >= 0 else None
         return None if found is None else TokenSpan(*found)
 
-    def word_to_chars(self, row_or_word: int, word: int | None = None, sequence_index: int = 0) -> CharSpan | None:
-        encoding, word = self._place(row_or_word, word)
-        found = encoding.word_to_chars(word, sequence_index)
+    def word_to_chars(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> CharSpan | None:
+        encoding, word = self._place(batch_or_word_index, word_index)
+        found = encoding.word_to_chars(word, sequence_index) if word >= 0 else None
         return None if found is None else CharSpan(*found)
 
 

@@ -186,6 +186,7 @@ class Embeddings(nn.Module):
             and is_plain(self.LayerNorm, nn.LayerNorm)
             and all(
                 type(table) is nn.Embedding
+                and table.weight.dtype is self.LayerNorm.weight.dtype
                 and table.max_norm is None
                 and not is_packed_otherwise(table.weight)
                 and "forward" not in table.__dict__
@@ -1215,8 +1216,10 @@ class DistilBertModel(PreTrainedModel):
             if lowest < 0 or highest >= len(input_ids):
                 bad = lowest if lowest < 0 else highest
                 raise ValueError(f"only holds {bad}, but there are rows 0 to {len(input_ids) - 1}")
-        if input_ids.dim() != 1:
-            raise ValueError(f"input_ids must be [rows], got {list(input_ids.shape)}")
+        if input_ids.dim() != 1 or input_ids.dtype not in INTEGERS:
+            raise ValueError(f"input_ids must be integers [rows], got {input_ids.dtype} {list(input_ids.shape)}")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            input_ids = input_ids.long()
         if max_seqlen > self.config.max_position_embeddings:
             raise ValueError(self._too_long(max_seqlen))
         ops.check_cu_seqlens(cu_seqlens, input_ids, max_seqlen)
@@ -1247,6 +1250,12 @@ class DistilBertModel(PreTrainedModel):
         if row.numel() == 0:
             return self.embeddings.word_embeddings.weight.new_zeros(len(input_ids), self.config.dim)
         ids, positions = input_ids[row], position_ids[row]
+        if can_look(ids.device):
+            live = int(at.cu_seqlens[-1])
+            for name, index, of in (("input_ids", input_ids, "word"), ("position_ids", position_ids, "position")):
+                table = getattr(self.embeddings, f"{of}_embeddings", None)
+                if type(table) is nn.Embedding:
+                    cpu.check_inside(name, index[:live], table.weight)
         given = Inputs(ids, None, keep, None, positions, adapters=self._adapters(None))
         hidden = self._dense(given)[0][-1]
         out = hidden.new_zeros(len(input_ids) + 1, hidden.shape[2])  # with a row for what is padded
@@ -1314,9 +1323,7 @@ class DistilBertModel(PreTrainedModel):
             input_ids = input_ids.long()
         if inputs_embeds is not None:
             inputs_embeds = inputs_embeds.to(self.dtype if self._words() is None else self._words().dtype)
-        keep, mask = _masks(attention_mask, batch, length, self.config.n_heads)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(self.dtype)
+        keep, mask = _masks(attention_mask, batch, length, self.config.n_heads, self.dtype)
         positions = self._positions(position_ids, batch, length, device)
         heads = self._head_mask(head_mask)
         if input_ids is not None:
@@ -1406,8 +1413,10 @@ class DistilBertModel(PreTrainedModel):
         return head_mask.reshape(shape).expand(layers, heads)
 
 
-def _masks(attention_mask: Tensor | None, batch: int, length: int, heads: int) -> tuple[Tensor | None, Tensor | None]:
-    """-> (bool [batch, length] of real tokens or None, 4-D mask or None); at most one of them is given"""
+def _masks(
+    attention_mask: Tensor | None, batch: int, length: int, heads: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> (bool [batch, length] of real tokens or None, 4-D mask, bool or in dtype, or None); one of them is None"""
     if attention_mask is None:
         return None, None
     shape = tuple(attention_mask.shape)
@@ -1419,6 +1428,7 @@ def _masks(attention_mask: Tensor | None, batch: int, length: int, heads: int) -
             raise ValueError(f"a 4-D attention_mask must be [{batch}, 1, {length}, {length}], got {list(shape)}")
         # as in the padding's case, a query that may attend to nothing attends to everything
         if attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(dtype)  # which makes an infinity of another dtype's lowest number
             nothing = attention_mask.amax(-1, keepdim=True) == -torch.inf
             return None, attention_mask.masked_fill(nothing, 0)
         allowed = attention_mask != 0

@@ -24,6 +24,7 @@ SPECIAL = {  # in transformers' order of all_special_tokens
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the second is transformers 4's name
 NO_LIMIT = int(1e30)  # transformers' model_max_length where a tokenizer states none
 MOST_TOKENS = 2**24  # more to pad to, or in a vocabulary, is a mistake, and takes the memory
 MAX_WORD = 100  # WordPiece gives [UNK] for a longer word, so a word has at most this many tokens
@@ -93,7 +94,26 @@ class DistilBertTokenizer:
         missing = [token for token in self._special.values() if self._tokenizer.token_to_id(token) is None]
         if missing:
             raise ValueError(f"{vocab_file or 'the tokenizer'} lacks the special tokens {', '.join(missing)}")
+        self._make_special(list(self._special.values()))
         self._before, self._after = self._template()
+        stated = [self.cls_token_id, self.sep_token_id]
+        if len(self._before) == len(self._after) == 1 and self._before + self._after != stated:
+            self._tokenizer.post_processor = self._around()
+            self._before, self._after = self._template()
+
+    def _make_special(self, tokens: list[str]) -> None:
+        """Let them be found in a text as they stand; what a file says of how that is done stays."""
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        self._tokenizer.add_special_tokens([token for token in tokens if token not in known])
+
+    def _around(self) -> processors.TemplateProcessing:
+        """BERT's special tokens around a text, or between two."""
+        cls, sep = self.cls_token, self.sep_token
+        return processors.TemplateProcessing(
+            single=[cls, "$A:0", sep],
+            pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
+            special_tokens=[(cls, self.cls_token_id), (sep, self.sep_token_id)],
+        )
 
     def _from_vocab(self, path: Path) -> Tokenizer:
         if not path.is_file():
@@ -115,14 +135,9 @@ class DistilBertTokenizer:
             lowercase=self.do_lower_case,
         )
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        cls, sep = special["cls_token"], special["sep_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{cls}:0 $A:0 {sep}:0",
-            pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-            special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
-        )
+        self._tokenizer = tokenizer
+        tokenizer.post_processor = self._around()
         tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-        tokenizer.add_special_tokens(list(special.values()))
         return tokenizer
 
     def _add_tokens(self, decoder: Any, where: Path) -> None:
@@ -146,14 +161,13 @@ class DistilBertTokenizer:
 
     def _add_special(self, settings: dict[str, Any], directory: Path) -> None:
         """The special tokens beside the usual ones, of which a file may tell that does not hold them."""
-        for name in ("additional_special_tokens", "extra_special_tokens"):
+        for name in EXTRA:
             told = settings.get(name) or []
             for token in told.values() if isinstance(told, dict) else told:
                 content = token.get("content") if isinstance(token, dict) else token
                 if not isinstance(content, str):
                     raise ValueError(f"{directory}/tokenizer_config.json: {name} holds {token!r}, not a token")
-                if self._tokenizer.token_to_id(content) is None:
-                    self._tokenizer.add_special_tokens([content])
+                self._make_special([content])
                 if content not in self.extra_special_tokens:
                     self.extra_special_tokens.append(content)
 
@@ -236,7 +250,7 @@ class DistilBertTokenizer:
         """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers reads back."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        settings = self._special | {
+        settings: dict[str, Any] = self._special | {
             "tokenizer_class": "DistilBertTokenizer",
             "do_lower_case": self.do_lower_case,
             "strip_accents": self.strip_accents,
@@ -245,8 +259,9 @@ class DistilBertTokenizer:
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
-            "extra_special_tokens": self.extra_special_tokens,
         }
+        if self.extra_special_tokens:
+            settings["additional_special_tokens"] = self.extra_special_tokens  # the name that every version reads
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
         self._tokenizer.save(str(directory / "tokenizer.json"))
@@ -276,6 +291,8 @@ class DistilBertTokenizer:
         """The `tokenizers.Tokenizer` underneath."""
         return self._tokenizer
 
+    backend_tokenizer = backend  # transformers' name
+
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=False)
@@ -296,12 +313,15 @@ class DistilBertTokenizer:
         Special ones are found in a text as they stand, and left out by decode(skip_special_tokens=True). The model's
         embeddings have to grow along: `model.resize_token_embeddings(len(tokenizer))`.
         """
-        tokens = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else list(new_tokens)
+        tokens = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else new_tokens
+        if not isinstance(tokens, (list, tuple)):
+            raise TypeError(f"new_tokens must be a token or a list of them, got {type(tokens).__name__}")
         for at, token in enumerate(tokens):
             if not isinstance(token, (str, AddedToken)):
                 raise TypeError(f"new_tokens[{at}] must be a string or an AddedToken, got {token!r}")
             _check_unicode(_content(token), f"new_tokens[{at}]")
-        return (self._tokenizer.add_special_tokens if special_tokens else self._tokenizer.add_tokens)(tokens)
+        add = self._tokenizer.add_special_tokens if special_tokens else self._tokenizer.add_tokens
+        return add(list(tokens))
 
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
@@ -311,16 +331,20 @@ class DistilBertTokenizer:
         additional_special_tokens is the older name of extra_special_tokens. Those there are go on being special, but
         are listed no more where replace_extra_special_tokens.
         """
+        if not isinstance(special_tokens_dict, Mapping):
+            raise TypeError(f"special_tokens_dict must be a dictionary, got {type(special_tokens_dict).__name__}")
+        for name, value in special_tokens_dict.items():
+            if name not in (*SPECIAL, *EXTRA):
+                raise ValueError(f"{name} is no special token of this tokenizer; it has {', '.join(SPECIAL)}")
+            if name in EXTRA and not isinstance(value, (list, tuple)):
+                raise TypeError(f"{name} must be a list of tokens, got {value!r}")
+            if name not in EXTRA and not isinstance(value, (str, AddedToken)):
+                raise TypeError(f"{name} must be one token, got {value!r}")
         added = 0
         for name, value in special_tokens_dict.items():
-            extra = name in ("extra_special_tokens", "additional_special_tokens")
-            if not extra and name not in SPECIAL:
-                raise ValueError(f"{name} is no special token of this tokenizer; it has {', '.join(SPECIAL)}")
-            if extra != isinstance(value, (list, tuple)):
-                raise TypeError(f"{name} must be {'a list of tokens' if extra else 'one token'}, got {value!r}")
-            tokens = list(value) if extra else [value]
+            tokens = list(value) if name in EXTRA else [value]
             added += self.add_tokens(tokens, special_tokens=True)
-            if extra:
+            if name in EXTRA:
                 kept = [] if replace_extra_special_tokens else self.extra_special_tokens
                 self.extra_special_tokens = list(dict.fromkeys([*kept, *map(_content, tokens)]))
             else:
@@ -330,7 +354,21 @@ class DistilBertTokenizer:
     @property
     def additional_special_tokens(self) -> list[str]:
         """extra_special_tokens, as transformers 4 called them."""
-        return self.extra_special_tokens
+        return list(self.extra_special_tokens)
+
+    @additional_special_tokens.setter
+    def additional_special_tokens(self, tokens: Sequence[str]) -> None:
+        self.add_special_tokens({"additional_special_tokens": list(tokens)})
+
+    @property
+    def special_tokens_map(self) -> dict[str, Any]:
+        """unk_token and the like, and the extra ones."""
+        extra = {"extra_special_tokens": list(self.extra_special_tokens)} if self.extra_special_tokens else {}
+        return {**self._special, **extra}
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many special tokens are put around a text, or two."""
+        return self._tokenizer.num_special_tokens_to_add(pair)
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -338,10 +376,9 @@ class DistilBertTokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        vocab = self.get_vocab()
-        return [vocab[token] for token in self.all_special_tokens]
+        return [self.convert_tokens_to_ids(token) for token in self.all_special_tokens]  # type: ignore[misc]
 
-    def _is_special(self) -> set[int]:
+    def _special_ids(self) -> set[int]:
         added = self._tokenizer.get_added_tokens_decoder()
         return {i for i, token in added.items() if token.special} | set(self.all_special_ids)
 
@@ -432,7 +469,7 @@ class DistilBertTokenizer:
         return_length: bool = False,
         verbose: bool = True,
     ) -> BatchEncoding:
-        """Tokenise a text or a list of texts (or of pairs, by text_pair), as transformers' tokenizers do.
+        """Tokenise a text or a list of texts (or of pairs, by text_pair or as a list of twos), as transformers' do.
 
         padding: True or "longest", "max_length", or False. truncation: True or "longest_first", "only_first",
         "only_second", or False; to max_length tokens, by default model_max_length; None is True if max_length is given
@@ -444,8 +481,10 @@ class DistilBertTokenizer:
         row.
         """
         single = _is_of_words(text) if is_split_into_words else isinstance(text, str)
-        if single and text_pair == "":
+        if single and text_pair is not None and not len(text_pair):
             text_pair = None  # as transformers does; in a list an empty second text stays one
+        if text_pair is None and not is_split_into_words and _are_pairs(text):
+            text, text_pair = map(list, zip(*text, strict=True))
         texts, pairs = _as_lists(text, text_pair, single)
         if truncation is None and max_length is not None and not padding:
             truncation = True  # as transformers takes it
@@ -456,8 +495,11 @@ class DistilBertTokenizer:
         room = math.inf
         if strategy and max_length is not None:
             room = self._room(max_length, pair=pairs is not None, special=add_special_tokens)
-        if isinstance(stride, bool) or not isinstance(stride, int) or not 0 <= stride < max(room, 1):
-            raise ValueError(f"stride is {stride!r}; rows have room for {room} tokens of a text, and it must be less")
+        _check_side("padding_side", padding_side or "right")
+        if isinstance(stride, bool) or not isinstance(stride, int):
+            raise TypeError(f"stride must be an integer, got {stride!r}")
+        if not 0 <= stride <= room:
+            raise ValueError(f"stride is {stride}, but a row has room for {room} tokens of a text; it must be less")
 
         whole = is_split_into_words or return_overflowing_tokens or self.truncation_side == "left"
         encode = self._encode_words if is_split_into_words else self._encode_texts
@@ -741,7 +783,7 @@ class DistilBertTokenizer:
         """Text of token ids (a list, array or tensor), with spaces before punctuation removed as in transformers 4."""
         ids = np.asarray(token_ids).reshape(-1).tolist()
         if skip_special_tokens:
-            special = self._is_special()
+            special = self._special_ids()
             ids = [i for i in ids if i not in special]
         size = len(self)
         for i in ids:
@@ -813,7 +855,8 @@ def _check_vocabulary(tokenizer: Tokenizer, where: Any) -> None:
 
 def _check_text(text: Any, name: str) -> str:
     if not isinstance(text, str):
-        raise TypeError(f"{name} must be a string, got {type(text).__name__} {str(text)[:40]!r}")
+        hint = "; lists of words need is_split_into_words=True" if isinstance(text, (list, tuple)) else ""
+        raise TypeError(f"{name} must be a string, got {type(text).__name__} {str(text)[:40]!r}{hint}")
     return str(text)
 
 
@@ -831,6 +874,13 @@ def _is_of_words(text: Any) -> bool:
 
 def _content(token: str | AddedToken) -> str:
     return token if isinstance(token, str) else token.content
+
+
+def _are_pairs(text: Any) -> bool:
+    """Whether a list holds pairs of texts."""
+    rows = text if isinstance(text, (list, tuple)) else []
+    twos = all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows)
+    return bool(rows) and twos and all(isinstance(side, str) for row in rows for side in row)
 
 
 def _check_unicode(text: str, name: str) -> None:
@@ -891,12 +941,16 @@ def _truncate(
         long = room - short if 2 * short < room else room - room // 2
         short = room - long
         n1, n2 = (short, long) if n1 <= n2 else (long, short)
-    elif strategy == "only_second":
-        n2 = room - n1
-    else:
-        n1 = room - n2
-    if n1 < 0 or n2 < 0:
+    elif room == 0:
+        n1 = n2 = 0
+    elif strategy == "only_second" and two is None:
+        raise ValueError(f"row {row} cannot be cut to max_length by only_second: it has one text")
+    elif (left := room - (n1 if strategy == "only_second" else n2)) < 1:
         raise ValueError(f"row {row} cannot be cut to max_length by {strategy}: the other text alone is too long")
+    elif strategy == "only_second":
+        n2 = left
+    else:
+        n1 = left
     for encoding, most in ((one, n1), (two, n2)):
         if encoding is not None:
             if stride and len(encoding) > most and stride >= most:

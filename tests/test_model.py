@@ -694,6 +694,48 @@ def test_tangents_of_weights_and_values_within_a_gradient():
         torch.func.grad(lambda weights: run(weights, ids + 10**6).sum())(wide)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_ids_of_a_packed_call_are_looked_at(watched):
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    if watched:
+        model.transformer.layer[0].ffn.register_forward_hook(lambda *_: None)
+    cu_seqlens, ids = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([1, 2, 3, 4, 5, 999_999])
+    expected = model.forward_packed(ids[:5], cu_seqlens, 3)
+    torch.testing.assert_close(model.forward_packed(ids, cu_seqlens, 3)[:5], expected)  # a dead row may be anything
+    torch.testing.assert_close(model.forward_packed(ids[:5].to(torch.int16), cu_seqlens, 3), expected)
+    with pytest.raises(ValueError, match=r"input_ids\[1\] is 999, outside the table"):
+        model.forward_packed(torch.tensor([1, 999, 3, 4, 5]), cu_seqlens, 3)
+    with pytest.raises(ValueError, match=r"position_ids\[4\] is -1, outside the table"):
+        model.forward_packed(ids[:5], cu_seqlens, 3, torch.tensor([0, 1, 0, 1, -1]))
+    with pytest.raises(ValueError, match=r"input_ids must be integers \[rows\], got torch.float32"):
+        model.forward_packed(ids[:5].float(), cu_seqlens, 3)
+
+
+@pytest.mark.parametrize("part", ["LayerNorm", "sa_layer_norm"])
+def test_a_part_in_another_precision(part):
+    """As who keeps LayerNorms in float32 has it: what torch computes so is computed without a gradient, too."""
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval().bfloat16()
+    for name, module in model.named_modules():
+        if name.endswith(part):
+            module.float()
+    ids, mask = torch.randint(1, 99, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    expected = model(ids, mask)[0].detach()
+    with torch.no_grad():
+        found = model(ids, mask)[0]
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_query_that_may_attend_to_nothing_by_another_precisions_lowest_number(dtype):
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval().to(dtype)
+    mask = torch.zeros(2, 1, 5, 5)
+    mask[1, 0, 3] = torch.finfo(torch.float32).min
+    mask[0, 0, 2, 1:] = torch.finfo(torch.float32).min
+    for more in ({}, {"output_attentions": True}):
+        assert model(torch.randint(1, 99, (2, 5)), mask, **more)[0].isfinite().all()
+
+
 def test_packed_call_compiles():
     ours, _ = pair()
     ids, _ = inputs()

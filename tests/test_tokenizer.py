@@ -497,6 +497,7 @@ WORDS = [
         {"padding": True, "return_tensors": "pt"},
         {"truncation": True, "max_length": 9, "padding": "max_length"},
         {"truncation": True, "max_length": 8, "return_overflowing_tokens": True, "stride": 1},
+        {"truncation": True, "max_length": 12},
         {"add_special_tokens": False, "return_special_tokens_mask": True, "return_length": True},
     ],
     ids=str,
@@ -505,7 +506,9 @@ WORDS = [
 def test_texts_that_are_split_into_words(ours, theirs, options, pairs):
     options = {"is_split_into_words": True, "return_offsets_mapping": not options.get("return_tensors"), **options}
     for args in (
-        [(WORDS, WORDS[::-1]), (WORDS[0], WORDS[2])] if pairs else [(WORDS,), (WORDS[0],), (tuple(WORDS[4]),), ([],)]
+        [(WORDS, WORDS[::-1]), (WORDS[0], WORDS[2]), (WORDS[0], [])]
+        if pairs
+        else [(WORDS,), (WORDS[0],), (tuple(WORDS[4]),), ([],)]
     ):
         mine, other = ours(*args, **options), theirs(*args, **options)
         assert as_lists(mine) == as_lists(other)
@@ -566,13 +569,116 @@ def test_what_tokens_words_and_characters_belong_to(ours, theirs, options, paddi
                     wanted = answer(other, ask, row, index, text)
                     assert answer(mine, ask, row, index, text) == wanted, (ask, row, index, text)
             for ask in ("token_to_word", "token_to_chars", "token_to_sequence"):
-                if index < len(other["input_ids"][row] if isinstance(args[0], list) else other["input_ids"]):
+                inside = index < len(other["input_ids"][row] if isinstance(args[0], list) else other["input_ids"])
+                if not inside:
+                    with pytest.raises(IndexError, match=f"there is no token {index}"):
+                        answer(mine, ask, row, index)
+                else:
                     assert answer(mine, ask, row, index) == answer(other, ask, row, index), (ask, row, index)
                     if not row:
                         assert answer(mine, ask, index) == answer(other, ask, index)
         assert mine.token_to_word(-2) == mine.word_ids()[-2]
         assert [e.sequence_ids for e in mine.encodings] == [e.sequence_ids for e in other.encodings]
     assert ours("one unaffable").word_to_tokens(1).end == 5 and ours("one").token_to_chars(1).start == 0
+    assert ours("one").char_to_token(-1) is ours("one").word_to_tokens(-1) is ours("one").char_to_word(-1) is None
+
+
+def test_what_is_asked_by_transformers_names(ours, theirs):
+    args = (["one unaffable text", "two"], ["b", "c d"])
+    asked = {
+        **{name: dict(batch_index=0) for name in ("tokens", "word_ids", "sequence_ids")},
+        **{f"token_to_{to}": dict(batch_or_token_index=1, token_index=2) for to in ("sequence", "word", "chars")},
+        **{f"char_to_{to}": dict(batch_or_char_index=0, char_index=5, sequence_index=0) for to in ("token", "word")},
+        **{f"word_to_{to}": dict(batch_or_word_index=0, word_index=1) for to in ("tokens", "chars")},
+    }
+    mine, other = ours(*args, return_tensors="pt", padding=True), theirs(*args, return_tensors="pt", padding=True)
+    for name, where in asked.items():
+        assert getattr(mine, name)(**where) == getattr(other, name)(**where), name
+    moved = mine.to("meta")
+    assert moved is mine and mine.input_ids.is_meta and mine.char_to_token(0, 5) == other.char_to_token(0, 5)
+    assert mine[1].ids == other[1].ids and mine.n_sequences == other.n_sequences == 2
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert [ours.num_special_tokens_to_add(p) for p in (False, True)] == [2, 3]
+    assert ours.backend_tokenizer is ours.backend
+
+
+def test_labels_of_words_as_the_recipe_has_it(ours, theirs):
+    """Token classification: a word's first token has its label, the others and special tokens -100."""
+    words, labels = [["Wolfgang", "lives", "in", "unaffable"], ["a"]], [[3, 0, 0, 5], [1]]
+
+    def labelled(tokenizer):
+        inputs, rows = tokenizer(words, truncation=True, is_split_into_words=True), []
+        for i, label in enumerate(labels):
+            ids, row, before = inputs.word_ids(batch_index=i), [], None
+            for word in ids:
+                row.append(-100 if word is None or word == before else label[word])
+                before = word
+            rows.append(row)
+        return rows
+
+    assert labelled(ours) == labelled(theirs) and labelled(ours)[1] == [-100, 1, -100]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.txt"])
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"extra_special_tokens": ["[unused5]"]},
+        {"additional_special_tokens": ["[unused5]", "[unused6]"]},
+        {"cls_token": "[unused5]"},
+        {"cls_token": "[unused5]", "sep_token": "[unused6]", "mask_token": "[unused7]"},
+    ],
+    ids=str,
+)
+def test_special_tokens_of_the_vocabulary_that_are_stated(kind, stated, ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    (tmp_path / ("vocab.txt" if kind == "tokenizer.json" else "tokenizer.json")).unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | stated))
+    texts = ["a [unused5] b", "[unused6][unused7]", "[CLS] a [SEP]"]
+    mine = DistilBertTokenizer.from_pretrained(tmp_path)
+    other = transformers.DistilBertTokenizer.from_pretrained(tmp_path)
+    for args in ((texts,), (texts, texts[::-1])):
+        assert mine(*args)["input_ids"] == other(*args)["input_ids"]
+    assert mine.encode_ids(texts) == other(texts)["input_ids"]
+    assert mine.all_special_tokens == other.all_special_tokens
+    mine.save_pretrained(tmp_path / "again")
+    assert DistilBertTokenizer.from_pretrained(tmp_path / "again")(texts) == mine(texts)
+
+
+def test_a_tokenizer_without_special_tokens_of_its_own(minilm):
+    """tokenizers.Tokenizer of a bare vocabulary: the named ones are found in texts, and left out again."""
+    from tokenizers import Tokenizer, models
+
+    vocab = DistilBertTokenizer.from_pretrained(minilm).get_vocab()
+    made = DistilBertTokenizer(tokenizer=Tokenizer(models.WordPiece(vocab, unk_token="[UNK]")))
+    assert made.get_added_vocab().keys() == set(made.all_special_tokens)
+    assert made.decode([101, 2028, 103, 102], skip_special_tokens=True) == "one"
+
+
+@pytest.mark.parametrize("strategy", ["only_first", "only_second", "longest_first"])
+def test_how_little_is_left(ours, theirs, strategy):
+    for args, room in product([("a b c d e f", "x y"), ("a", "b"), ("x y", "a b c d e f"), ("a b c",)], range(2, 9)):
+        options = dict(truncation=strategy, max_length=room, return_overflowing_tokens=False)
+        try:
+            expected = theirs(*args, **options)["input_ids"]
+        except Exception:
+            with pytest.raises(ValueError, match="cannot be cut to max_length|does not even hold"):
+                ours(*args, **options)
+            continue
+        if len(expected) > room:  # transformers does not cut where even its special tokens are too many
+            continue
+        assert ours(*args, **options)["input_ids"] == expected
+
+
+def test_pairs_in_one_list(ours, theirs):
+    for pairs in ([("a b", "c"), ("d", "")], [["one", "two"]]):
+        options = dict(padding=True, return_tensors="pt", return_token_type_ids=True)
+        assert as_lists(ours(pairs, **options)) == as_lists(theirs(pairs, **options))
+    with pytest.raises(
+        TypeError, match=r"text\[0\] must be a string, got list .*; lists of words need is_split_into_w"
+    ):
+        ours([["a", "b", "c"]])
 
 
 def answer(encoding, ask, *where):
@@ -598,6 +704,7 @@ def test_tokens_that_are_added(minilm, tmp_path):
         lambda t: t.add_special_tokens({"additional_special_tokens": ["<e1>", "<e2>"]}),
         lambda t: t.add_special_tokens({"extra_special_tokens": ["<e3>"]}, replace_extra_special_tokens=False),
         lambda t: t.add_special_tokens({"mask_token": AddedToken("<mask>")}),
+        lambda t: t.add_special_tokens({"extra_special_tokens": ["<e3>", "<e3>"]}, replace_extra_special_tokens=False),
         lambda t: t.add_special_tokens({"extra_special_tokens": ["<e3>"]}),
     ]
     for step in steps:
@@ -632,9 +739,15 @@ def test_tokens_that_are_added(minilm, tmp_path):
         (lambda t: t([["a", "\ud800"]], is_split_into_words=True), ValueError, r"text\[0\]\[1\] holds a lone surr"),
         (lambda t: t([["a"]], ["b"], is_split_into_words=True), TypeError, r"text_pair\[0\] must be a list of words"),
         (lambda t: t(["a"], "b", is_split_into_words=True), TypeError, "text is one list, so text_pair"),
-        (lambda t: t("a b c d", max_length=5, stride=3), ValueError, "stride is 3; rows have room for 3"),
+        (lambda t: t("a b c d", max_length=5, stride=4), ValueError, "stride is 4, but a row has room for 3"),
+        (lambda t: t("a b c d", max_length=5, stride=3, return_overflowing_tokens=True), ValueError, "row 0: 3 tokens"),
         (lambda t: t("a", stride=-1), ValueError, "stride is -1"),
-        (lambda t: t("a", stride="2"), ValueError, "stride is '2'"),
+        (lambda t: t("a", stride="2"), TypeError, "stride must be an integer, got '2'"),
+        (lambda t: t("a", padding_side="up"), ValueError, "padding_side must be right or left"),
+        (lambda t: t.add_tokens(None), TypeError, "new_tokens must be a token or a list of them, got NoneType"),
+        (lambda t: t.add_tokens({"a": 1}), TypeError, "new_tokens must be a token or a list of them, got dict"),
+        (lambda t: t.add_special_tokens(["a"]), TypeError, "must be a dictionary, got list"),
+        (lambda t: t.add_special_tokens({"pad_token": None}), TypeError, "pad_token must be one token, got None"),
         (
             lambda t: t(
                 ["a"] * 2,
