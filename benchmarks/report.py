@@ -171,7 +171,7 @@ def kernels_table() -> str:
     predicted = any(row.get("predicted_us") for case in cases.values() for row in case.values())
     lines = [
         f"| op, {dtype} | fastdistil, us (IQR) {'| predicted ' * predicted}| in a graph | GB/s, of a copy "
-        "| TFLOP/s, of a product | best peer | ratio | largest error by its |",
+        "| TFLOP/s, of a product | best peer | ratio | largest error by the peer's |",
         f"|---|--:|{'--:|' * predicted}--:|--:|--:|---|--:|--:|",
     ]
     for name in kinds.values():

@@ -141,7 +141,8 @@ def complete(config: Any) -> dict[str, Any]:
         raise ValueError(f"an adapter's reduction_factor must be above 0, got {settings['reduction_factor']!r}")
     if not 0 <= settings["dropout"] <= 1:
         raise ValueError(f"an adapter's dropout must be from 0 to 1, got {settings['dropout']!r}")
-    if lora and not (isinstance(settings["attn_matrices"], list) and set(settings["attn_matrices"]) <= MATRICES.keys()):
+    matrices = settings.get("attn_matrices")
+    if lora and not (isinstance(matrices, list) and all(isinstance(m, str) and m in MATRICES for m in matrices)):
         raise ValueError(f"an adapter's attn_matrices are q, k and v, got {settings['attn_matrices']!r}")
     if not lora and str(settings["non_linearity"]).lower() not in ACTIVATIONS:
         raise ValueError(f"non_linearity {settings['non_linearity']!r} is not one of {', '.join(ACTIVATIONS)}")

@@ -247,9 +247,11 @@ class DistilBertConfig:
     def update(self, values: dict[str, Any]) -> None:
         if not isinstance(values, dict):
             raise TypeError(f"update takes a dictionary of fields, got {type(values).__name__}")
+        changed = copy.deepcopy(self)  # what is refused changes nothing
         for name, value in values.items():
-            setattr(self, name, value)
-        self._validate()
+            setattr(changed, name, value)
+        changed._validate()
+        self.__dict__.update(changed.__dict__)
 
     def updated(self, values: dict[str, Any]) -> "DistilBertConfig":
         """This configuration with other values of its own fields; TypeError for a field it lacks."""

@@ -345,12 +345,13 @@ class _WithHead(_Headed):
         with_head: bool = True,
     ) -> str:
         """As the encoder's; with_head: also the head that was saved beside it, if it is one of this class."""
-        name = super().load_adapter(save_directory, load_as, set_active, overwrite_ok, use_safetensors)
         directory = Path(save_directory)
+        given = save_directory, load_as, set_active, overwrite_ok, use_safetensors
         if not with_head or not (directory / HEAD_CONFIG).is_file():
-            return name
+            return super().load_adapter(*given)
         description, own = read_object(directory / HEAD_CONFIG), self._head()
         if description.get("model_class") != type(self).__name__:
+            name = super().load_adapter(*given)
             logger.warning(
                 "%s: the head is left out, for it is one of %s, not of %s",
                 *(directory, description.get("model_class"), type(self).__name__),
@@ -364,6 +365,7 @@ class _WithHead(_Headed):
                         f"{weights.where}: {key} should be {expected or 'absent'}, but is {found or 'absent'}"
                     )
             state = {key: weights.read(key) for key in own}
+        name = super().load_adapter(*given)  # after the head was looked at, for an error leaves all as it was
         untie(self, state, directory)
         with torch.no_grad():
             for key, value in self._head().items():
@@ -413,6 +415,8 @@ class _WithHead(_Headed):
     def _answer(self, encoded: Encoded, logits: Tensor, labels: Any, return_dict: bool | None) -> ModelOutput | tuple:
         problem_type = "" if labels is None else self._problem_type(labels)
         out = finish(self.head_type, logits, labels, problem_type, encoded)
+        if problem_type:  # of the first labels that gave a loss, as with transformers
+            self.config.problem_type = problem_type
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def _problem_type(self, labels: Any) -> str:
@@ -495,13 +499,12 @@ class DistilBertForSequenceClassification(_WithHead):
 
     def _problem_type(self, labels: Tensor) -> str:
         _check_tensor("labels", labels)
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            else:
-                kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"
-                self.config.problem_type = f"{kind}_label_classification"
-        return self.config.problem_type
+        if self.config.problem_type is not None:
+            return self.config.problem_type
+        if self.num_labels == 1:
+            return "regression"
+        kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"
+        return f"{kind}_label_classification"
 
 
 class DistilBertForTokenClassification(_WithHead):
@@ -596,7 +599,11 @@ class DistilBertForMultipleChoice(_WithHead):
         adapter_names: str | Sequence[str] | None = None,
     ) -> ModelOutput | tuple:
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or given.dim() != (3 if inputs_embeds is None else 4):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(
+                f"the input must be a tensor, got {type(given).__name__}; see the tokenizer's return_tensors"
+            )
+        if given is None or given.shape[1:2] == (0,) or given.dim() != (3 if inputs_embeds is None else 4):
             shape = None if given is None else list(given.shape)
             raise ValueError(f"multiple choice takes input_ids [batch, choices, length], or inputs_embeds, got {shape}")
         choices = given.shape[1]
@@ -686,7 +693,8 @@ def complete(settings: dict[str, Any], config: DistilBertConfig) -> dict[str, An
         raise ValueError(f"a head's problem_type is regression or absent, got {settings['problem_type']!r}")
     if count is not None:
         labels = settings["label2id"] or {f"LABEL_{i}": i for i in range(count)}
-        if not isinstance(labels, dict) or set(labels.values()) != set(range(count)):
+        numbers = list(labels.values()) if isinstance(labels, dict) else []
+        if not all(isinstance(i, int) for i in numbers) or set(numbers) != set(range(count)):
             raise ValueError(f"a head of {count} labels needs names for 0 to {count - 1}, got {labels}")
         settings["label2id"] = labels
     return settings
@@ -1073,7 +1081,9 @@ class DistilBertModelWithHeads(_Headed):
         elif kind == "classification" and (settings["num_labels"] == 1 or settings.get("problem_type") == "regression"):
             problem_type = "regression"
         elif kind == "tagging" and isinstance(labels, Tensor) and mask is not None and mask.dim() == 2:
-            labels = labels.where(mask.expand(labels.shape) != 0, IGNORED)
+            places = logits.shape[:-1]
+            if labels.numel() == places.numel():  # flat ones, too; of a wrong number the loss tells
+                labels = labels.reshape(places).where(mask.expand(places) != 0, IGNORED)
         return finish(kind, logits, labels, problem_type, encoded)
 
     # --- files --------------------------------------------------------------------------------------------------

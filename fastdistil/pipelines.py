@@ -102,7 +102,8 @@ class Pipeline:
         states. only: the tokens to answer for. finish: what is made of logits [n, out] on the device, [n, ...]."""
         limit = self.encoder.config.max_position_embeddings
         long = {
-            row: f"inputs[{row}] is {len(one)} tokens long, the model has {limit} positions; pass truncation=True"
+            row: f"inputs[{row}] is {len(one)} tokens long, the model has {limit} positions; pass truncation=True, "
+            f"without a max_length beyond {limit}"
             for row, one in enumerate(sequences)
             if len(one) > limit
         }
@@ -633,6 +634,8 @@ class QuestionAnsweringPipeline(Pipeline):
         samples = _samples(inputs, question, context)
         for name, number in (("top_k", top_k), ("max_answer_len", max_answer_len)):
             _check_count(name, number)
+        if max_seq_len is not None:
+            _check_count("max_seq_len", max_seq_len)
         most = min(self.tokenizer.model_max_length, 384) if max_seq_len is None else max_seq_len
         most = min(most, self.encoder.config.max_position_embeddings)
         stride = min(most // 2, 128) if doc_stride is None else doc_stride

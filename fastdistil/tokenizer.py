@@ -328,8 +328,8 @@ class DistilBertTokenizer:
     ) -> int:
         """Add the tokens of {"extra_special_tokens": [...], "mask_token": ..., ...} that are new; how many were.
 
-        additional_special_tokens is the older name of extra_special_tokens. Those there are go on being special, but
-        are listed no more where replace_extra_special_tokens.
+        additional_special_tokens is the older name of extra_special_tokens. With replace_extra_special_tokens, earlier
+        ones remain special but are no longer listed. Raises TypeError or ValueError naming the token.
         """
         if not isinstance(special_tokens_dict, Mapping):
             raise TypeError(f"special_tokens_dict must be a dictionary, got {type(special_tokens_dict).__name__}")
@@ -615,8 +615,10 @@ class DistilBertTokenizer:
     def _template(self) -> tuple[list[int], list[int]]:
         """The special tokens before and after a single text."""
         try:
-            plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-            full = self._tokenizer.encode("a").ids
+            words = ("a", "0", "!", "\u4e2d")  # a normaliser may drop one of them
+            word = next((w for w in words if len(self._tokenizer.encode(w, add_special_tokens=False))), words[0])
+            plain = self._tokenizer.encode(word, add_special_tokens=False).ids
+            full = self._tokenizer.encode(word).ids
             self._tokenizer.encode(chr(0x12345))  # cuneiform: what stands for the unknown must be there
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise

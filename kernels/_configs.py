@@ -196,10 +196,10 @@ def _row_kernel(op: str, dim: int, kind: str, arch: int) -> Rows:
 
 
 def gemm(
-    op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool, whole: bool = False
+    op: str, m: int, n: int, dtype: torch.dtype, device: torch.device, aligned: bool, whole: bool = False
 ) -> GemmLaunch:
-    """aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need. whole: no row is
-    dead."""
+    """m, n: rows and columns of the result. aligned: pointers and row strides are multiples of 16 bytes, which tensor
+    descriptors need. whole: no row is dead."""
     precision = matmul_precision() if dtype is torch.float32 else "half"
     size = size_class(op, precision, m, n, processors(device))
     # the library's kernels go by the number of rows, and under the interpreter it is ours that are run

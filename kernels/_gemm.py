@@ -176,7 +176,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
         x, weight = (t.clone() if t.data_ptr() % 16 else t for t in (x, weight))
     # what torch allocates, as it will the result, is aligned
     aligned = K > 0 and K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight))
-    launch = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned, whole=cu_seqlens is None)
+    launch = _configs.gemm(op, M, N, x.dtype, x.device, aligned, whole=cu_seqlens is None)
     c = launch.config
     if isinstance(c, _configs.Library):
         return LIBRARY[activation](F.linear(x, weight, bias))

@@ -4,8 +4,8 @@
 
 qkv: [rows, 3 * dim], a row's query, key and value side by side; cu_seqlens: int32 [batch + 1]; o: [rows, dim]. Scores
 and sums in float32; the exponential is exp2 with the scale folded into one multiply-add. Rows past the end of a
-sequence are read as zeros, because 0 * NaN would be NaN. A sequence longer than the host said, or that ends past the
-last row, gets NaN, never memory that nobody wrote.
+sequence are read as zeros, because 0 * NaN would be NaN. A sequence longer than its form can serve, or that ends past
+the last row, gets NaN, never memory that nobody wrote.
 
 Three forms, by the longest sequence. Short: a tile of T rows starts every T - longest + 1 rows and attends
 block-diagonally; it answers for the sequences that start within its step, so it needs no table of tiles. Single: a

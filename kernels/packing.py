@@ -2,7 +2,7 @@
 
     pack    row r is the r-th real token: source[r] = p and target[p] = r for its flat position p = b * length + l
             cu_seqlens[b] = the real tokens before sequence b; row_ids[r] = input_ids[p]; row_positions alike
-    unpack  y[p] = rows[target[p]], or fill (0) where target[p] is -1, or NaN where there is no such row
+    unpack  y[p] = rows[target[p]], or fill (0) where target[p] is -1, or NaN without such a row (CPU: an error)
 
 keep: bool [batch, length]; input_ids: [batch, length]; position_ids: [1 or batch, length]; cu_seqlens: int32
 [batch + 1]; source, target: int64 [batch * length]; rows: [capacity, dim]; y: [batch * length, dim]. The real tokens

@@ -12,7 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastdistil
-from fastdistil import DistilBertConfig, DistilBertModel, DistilBertModelWithHeads
+from fastdistil import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    DistilBertModelWithHeads,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
@@ -239,6 +244,10 @@ def test_saved_with_the_model(tmp_path, caplog):
             lambda m: m.add_adapter("x", {"architecture": "lora", "attn_matrices": ["o"]}),
             "attn_matrices are q, k and v",
         ),
+        (
+            lambda m: m.add_adapter("x", {"architecture": "lora", "attn_matrices": [["q"]]}),
+            "attn_matrices are q, k and v",
+        ),
         (lambda m: m.add_adapter("x", {"architecture": "reft"}), "architecture 'reft' are not supported"),
         (lambda m: m.set_active_adapters("x"), "there is no adapter 'x'; there are pfeiffer, lora, both"),
         (lambda m: m(torch.ones(1, 3).long(), adapter_names="x"), "there is no adapter 'x'"),
@@ -360,6 +369,16 @@ def test_an_active_adapter_stays_active_when_it_is_loaded_again(tmp_path):
     assert model.active_adapters == ["pfeiffer", "both"]
     model.load_adapter(tmp_path, set_active=True)
     assert model.active_adapters == ["pfeiffer"]
+
+
+def test_a_head_that_does_not_fit_leaves_its_adapter_out(tmp_path):
+    model = DistilBertForSequenceClassification(DistilBertConfig(**TINY, num_labels=3))
+    model.add_adapter("a", "lora")
+    model.save_adapter(tmp_path, "a")
+    other = DistilBertForSequenceClassification(DistilBertConfig(**TINY, num_labels=2))
+    with pytest.raises(ValueError, match=r"classifier.bias should be \(2,\), but is \(3,\)"):
+        other.load_adapter(tmp_path, set_active=True)
+    assert not other.adapters_config and not other.active_adapters
 
 
 def test_a_head_beside_its_adapter(tmp_path):

@@ -145,6 +145,11 @@ def test_from_pretrained(tmp_path):
             DistilBertConfig.from_pretrained(place, local_files_only=True)
     with pytest.raises(TypeError, match="update takes a dictionary"):
         config.update(5)
+    with pytest.raises(ValueError, match="config.n_layers is -1"):
+        config.update({"dim": 96, "n_layers": -1})
+    assert (config.dim, config.n_layers) == (48, 2)
+    config.update({"dim": 96})
+    assert config.dim == 96
 
 
 def test_not_json(tmp_path):

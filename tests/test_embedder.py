@@ -317,6 +317,13 @@ def test_bad_texts_are_named(embedder, texts, error, message):
         embedder.encode(texts)
 
 
+def test_the_budget_is_the_encoders_and_not_the_vectors(minilm, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fastdistil.engine.embedder.budget_for", lambda device, dim: asked.append(dim) or 64)
+    embedder = Embedder.from_pretrained(minilm, device="cpu", truncate_dim=64)
+    assert embedder.encode(["a", "b"], batch_size=np.int64(8)).shape == (2, 64) and set(asked) == {384}
+
+
 @pytest.mark.parametrize("budget", [0, -5, 1.5, True])
 def test_bad_budgets(embedder, budget):
     with pytest.raises(ValueError, match="max_batch_tokens"):

@@ -9,6 +9,7 @@ import torch
 
 import fastdistil
 from fastdistil import DistilBertConfig, cpu
+from fastdistil.heads import complete
 from fastdistil.model import FFN
 
 transformers = pytest.importorskip("transformers")
@@ -540,6 +541,37 @@ def test_half_precision(name, dtype):
         assert c.dtype is dtype
         torch.testing.assert_close(b.float(), a, rtol=0, atol=0.02)
         torch.testing.assert_close(c.float(), a, rtol=0, atol=0.02)
+
+
+def test_labels_that_give_no_loss_fix_nothing():
+    model = fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY, num_labels=3)).eval()
+    ids = torch.randint(1, 60, (2, 5))
+    with pytest.raises(ValueError, match="6 values for multi_label_classification"):
+        model(ids, labels=torch.tensor([0.0, 1.0]))
+    assert model.config.problem_type is None and model(ids, labels=torch.tensor([0, 1])).loss.isfinite()
+
+
+def test_a_multiple_choice_of_nothing():
+    model = fastdistil.DistilBertForMultipleChoice(DistilBertConfig(**TINY)).eval()
+    with pytest.raises(TypeError, match="the input must be a tensor, got list"):
+        model([[1, 2]])
+    with pytest.raises(ValueError, match=r"takes input_ids \[batch, choices, length\].*got \[2, 0, 4\]"):
+        model(torch.ones(2, 0, 4, dtype=torch.long))
+
+
+def test_flat_labels_of_a_tagging_head():
+    model = fastdistil.DistilBertModelWithHeads(DistilBertConfig(**TINY)).eval()
+    model.add_tagging_head("names", num_labels=3)
+    ids, mask = torch.randint(1, 60, (2, 5)), torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    labels = torch.randint(0, 3, (2, 5))
+    expected = model(ids, mask, labels=labels).loss
+    torch.testing.assert_close(model(ids, mask, labels=labels.flatten()).loss, expected)
+    with pytest.raises(ValueError, match="labels must be 10 integers"):
+        model(ids, mask, labels=labels[:, :4])
+    for labels in ({"a": [0]}, {"a": 0, "b": "1"}):
+        with pytest.raises(ValueError, match="a head of 2 labels needs names for 0 to 1"):
+            complete({"head_type": "tagging", "num_labels": 2, "label2id": labels}, model.config)
 
 
 def test_the_first_labels_fix_the_problem_type():

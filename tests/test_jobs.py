@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import gzip
+import importlib.metadata
 import io
 import json
 import logging
@@ -339,6 +340,20 @@ def test_every_format_holds_the_same(form, dtype, checkpoint, embedder, tmp_path
         file = parquet.ParquetFile(tmp_path / "o" / "part-00000.parquet")
         kind = "float" if dtype == "float32" else "halffloat"
         assert str(file.schema_arrow.field("embedding").type) == f"fixed_size_list<element: {kind}>[16]"
+        nulls = [
+            parquet.read_table(p).column("embedding").null_count for p in sorted((tmp_path / "o").glob("*.parquet"))
+        ]
+        assert nulls == [0, int(pyarrow_major() >= 26), 0]
+        monkeypatch.setattr("pyarrow.__version__", "25.0.0")  # which cannot read such nulls, nor 24 write them
+        assert embed(checkpoint, *arguments, "--output", tmp_path / "older") == 3
+        older = np.concatenate([found for _, found in Index(tmp_path / "older").parts()])
+        np.testing.assert_array_equal(older, vectors)
+        table = parquet.read_table(tmp_path / "older" / "part-00001.parquet")
+        assert table.column("embedding").null_count == 0
+
+
+def pyarrow_major():
+    return int(importlib.metadata.version("pyarrow").split(".")[0])
 
 
 def _with(init, **more):
@@ -527,6 +542,14 @@ def test_damaged_parts_are_made_again(stopped, checkpoint, tmp_path):
     module.run_job(*make_job(checkpoint, path, output), module.Log(True))
     module.run_job(*make_job(checkpoint, path, tmp_path / "whole"), module.Log(True))
     assert files(output) == files(tmp_path / "whole")
+
+
+def test_a_record_of_a_part_that_no_job_wrote_ends_what_is_finished(stopped):
+    _, output = stopped
+    whole = len(manifests.finished_parts(output))
+    path = output / "part-00000.done.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": None}))
+    assert whole and not manifests.finished_parts(output)
 
 
 def test_a_resume_that_is_killed_keeps_what_is_finished(stopped, checkpoint, monkeypatch):

@@ -350,6 +350,12 @@ def test_a_model_by_its_directory(tokenizer, tmp_path):
         ("question-answering", lambda p: p(question="a", context="b", doc_stride=70), ValueError, "is larger than"),
         (
             "question-answering",
+            lambda p: p(question="a", context="b", max_seq_len="9"),
+            TypeError,
+            "must be an integer, got '9'",
+        ),
+        (
+            "question-answering",
             lambda p: p(question="a", context="b", top_k="2"),
             TypeError,
             "must be an integer, got '2'",

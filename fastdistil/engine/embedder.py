@@ -179,7 +179,7 @@ class Embedder:
         """
         _check_theirs(others, self.device)
         if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+            isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1
         ):
             raise ValueError(f"batch_size is {batch_size!r}; it must be an integer of 1 or more")
         if truncate_dim is not None:
@@ -317,7 +317,7 @@ class Embedder:
     def budget(self, max_batch_tokens: int | None) -> int:
         """Tokens a batch, checked; by default as many as suit the device."""
         if max_batch_tokens is None:
-            return budget_for(self.model.device, self.dim)
+            return budget_for(self.model.device, self.model.config.dim)  # not self.dim, which is a vector's
         whole = isinstance(max_batch_tokens, (int, np.integer)) and not isinstance(max_batch_tokens, bool)
         if not whole or max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens!r}; it must be an integer of 1 or more")

@@ -92,7 +92,10 @@ class TextWindows:
             try:
                 yield from self._pool.map(_tokenize_there, pieces)
             except BrokenProcessPool as error:
-                raise ChildProcessError("a tokenizer process ended; perhaps there was no memory for it") from error
+                raise ChildProcessError(
+                    "a tokenizer process ended: perhaps there was no memory for it, or the script that starts them "
+                    "lacks `if __name__ == '__main__':` around its own lines, which each process runs again"
+                ) from error
         else:
             for chunk, most, row in pieces:
                 yield flatten(self.tokenizer.encode_ids(chunk, most, first_row=row))

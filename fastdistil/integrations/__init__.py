@@ -35,8 +35,8 @@ def register_attention() -> str:
     """Register the attention implementation "fastdistil" with transformers, and return its name.
 
     `AutoModel.from_pretrained(..., attn_implementation="fastdistil")` or `model.set_attn_implementation("fastdistil")`
-    then works for any model. It is right for all of them, and drops padding in BERT-like encoders; for speed use
-    `accelerate`.
+    then works for any model, encoders from transformers 5 on. It is right for all of them, and drops padding in
+    BERT-like encoders; for speed use `accelerate`.
     """
     from fastdistil.integrations.attention import register
 

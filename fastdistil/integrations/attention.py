@@ -6,13 +6,14 @@ transformers' own sdpa, and what that leaves out (capped scores, attention sinks
 right for every model.
 """
 
+import logging
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, __version__
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -23,6 +24,8 @@ try:
     from transformers.masking_utils import bidirectional_mask_function
 except ImportError:  # before 5, where encoders do not ask for their masks here
     bidirectional_mask_function = None
+
+logger = logging.getLogger("fastdistil")
 
 NAME = "fastdistil"
 # whose attention takes the mask as it is; other models may reckon with four dimensions
@@ -134,6 +137,8 @@ def step_by_step(
 
 def register() -> str:
     """Make the name known to transformers: `AutoModel.from_pretrained(..., attn_implementation="fastdistil")`."""
+    if bidirectional_mask_function is None:
+        logger.warning("transformers %s has encoders that take no attention of this kind; those of 5 do", __version__)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask if bidirectional_mask_function is None else mask)
     return NAME

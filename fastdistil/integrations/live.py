@@ -117,6 +117,10 @@ class Fast:
         )
 
 
+def _wants_dict(config: Any, asked: bool | None) -> bool:
+    return bool(config.use_return_dict if asked is None else asked)
+
+
 def _is_watched(module: nn.Module) -> bool:
     """Whether a user's hook is on a module; transformers' own, which collect outputs, are not needed."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -262,7 +266,7 @@ class Live:
             or torch.jit.is_tracing()
             or "forward" in self.__dict__
             or padding_is_read
-            or (OLD and given.get("return_dict") is False)  # which keeps what is None
+            or (OLD and not _wants_dict(model.config, given.get("return_dict")))  # its tuples keep what is None
             or any(value is not None and value is not False for k, value in given.items() if k not in KNOWN)
             or given.get("output_hidden_states") not in (None, True, False)  # or a list of layers
             or (model.config.output_attentions if attentions is None else attentions)

@@ -66,7 +66,10 @@ class Index:
 
             table = pyarrow.parquet.read_table(path)
             column = table.column("embedding").combine_chunks()
-            flat = column.fill_null(pyarrow.scalar([float("nan")] * self.dim, column.type)).flatten()
+            if column.null_count:
+                kind = np.float16 if column.type.value_type == pyarrow.float16() else float  # which older ones ask for
+                column = column.fill_null(pyarrow.scalar([kind("nan")] * self.dim, column.type))
+            flat = column.flatten()
             return table.column("id").to_pylist(), flat.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         nothing = [float("nan")] * self.dim

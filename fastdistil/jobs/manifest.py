@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,10 @@ def finished_parts(directory: Path) -> list[Part]:
     while (path := directory / f"{part_name(len(found))}.done.json").is_file():
         try:
             part = Part(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            whole = is_whole(directory, part)
+        except (OSError, ValueError, TypeError, AttributeError):  # not what a job wrote
             break
-        if not is_whole(directory, part):
+        if not whole:
             break
         found.append(part)
     return found
@@ -324,6 +326,8 @@ class Lock:
             self._file.write(str(os.getpid()))
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):
+                self._file.close()
             raise OSError(error.errno, f"{self.path} cannot be written: {error.strerror}") from error
 
     def release(self) -> None:

@@ -110,6 +110,15 @@ class RayEmbedding(Embedding):
             finally:
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, before)  # Ray's own ends the process with a stack of its
+        self.actors: list[Any] = []
+        try:
+            self._start(embedder, actors, max_batch_tokens)
+        except BaseException:
+            self.close()  # a cluster that was started here goes on otherwise
+            raise
+
+    def _start(self, embedder: Embedder, actors: int | None, max_batch_tokens: int | None) -> None:
+        ray = self.ray
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         count = actors or gpus or int(resources.get("CPU", 1))

@@ -70,7 +70,7 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
     found: list[str] = []
     for name in map(str, inputs):
         if name == STDIN:
-            if sys.stdin is None:
+            if not hasattr(sys.stdin, "buffer"):  # none, or somebody's own that has text alone
                 raise OSError("the input is standard input, which is closed")
             if name in found:
                 raise ValueError("standard input (-) is given twice; it can be read once")

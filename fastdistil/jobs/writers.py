@@ -103,7 +103,9 @@ def as_table(ids: Ids, columns: dict[str, Any], kinds: dict[str, Any], of_column
     for name, values in columns.items():
         if isinstance(values, np.ndarray):
             flat, missing = pyarrow.array(np.ascontiguousarray(values).reshape(-1)), _missing(values)
-            mask = pyarrow.array(missing) if missing.any() else None
+            # before 26 a null list of a fixed size cannot be written, or not be read again: such a row is NaN there
+            nulls = missing.any() and int(pyarrow.__version__.split(".")[0]) >= 26
+            mask = pyarrow.array(missing) if nulls else None
             made[name] = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=mask)
         else:
             made[name] = pyarrow.array(values, arrow_type(kinds[name]))

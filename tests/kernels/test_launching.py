@@ -214,10 +214,10 @@ def test_wide_tiles():
 def test_recorded_configurations_come_first():
     device, mine = torch.device("meta"), _configs.Gemm("pointer", 32, 32, 32, warps=2, stages=2)
     with patch.dict(_configs.RECORDED, {(90, "linear", "half/many"): mine}), compile_gate.recorded(90):
-        assert _configs.gemm("linear", 5760, 768, 768, torch.float16, device, True).config is mine
-        assert _configs.gemm("bias_gelu", 5760, 768, 768, torch.float16, device, True).config is not mine
+        assert _configs.gemm("linear", 5760, 768, torch.float16, device, True).config is mine
+        assert _configs.gemm("bias_gelu", 5760, 768, torch.float16, device, True).config is not mine
     with compile_gate.recorded(80):
-        assert _configs.gemm("linear", 5760, 768, 768, torch.float16, device, True).config.family == "pointer"
+        assert _configs.gemm("linear", 5760, 768, torch.float16, device, True).config.family == "pointer"
 
 
 def test_launches_that_overlap_wait_for_the_one_before(modes):
@@ -242,7 +242,7 @@ def test_where_the_library_serves(modes):
     device, library, mine = torch.device("meta"), _configs.Library(), _configs.Gemm("pointer", 32, 32, 32, 2, 2)
 
     def config(rows, dtype, whole, aligned=True):
-        return _configs.gemm("linear", rows, 768, 768, dtype, device, aligned, whole=whole).config
+        return _configs.gemm("linear", rows, 768, dtype, device, aligned, whole=whole).config
 
     with compile_gate.recorded(90):
         for rows, whole, found in ((8, False, True), (300, False, True), (16_896, False, False), (16_896, True, True)):
