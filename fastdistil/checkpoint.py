@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastdistil.config import DistilBertConfig
+from fastdistil.config import DistilBertConfig, may_be_hub_id
 from fastdistil.cpu import copy_alone
 
 logger = logging.getLogger("fastdistil")
@@ -106,8 +106,7 @@ def find(
     if path.exists():
         raise NotADirectoryError(f"{path} is a file; give the directory that holds config.json and the weights")
     name = str(path_or_repo)
-    looks_local = isinstance(path_or_repo, os.PathLike) or name[0] in "./~\\" or name.count("/") > 1
-    if looks_local or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
+    if not may_be_hub_id(path_or_repo):
         raise FileNotFoundError(f"there is no directory {name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import numbers
+import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +41,12 @@ LIMITS = {
     "dim": 2**16,
     "hidden_dim": 2**18,
 }
+
+
+def may_be_hub_id(name: str | os.PathLike) -> bool:
+    """Whether the hub may be asked for what is no path here: not for what is plainly meant as one."""
+    looks_local = isinstance(name, os.PathLike) or name[:1] in "./~\\" or name.count("/") > 1
+    return not looks_local and re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(name)) is not None
 
 
 class DistilBertConfig:
@@ -300,7 +308,7 @@ class DistilBertConfig:
         path = Path(path_or_repo)
         if path.is_dir():
             path = path / "config.json"
-        elif not path.exists() and isinstance(path_or_repo, str) and path_or_repo.count("/") < 2:
+        elif not path.exists() and may_be_hub_id(path_or_repo):
             from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,4 +1,5 @@
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_bad_values_name_the_field(values, error, message, tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_from_pretrained(tmp_path):
+def test_from_pretrained(tmp_path, monkeypatch):
     DistilBertConfig(dim=48, n_heads=3).save_pretrained(tmp_path)
     for place in (tmp_path, str(tmp_path), tmp_path / "config.json"):
         assert DistilBertConfig.from_pretrained(place, n_layers=2).n_layers == 2
@@ -140,6 +141,11 @@ def test_from_pretrained(tmp_path):
     assert (config.dim, config.n_layers, config.num_labels, unused) == (48, 2, 3, {"foo": 1})
     with pytest.raises(TypeError, match="'foo' is neither an argument nor a field of the configuration"):
         DistilBertConfig.from_pretrained(tmp_path, foo=1)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asked := Mock(side_effect=OSError("nobody is there")))
+    for place in ("./nowhere", "~/nowhere", "/no/where", "no where", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="there is no configuration"):
+            DistilBertConfig.from_pretrained(place)
+    assert not asked.called
     for place, error in (("./nowhere", FileNotFoundError), ("no/such-model", FileNotFoundError), (3, TypeError)):
         with pytest.raises(error, match="nowhere|such-model|got 3"):
             DistilBertConfig.from_pretrained(place, local_files_only=True)
