@@ -34,7 +34,10 @@ def is_transformed() -> bool:
 def is_exported_to_onnx() -> bool:
     """Whether torch.onnx traces the call; ONNX has none of our ops."""
     onnx = sys.modules.get("torch.onnx")  # to import it takes long, and another thread may be about it
-    return getattr(onnx, "is_in_onnx_export", bool)()
+    try:
+        return getattr(onnx, "is_in_onnx_export", bool)()
+    except (AttributeError, ImportError):  # it imports what it asks, which a signal's handler may find half done
+        return False
 
 
 # what torch.compiler.assume_constant_result does, which imports the compiler: Dynamo cannot see inside, and keeps apart
