@@ -600,7 +600,7 @@ def test_resize_positions(sinusoidal):
         (lambda m, ids: m(torch.tensor([[1, 2], [3, 99]])), r"input_ids\[1, 1\] is 99, outside the vocabulary of 99"),
         (lambda m, ids: m(torch.tensor([[1, -2]])), r"input_ids\[0, 1\] is -2"),
         (lambda m, ids: m(torch.ones(1, 41).long()), "41 tokens long, but the model has 40 positions"),
-        (lambda m, ids: m.forward_packed(ids, torch.tensor([0, 4]).int(), 4), r"must be \[rows\]"),
+        (lambda m, ids: m.forward_packed(ids, torch.tensor([0, 4]).int(), 4), r"must be integers \[rows\]"),
         (lambda m, ids: m.forward_packed(ids[0], torch.tensor([0, 4]).int(), 41), "41 tokens long"),
     ],
 )

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_batches_are_not_written_to(checkpoint, texts):
 
 @pytest.mark.parametrize("reached", [True, False])
 def test_sigterm_stays_whose_it_was(reached, checkpoint, monkeypatch):
-    """Ray takes it when it starts, also where it then finds no cluster."""
+    """Ray takes it when it starts, also where it then finds no cluster; what was started for nothing ends."""
 
     def init(**options):
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -85,12 +86,13 @@ def test_sigterm_stays_whose_it_was(reached, checkpoint, monkeypatch):
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", ended := Mock())
     monkeypatch.setattr(ray, "cluster_resources", lambda: (_ for _ in ()).throw(ConnectionError("gone")))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(ConnectionError, match="gone" if reached else "nobody there"):
             module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy")
-        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(signal.SIGTERM) is before and ended.called == reached
     finally:
         signal.signal(signal.SIGTERM, before)
 
