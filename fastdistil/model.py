@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -64,6 +65,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
+ELEMENTWISE = (
+    *(nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU),
+    *(nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Identity),
+)
 _ROW_BY_ROW = {kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, Int8Linear)}
 _OF_ROWS = ("torch.ao.nn.", "torchao.", "peft.", "bitsandbytes.")  # whose layers in a Linear's place are like it
 
@@ -200,8 +205,13 @@ class Embeddings(nn.Module):
         if not isinstance(getattr(table, "weight", None), Tensor):  # somebody's own
             return table(index)
         # an index outside the table is NaN, not an illegal access
-        inside = (index >= 0) & (index < len(table.weight))
+        inside = (index >= 0) & (index < _rows_of(table))
         return table(index.where(inside, 0)).masked_fill(~inside.unsqueeze(-1), float("nan"))
+
+
+def _rows_of(table: nn.Embedding) -> int:
+    """How many rows a table has, also while its weight lies elsewhere, as partitioned ones do between calls."""
+    return len(table.weight) if table.weight.dim() == 2 and len(table.weight) else table.num_embeddings
 
 
 def _is_ours(module: nn.Module | None, kind: type[nn.Module]) -> bool:
@@ -209,7 +219,17 @@ def _is_ours(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def _is_off(dropout: Any) -> bool:
-    return type(dropout) is nn.Dropout and not dropout.training and "forward" not in dropout.__dict__
+    return type(dropout) is nn.Dropout and not dropout.training and not _is_touched(dropout)
+
+
+def _is_touched(module: nn.Module) -> bool:
+    """Whether its forward was replaced, or has a hook."""
+    state = module.__dict__
+    return "forward" in state or bool(state["_forward_hooks"] or state["_forward_pre_hooks"])
+
+
+def _is_elementwise(activation: Any) -> bool:
+    return isinstance(activation, str) or (type(activation) in ELEMENTWISE and not _is_touched(activation))
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -309,6 +329,16 @@ class MultiHeadSelfAttention(nn.Module):
             return False
         return _are_thirds(self._qkv, *((p.weight, p.bias) for p in parts))
 
+    def _lay_side_by_side_if_alone(self) -> None:
+        """Unless they lie so already, or others hold their memory too: a state dict, another model, a flat buffer."""
+        parts = (self.q_lin, self.k_lin, self.v_lin)
+        if all(map(is_plain, parts)) and self._lie_side_by_side():
+            return
+        self._qkv = None
+        tensors = [getattr(part, name, None) for part in parts for name in ("weight", "bias")]
+        if all(isinstance(p, Tensor) and type(p.data) is Tensor and _is_alone(p) for p in tensors):
+            self._lay_side_by_side()
+
     @torch.no_grad()
     def _lay_side_by_side(self) -> None:
         """Move the three weights (and biases) into one buffer, each keeping a storage of its own."""
@@ -326,7 +356,9 @@ class MultiHeadSelfAttention(nn.Module):
             return
         buffers = []
         device = tensors[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # from_dlpack wants it current
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # from_dlpack wants it so
+        # what is made in inference mode could not be trained afterwards
+        with current, torch.inference_mode(any(t.is_inference() for t in tensors)):
             for name in ("weight", "bias"):
                 own = [getattr(part, name).data for part in parts]
                 buffer = own[0].new_empty(sum(map(len, own)), *own[0].shape[1:])
@@ -338,8 +370,13 @@ class MultiHeadSelfAttention(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        if not (all(map(is_plain, (self.q_lin, self.k_lin, self.v_lin))) and self._lie_side_by_side()):
-            self._lay_side_by_side()
+        self._lay_side_by_side_if_alone()
+        return self
+
+    def train(self, mode: bool = True) -> "MultiHeadSelfAttention":
+        super().train(mode)
+        if not mode:  # by now a state dict that was loaded by assign=True may be gone
+            self._lay_side_by_side_if_alone()
         return self
 
     def __getstate__(self) -> dict:
@@ -348,6 +385,24 @@ class MultiHeadSelfAttention(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._lay_side_by_side()
+
+
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _holders(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return _use_count(storage._cdata) if _use_count is not None else 2**31
+
+
+_ALONE = _holders(torch.empty(1))
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    """Whether nothing else holds the tensor's memory."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return False
+    return tensor.untyped_storage().nbytes() == tensor.nbytes and _holders(tensor) <= _ALONE
 
 
 def _are_thirds(buffers: tuple[Tensor, Tensor], *parts: tuple[Tensor, Tensor]) -> bool:
@@ -381,7 +436,7 @@ def _after_load(attention: MultiHeadSelfAttention, incompatible_keys: Any) -> No
     for linear in (attention.q_lin, attention.k_lin, attention.v_lin):
         if "_unmerged" in linear.__dict__ and not is_merged(linear):  # other weights: there is nothing to undo
             del linear.__dict__["_unmerged"]
-    attention._lay_side_by_side()
+    attention._lay_side_by_side_if_alone()
 
 
 class FFN(nn.Module):
@@ -428,6 +483,7 @@ class TransformerBlock(nn.Module):
             and _is_ours(ffn, FFN)
             and _is_off(attention._modules["dropout"])  # type: ignore[union-attr]
             and _is_off(ffn._modules["dropout"])  # type: ignore[union-attr]
+            and _is_elementwise(ffn.activation)  # type: ignore[union-attr]
             and all(acts_on_rows(part) for part in self.leaves())
         )
 
@@ -692,11 +748,15 @@ class PreTrainedModel(WithAdapters):
         self.tie_weights(untied)
         # in the modules' order, and none whose weight the checkpoint has: one seed gives one model in both libraries
         for prefix, module in self.named_modules():
-            missing = [name for name, _ in module.named_parameters(prefix, recurse=False) if name in fresh]
+            own = chain(module.named_parameters(prefix, recurse=False), module.named_buffers(prefix, recurse=False))
+            missing = [name for name, _ in own if name in fresh]
             if missing and isinstance(module, nn.Linear) and all(name.endswith(".bias") for name in missing):
                 nn.init.zeros_(module.bias)
             elif missing:
-                self._draw(module)
+                drawn = (nn.Linear, nn.Embedding, nn.LayerNorm, LoRA, Embeddings)
+                if not isinstance(module, drawn):  # a user's own part, whose class knows
+                    getattr(module, "reset_parameters", getattr(module, "_reset_parameters", bool))()
+                self._init_weights(module)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
         if any(name.endswith("position_embeddings.weight") for name in fresh):
@@ -771,8 +831,10 @@ class PreTrainedModel(WithAdapters):
             if module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
         elif isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1)
-            module.bias.zero_()
+            if module.weight is not None:
+                module.weight.fill_(1)
+            if module.bias is not None:
+                module.bias.zero_()
         elif isinstance(module, LoRA):
             module.reset()
         elif isinstance(module, Embeddings) and self.config.sinusoidal_pos_embds:
@@ -783,11 +845,16 @@ class PreTrainedModel(WithAdapters):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self._one_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return self._one_weight().dtype
+
+    def _one_weight(self) -> Tensor:
+        """A floating-point parameter; of replicas, whose weights are attributes, the word embeddings."""
+        found = next((p for p in self.parameters() if p.is_floating_point()), None)
+        return self.get_input_embeddings().weight if found is None else found
 
     @property
     def precision(self) -> str:
@@ -827,7 +894,15 @@ class PreTrainedModel(WithAdapters):
 
     def enable_input_require_grads(self) -> None:
         """Let the word embeddings' result require a gradient, as training adapters under checkpointing needs."""
-        self.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        words = self.get_input_embeddings()
+        self.disable_input_require_grads()
+        self.__dict__["_grads_hook"] = words.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        hook = self.__dict__.pop("_grads_hook", None)
+        if hook is not None:
+            hook.remove()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         skip = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
@@ -865,7 +940,7 @@ class PreTrainedModel(WithAdapters):
         """Grow or cut the vocabulary in place and return the embedding, the same module as before.
 
         New rows are drawn around the old rows' mean (covariance scaled by 1e-9), or with mean_resizing=False like
-        initial weights. The optimizer must be made anew, since the parameter is a new one.
+        initial weights. The optimizer must be made anew, since the parameter is a new one unless the size stays.
         """
         words = self.get_input_embeddings()
         old = words.weight
@@ -881,6 +956,9 @@ class PreTrainedModel(WithAdapters):
             n = -(-n // pad_to_multiple_of) * pad_to_multiple_of
         if not 1 <= n <= LIMITS["vocab_size"]:
             raise ValueError(f"new_num_tokens is {n}; a vocabulary has from 1 to {LIMITS['vocab_size']} tokens")
+        if n == len(old):
+            self.config.vocab_size = n
+            return words
         new = old.new_empty(n, old.shape[1]).normal_(0, self.config.initializer_range or 0.02)
         if n > len(old) and mean_resizing:
             new[len(old) :] = mean_rows(old, n - len(old))
@@ -975,6 +1053,11 @@ class DistilBertModel(PreTrainedModel):
 
     _graphs: graphs.Graphs | None = None
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_graphs"] = None  # which read the original's weights
+        return replica
+
     def __init__(self, config: DistilBertConfig):
         super().__init__(config)
         self.embeddings = Embeddings(config)
@@ -1061,7 +1144,7 @@ class DistilBertModel(PreTrainedModel):
         if padding_too or want_attentions or self._needs_dense(given):
             states, weights = self._dense(given, want_attentions, padding_too)  # n_layers + 1 times [B, L, dim]
             last = states[-1]
-            if keep is not None:
+            if keep is not None and not padding_too:
                 padded = ~keep.unsqueeze(-1)  # [B, L, 1]
                 states = [x.masked_fill(padded, 0) for x in (states if want_states else states[-1:])]
             hidden = pick(last if padding_too else states[-1], keep, only)  # [B, L, dim], or [n, dim] of only
@@ -1083,8 +1166,8 @@ class DistilBertModel(PreTrainedModel):
         if ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
             looked_up = keep
             if padding_too:
-                words = self._words()
-                size = self.config.vocab_size if words is None else len(words)
+                words = self.embeddings.word_embeddings
+                size = _rows_of(words) if isinstance(words, nn.Embedding) else self.config.vocab_size
                 looked_up = keep | ((ids >= 0) & (ids < size))
             ids = ids.where(looked_up, 0)
         elif embeds is not None and keep is not None and not padding_too:
@@ -1323,7 +1406,7 @@ class DistilBertModel(PreTrainedModel):
             input_ids = input_ids.long()
         if inputs_embeds is not None:
             inputs_embeds = inputs_embeds.to(self.dtype if self._words() is None else self._words().dtype)
-        keep, mask = _masks(attention_mask, batch, length, self.config.n_heads, self.dtype)
+        keep, mask = _masks(attention_mask, batch, length, self.config.n_heads, lambda: self.dtype)
         positions = self._positions(position_ids, batch, length, device)
         heads = self._head_mask(head_mask)
         if input_ids is not None:
@@ -1363,7 +1446,7 @@ class DistilBertModel(PreTrainedModel):
         if not can_look(input_ids.device) or input_ids.numel() == 0:
             return  # reading a value back would stall the device: there a bad id makes its own sequence NaN
         words = self._words()
-        if words is None:
+        if words is None or not len(words):  # somebody's own, or partitioned
             return
         vocab_size = len(words)
         lowest, highest = input_ids.aminmax()
@@ -1414,7 +1497,7 @@ class DistilBertModel(PreTrainedModel):
 
 
 def _masks(
-    attention_mask: Tensor | None, batch: int, length: int, heads: int, dtype: torch.dtype
+    attention_mask: Tensor | None, batch: int, length: int, heads: int, dtype: Callable[[], torch.dtype]
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> (bool [batch, length] of real tokens or None, 4-D mask, bool or in dtype, or None); one of them is None"""
     if attention_mask is None:
@@ -1428,7 +1511,7 @@ def _masks(
             raise ValueError(f"a 4-D attention_mask must be [{batch}, 1, {length}, {length}], got {list(shape)}")
         # as in the padding's case, a query that may attend to nothing attends to everything
         if attention_mask.is_floating_point():
-            attention_mask = attention_mask.to(dtype)  # which makes an infinity of another dtype's lowest number
+            attention_mask = attention_mask.to(dtype())  # which makes an infinity of another dtype's lowest number
             nothing = attention_mask.amax(-1, keepdim=True) == -torch.inf
             return None, attention_mask.masked_fill(nothing, 0)
         allowed = attention_mask != 0

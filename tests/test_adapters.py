@@ -300,7 +300,7 @@ def test_a_merged_models_own_weights_loaded_again_stay_merged():
     model.merge_adapter("lora")
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
     copied = copy.deepcopy(model)
-    copied.load_state_dict(model.state_dict(), assign=True)
+    copied.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     for one in (model, copied):
         torch.testing.assert_close(one(ids, keep, adapter_names="lora")[0], through, rtol=0, atol=TOLERANCE)
         one.reset_adapter()

@@ -283,8 +283,12 @@ def test_weights_never_go_stale():
     assert differ(changed, check_fresh(ours))
     attention_of(ours).k_lin.weight.data = torch.randn(48, 48)
     replaced = check_fresh(ours, expect_fused=False)
-    ours.load_state_dict(pair(seed=5)[0].state_dict(), assign=True)
-    assert differ(replaced, check_fresh(ours))
+    given = pair(seed=5)[0].state_dict()
+    ours.load_state_dict(given, assign=True)
+    assert attention_of(ours).q_lin.weight.data_ptr() == given["transformer.layer.0.attention.q_lin.weight"].data_ptr()
+    assert differ(replaced, check_fresh(ours, expect_fused=False))  # whose memory the caller holds, too
+    del given
+    check_fresh(ours.eval())
     ours.load_state_dict(pair(seed=6)[0].state_dict())
     check_fresh(ours)
     check_fresh(ours.double().float())
@@ -709,6 +713,73 @@ def test_ids_of_a_packed_call_are_looked_at(watched):
         model.forward_packed(ids[:5], cu_seqlens, 3, torch.tensor([0, 1, 0, 1, -1]))
     with pytest.raises(ValueError, match=r"input_ids must be integers \[rows\], got torch.float32"):
         model.forward_packed(ids[:5].float(), cu_seqlens, 3)
+
+
+def test_weights_that_others_hold_too_stay_where_they_are():
+    ours, _ = pair()
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    flat = torch.cat([p.detach().flatten() for p in ours.parameters()])
+    torch.nn.utils.vector_to_parameters(flat, ours.parameters())
+    ours.load_state_dict(state), ours.to("cpu"), ours.eval()
+    flat.zero_()
+    assert all(not p.any() for p in ours.parameters())
+
+    ours, other = pair()[0], pair()[0]
+    for one, two in zip(ours.parameters(), other.parameters(), strict=True):
+        two.data = one.data
+    other.load_state_dict(state), other.float()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(0.5)
+    assert all(torch.equal(*both) for both in zip(ours.parameters(), other.parameters(), strict=True))
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained():
+    ours, _ = pair()
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    attention_of(ours).k_lin.weight.data = torch.randn(48, 48)  # no longer side by side
+    with torch.inference_mode():
+        ours.load_state_dict(state)
+    check_fresh(ours.to("cpu"))
+    ours.train()(*inputs())[0].sum().backward()
+    assert attention_of(ours).k_lin.weight.grad.isfinite().all()
+
+
+def test_a_vocabulary_of_the_same_size_keeps_its_parameter():
+    ours, _ = pair()
+    words, state = ours.get_input_embeddings().weight, torch.get_rng_state()
+    assert ours.resize_token_embeddings(99).weight is words and torch.equal(torch.get_rng_state(), state)
+
+
+def test_hidden_states_in_the_padding_are_transformers_where_that_is_asked_for():
+    ours, theirs = pair()
+    ids, mask = inputs()
+    with torch.no_grad():
+        got = ours(ids, mask, output_hidden_states=True, padding_too=True)
+        expected = theirs(ids, attention_mask=mask, output_hidden_states=True)
+    for one, other in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
+    assert torch.equal(got.hidden_states[-1], got.last_hidden_state)
+
+
+class Centred(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.gelu(x - x.mean(-2, keepdim=True))
+
+
+def test_an_activation_of_somebodys_own_sees_a_batch():
+    ours, _ = pair()
+    ids, mask = inputs()
+    seen = []
+    hooked = torch.nn.GELU()
+    hooked.register_forward_hook(lambda module, args, out: seen.append(args[0].dim()))
+    ours(ids, mask)
+    for activation in (Centred(), hooked):
+        ours.transformer.layer[0].ffn.activation = activation
+        expected = ours(ids, mask)[0].detach()
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids, mask)[0], expected, rtol=0, atol=TOLERANCE)
+    assert seen and set(seen) == {3}
 
 
 @pytest.mark.parametrize("part", ["LayerNorm", "sa_layer_norm"])

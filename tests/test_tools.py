@@ -192,6 +192,84 @@ def test_a_model_nobody_holds_frees_its_weights_at_once(how):
         gc.enable()
 
 
+def replica_of(model):
+    """As torch.nn.parallel.replicate makes them: weights are attributes, and no parameters."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, made in copies.items():
+        for name, child in module._modules.items():
+            made._modules[name] = copies.get(child)
+        for name, parameter in module._parameters.items():
+            made._parameters.pop(name, None)
+            made.__dict__[name] = None if parameter is None else parameter.detach().clone()
+    return copies[model]
+
+
+def test_replicas_of_data_parallel():
+    model, given = model_of("ForSequenceClassification"), batch(2, 9)
+    model.cuda_graphs()
+    expected = model(**given).logits
+    replica = replica_of(model)
+    assert not list(replica.parameters()) and replica.distilbert._graphs is None
+    assert replica.dtype is torch.float32 and replica.device == torch.device("cpu")
+    torch.testing.assert_close(replica(**given).logits, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(replica(**given).logits, expected)
+
+
+def test_weights_that_are_there_for_a_modules_own_call_alone():
+    """As partitioned training has them, which gathers a module's weights before its forward."""
+    model, given = model_of("Model"), batch(3, 9)
+    with torch.no_grad():
+        expected = model(**given)[0]
+    whole = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            whole[parameter] = parameter.data
+            parameter.data = torch.empty(0)
+
+        def gather(module, args):
+            for parameter in module._parameters.values():
+                parameter.data = whole[parameter]
+
+        def free(module, args, out):
+            for parameter in module._parameters.values():
+                parameter.data = torch.empty(0)
+
+        module.register_forward_pre_hook(gather), module.register_forward_hook(free)
+    with torch.no_grad():
+        real = given["attention_mask"].bool()
+        torch.testing.assert_close(model(**given)[0][real], expected[real], rtol=0, atol=1e-5)
+
+
+def test_parts_of_a_users_own_class_get_initial_values(tmp_path):
+    class Own(fastdistil.DistilBertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.conv, self.norm = nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4)
+            self.rows, self.bare = nn.LSTM(4, 4), nn.LayerNorm(4, elementwise_affine=False)
+            self.own = nn.Linear(4, 4)
+            self.post_init()
+
+        def _init_weights(self, module):
+            super()._init_weights(module)
+            if module is getattr(self, "own", None):
+                nn.init.constant_(module.weight, 7.0)
+
+    model_of("ForSequenceClassification").save_pretrained(tmp_path)
+    model = Own.from_pretrained(tmp_path)
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(v.isfinite().all() and v.float().abs().max() <= 7 for v in values.values())
+    assert model.conv.weight.std() > 0 and model.norm.running_var.eq(1).all() and model.own.weight.eq(7).all()
+
+
+def test_input_gradients_can_be_asked_for_and_given_up():
+    model, given = model_of("Model").requires_grad_(False), batch(2, 9)
+    model.enable_input_require_grads(), model.enable_input_require_grads()
+    assert model(**given)[0].requires_grad
+    model.disable_input_require_grads(), model.disable_input_require_grads()
+    assert not model(**given)[0].requires_grad and not model.get_input_embeddings()._forward_hooks
+
+
 def test_no_graph_knows_weights_that_are_tensors_of_tensors():
     model = model_of("Model")
     assert Snapshot(model).is_plain()

@@ -134,28 +134,10 @@ def _theirs(module: nn.Module, like: type) -> Any:
     return module
 
 
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
-
-
-def _holders(tensor: Tensor) -> int:
-    storage = tensor.untyped_storage()
-    return _use_count(storage._cdata) if _use_count is not None else 2**31
-
-
-_ALONE = _holders(torch.empty(1))
-
-
-@torch.inference_mode(False)  # what is made inside could not be trained afterwards
 def _lay_side_by_side(attention: Any) -> None:
-    """Only where nobody else holds the weights' memory: a state dict, a flat buffer they are views of."""
-    parts = (attention.q_lin, attention.k_lin, attention.v_lin)
     attention._qkv, attention.looked_at = None, _address(attention)
-    tensors: list[Any] = [p for part in parts for p in (getattr(part, "weight", None), getattr(part, "bias", None))]
-    if all(
-        isinstance(p, Tensor) and type(p.data) is Tensor and p.untyped_storage().nbytes() == p.nbytes for p in tensors
-    ) and all(_holders(p) <= _ALONE for p in tensors):
-        attention._lay_side_by_side()
-        attention.looked_at = _address(attention)
+    attention._lay_side_by_side_if_alone()
+    attention.looked_at = _address(attention)
 
 
 def _address(attention: Any) -> int:
