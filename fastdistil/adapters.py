@@ -274,11 +274,16 @@ def _merged(weight: Tensor, lora: Any) -> Tensor:
 
 @torch.no_grad()
 def is_merged(linear: Any) -> bool:
-    """Whether a projection's weight still is what `merge_adapter` made of it."""
-    name, kept = linear.__dict__["_unmerged"]
-    kept = kept.to(linear.weight)
-    lora = linear.loras[name] if name in getattr(linear, "loras", ()) else None
-    return lora is not None and torch.equal(linear.weight, _merged(kept, lora))
+    """Whether a projection's weight still is what `merge_adapter` made of it, cast and moved with the model."""
+    _, _, merged = linear.__dict__["_unmerged"]
+    return torch.equal(linear.weight, merged.to(linear.weight))
+
+
+def apply_to_merged(linear: Any, fn: Callable[[Tensor], Tensor]) -> None:
+    """What a model's cast or move does to a weight, done to what `merge_adapter` remembers of it."""
+    if "_unmerged" in linear.__dict__:
+        name, kept, merged = linear.__dict__["_unmerged"]
+        linear.__dict__["_unmerged"] = name, kept, fn(merged)
 
 
 class WithAdapters(nn.Module):
@@ -351,6 +356,9 @@ class WithAdapters(nn.Module):
         if adapter_name in known and not overwrite_ok:
             raise ValueError(f"there is an adapter {adapter_name!r}; pass overwrite_ok=True to replace it")
         settings = complete("seq_bn" if config is None else config)
+        merged = None if self._merged_adapter() == adapter_name else self._merged_adapter()
+        # before anything changes
+        self._refuse_two_loras([adapter_name] if set_active else active, known | {adapter_name: settings}, merged)
         if adapter_name in known:
             self.delete_adapter(adapter_name)
         self._insert(adapter_name, settings)
@@ -429,11 +437,15 @@ class WithAdapters(nn.Module):
         """What a call goes through that names these: one after another, at most one LoRA, none that is merged."""
         stack = [self._known_adapter(name) for name in named(names, "adapter_names")]
         merged = self._merged_adapter() if stack else None
-        loras = {name for name in stack if self.adapters_config[name].get("architecture") == "lora"}
+        self._refuse_two_loras(stack, self.adapters_config, merged)
+        return tuple(name for name in stack if name != merged)
+
+    @staticmethod
+    def _refuse_two_loras(stack: Sequence[str], settings: dict[str, dict[str, Any]], merged: str | None) -> None:
+        loras = {name for name in stack if settings[name].get("architecture") == "lora"}
         if len(loras | {merged} - {None}) > 1 and loras:
             also = f" ({merged} is merged; reset_adapter undoes it)" if merged else ""
             raise ValueError(f"one LoRA can be active at a time, not {', '.join(sorted(loras))}{also}")
-        return tuple(name for name in stack if name != merged)
 
     def train_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Activate an adapter, or several, and let only them, and what stands on the encoder, be trained."""
@@ -466,19 +478,26 @@ class WithAdapters(nn.Module):
             return
         if self._merged_adapter() is not None:
             raise ValueError(f"adapter {self._merged_adapter()!r} is merged; call reset_adapter first")
+        self._refuse_two_loras(self.active_adapters, self.adapters_config, adapter_name)
         for linear in self._projections():
             loras = getattr(linear, "loras", {})
             if adapter_name in loras:
                 kept = linear.weight.detach().clone()
                 linear.weight.copy_(_merged(kept, loras[adapter_name]))
-                linear.__dict__["_unmerged"] = (adapter_name, kept)
+                linear.__dict__["_unmerged"] = adapter_name, kept, linear.weight.detach().clone()
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Undo `merge_adapter`."""
+        """Undo `merge_adapter`; what changed the weights since then, such as an optimizer, has changed them."""
         for linear in self._projections():
-            if "_unmerged" in linear.__dict__:
-                linear.weight.copy_(linear.__dict__.pop("_unmerged")[1])
+            if "_unmerged" not in linear.__dict__:
+                continue
+            same = is_merged(linear)
+            _, kept, merged = linear.__dict__.pop("_unmerged")
+            if same:
+                linear.weight.copy_(kept)
+            else:
+                linear.weight.sub_(merged.to(linear.weight) - kept.to(linear.weight))
 
     # --- files --------------------------------------------------------------------------------------------------
 

@@ -278,6 +278,7 @@ def embed(arguments: argparse.Namespace) -> int | None:
             actors=arguments.ray_actors,
             max_batch_tokens=arguments.max_batch_tokens,
             dtype=arguments.output_dtype,
+            model_dtype=arguments.dtype,
         )
     else:
         work = Embedding(
@@ -326,6 +327,7 @@ def _run(
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads() if on_cpu else None,
         "truncate": arguments.truncate,
+        **getattr(work, "placed", {}),  # elsewhere, by actors
     }
     job = Job(
         inputs=arguments.input,
@@ -427,7 +429,7 @@ def search(arguments: argparse.Namespace) -> None:
     found = index.search(embedder.encode(arguments.query, show_progress=False), arguments.top_k)
     for query, hits in zip(arguments.query, found, strict=True):
         if arguments.json:
-            print(json.dumps({"query": query, "hits": [{"id": i, "score": s} for i, s in hits]}, ensure_ascii=False))
+            print(_as_json({"query": query, "hits": [{"id": i, "score": s} for i, s in hits]}))
         else:
             print(query, *(f"  {score:.3f}  {identity}" for identity, score in hits), sep="\n")
 
@@ -471,12 +473,11 @@ def predict(arguments: argparse.Namespace) -> int | None:
         }
         log = Log(arguments.quiet, arguments.json_logs)
         return _run(arguments, task, columns, work, answer.encoder, settings, log)
-    rows = checked(read_rows(arguments.input, columns))
-    while chunk := list(islice(rows, TOKENIZE)):
+    for chunk in _chunks(checked(read_rows(arguments.input, columns))):
         try:
             _print_answers(answer, chunk, arguments.question, options)
-        except (ValueError, TypeError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
+        except (ValueError, TypeError, MemoryError) as error:
+            kind = type(error) if isinstance(error, (TypeError, MemoryError)) else ValueError
             named = re.search(r"\b(?:inputs|text)\[(\d+)\]", str(error))
             if named is None:
                 raise kind(f"of the texts from {chunk[0].where} on, {error}") from error
@@ -488,6 +489,29 @@ def predict(arguments: argparse.Namespace) -> int | None:
     return None
 
 
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """TOKENIZE rows at a time; what comes before a row that cannot be read comes before its error."""
+    chunk: list[Row] = []
+    try:
+        for row in rows:
+            chunk.append(row)
+            if len(chunk) == TOKENIZE:
+                yield chunk
+                chunk = []
+    except (ValueError, TypeError, OSError):
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
+def _as_json(value: Any) -> str:
+    """Letters as they are where the output can hold them."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    return json.dumps(value, ensure_ascii=encoding != "utf8", default=float)
+
+
 def _print_answers(answer: Any, rows: list[Row], question: str | None, options: dict[str, Any]) -> None:
     texts: list[Any] = [row.text for row in rows]
     if isinstance(answer, QuestionAnsweringPipeline):
@@ -496,7 +520,7 @@ def _print_answers(answer: Any, rows: list[Row], question: str | None, options: 
     if len(texts) == 1 and isinstance(answer, (FillMaskPipeline, QuestionAnsweringPipeline)):
         results = [results]  # which do not wrap a single answer
     for row, result in zip(rows, results, strict=True):
-        print(json.dumps({"id": row.id, "result": result}, ensure_ascii=False, default=float))
+        print(_as_json({"id": row.id, "result": result}))
 
 
 def fill_mask(arguments: argparse.Namespace) -> None:
@@ -510,7 +534,7 @@ def fill_mask(arguments: argparse.Namespace) -> None:
             )
             raise ValueError(message) from error
         if arguments.json:
-            print(json.dumps({"text": text, "result": found}, ensure_ascii=False))
+            print(_as_json({"text": text, "result": found}))
             continue
         print(text)
         for guesses in found if isinstance(found[0], list) else [found]:
@@ -544,7 +568,7 @@ def _pipeline(arguments: argparse.Namespace, task: str) -> Any:
 
 
 def say(arguments: argparse.Namespace, text: str) -> None:
-    if not arguments.quiet:
+    if not arguments.quiet and sys.stderr is not None:  # print would take standard output in its place
         print(text, file=sys.stderr)
 
 

@@ -28,7 +28,15 @@ from torch.utils.hooks import RemovableHandle
 
 from fastdistil import cpu, graphs, int8, ops, reference
 from fastdistil._register import can_look, is_exported_to_onnx, is_transformed
-from fastdistil.adapters import Adapters, LoRA, WithAdapters, add_norm_through, is_merged, low_rank
+from fastdistil.adapters import (
+    Adapters,
+    LoRA,
+    WithAdapters,
+    add_norm_through,
+    apply_to_merged,
+    is_merged,
+    low_rank,
+)
 from fastdistil.checkpoint import Weights, find, load_weights, read_config, save
 from fastdistil.config import ACTIVATION_ALIASES, LIMITS, DistilBertConfig
 from fastdistil.int8 import Int8Linear
@@ -370,6 +378,8 @@ class MultiHeadSelfAttention(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
+        for linear in (self.q_lin, self.k_lin, self.v_lin):
+            apply_to_merged(linear, fn)
         self._lay_side_by_side_if_alone()
         return self
 

@@ -99,7 +99,8 @@ class Pipeline:
         finish: Callable[[Tensor], Tensor] = Tensor.float,
     ) -> Iterator[tuple[int, Tensor]]:
         """(row, logits [its tokens, out], on the CPU) of each sequence, as batches are done; without a head, hidden
-        states. only: the tokens to answer for. finish: what is made of logits [n, out] on the device, [n, ...]."""
+        states. only: the tokens to answer for. finish: what is made of logits [n, out] on the device, [n, ...]. Raises
+        BadInputs, after all others, for rows whose logits are not finite."""
         limit = self.encoder.config.max_position_embeddings
         long = {
             row: f"inputs[{row}] is {len(one)} tokens long, the model has {limit} positions; pass truncation=True, "
@@ -133,12 +134,22 @@ class Pipeline:
                 pieces = [piece[only[row]] for piece, row in zip(pieces, rows, strict=True)]
             return finish(torch.cat(pieces))
 
+        wrong: dict[int, str] = {}
         for done in self._engine().run([window], compute):
             if done.error is not None:
                 raise MemoryError(f"inputs[{done.rows[0]}]: {done.error}")
             if done.result is None:
                 continue  # of no sequences
-            yield from zip(done.rows.tolist(), done.result.split(sizes[done.rows].tolist()), strict=True)
+            whole = not self.kinds or bool(done.result.isfinite().all())
+            for row, one in zip(done.rows.tolist(), done.result.split(sizes[done.rows].tolist()), strict=True):
+                if whole or bool(one.isfinite().all()):
+                    yield row, one
+                else:
+                    wrong[row] = (
+                        f"inputs[{row}]: the model's answer is not finite; its weights, or its dtype, may be why"
+                    )
+        if wrong:
+            raise BadInputs(wrong)
 
     def _engine(self) -> Engine:
         device = self.encoder.device
@@ -261,13 +272,14 @@ class FillMaskPipeline(Pipeline):
     def answer(
         self,
         inputs: str | Iterable[str],
-        top_k: int = 5,
+        top_k: int | None = 5,
         targets: str | list[str] | None = None,
         truncation: bool | None = None,
         max_length: int | None = None,
     ) -> list[Any]:
         texts, single = _as_list(inputs)
         size = self.model.get_output_embeddings().out_features
+        top_k = 5 if top_k is None else top_k
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= size:
             raise ValueError(f"top_k is {top_k!r}; it must be from 1 to the vocabulary's {size}")
         wanted = None if targets is None else self._targets([targets] if isinstance(targets, str) else targets)
@@ -314,7 +326,8 @@ class FillMaskPipeline(Pipeline):
         return results
 
     def _text(self, ids: list[int]) -> str:
-        return _joined([str(token) for token in self.tokenizer.convert_ids_to_tokens(ids)])  # type: ignore[union-attr]
+        text = _joined([str(token) for token in self.tokenizer.convert_ids_to_tokens(ids)])  # type: ignore[union-attr]
+        return self.tokenizer.cleaned(text) if self.tokenizer.says_to_clean_up else text
 
     def _targets(self, targets: list[str]) -> list[int]:
         vocabulary, ids = self.tokenizer.get_vocab(), []
@@ -366,6 +379,12 @@ class TextClassificationPipeline(Pipeline):
 
     kinds = ("classification", "multilabel_classification")
 
+    def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
+        found = super().__call__(inputs, *args, **options)
+        # transformers wraps one text's answer, unless the call itself names top_k
+        of_pipeline = "top_k" in self.options and not args and "top_k" not in options
+        return [found] if of_pipeline and isinstance(inputs, str) and self.options["top_k"] != "" else found
+
     def answer(
         self,
         inputs: Any,
@@ -403,6 +422,7 @@ class TextClassificationPipeline(Pipeline):
                 name = "sigmoid"
             else:
                 name = "sigmoid" if len(self.labels) == 1 else "softmax"
+        name = getattr(name, "value", name)  # transformers' ClassificationFunction
         functions = {"softmax": _softmax, "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "none": lambda x: x}
         if str(name).lower() not in functions:
             raise ValueError(f"function_to_apply {name!r} is not one of {', '.join(functions)}")
@@ -430,8 +450,8 @@ class TokenClassificationPipeline(Pipeline):
     def answer(
         self,
         inputs: str | Iterable[str],
-        aggregation_strategy: str = "none",
-        ignore_labels: Sequence[str] = ("O",),
+        aggregation_strategy: Any = "none",
+        ignore_labels: Sequence[str] | None = ("O",),
         stride: int | None = None,
         is_split_into_words: bool = False,
         delimiter: str = " ",
@@ -439,6 +459,9 @@ class TokenClassificationPipeline(Pipeline):
         texts, single = _as_list(inputs)
         if is_split_into_words and texts and all(isinstance(word, str) for word in texts):
             texts = [texts]
+        ignore_labels = ("O",) if ignore_labels is None else ignore_labels
+        # None is the usual one, and transformers' AggregationStrategy has values
+        aggregation_strategy = str(getattr(aggregation_strategy, "value", aggregation_strategy or "none")).lower()
         if aggregation_strategy not in self.strategies:
             raise ValueError(
                 f"aggregation_strategy {aggregation_strategy!r} is not one of {', '.join(self.strategies)}"

@@ -59,7 +59,7 @@ class DistilBertTokenizer:
         model_max_length: int | None = None,
         padding_side: str = "right",
         truncation_side: str = "right",
-        clean_up_tokenization_spaces: bool = True,
+        clean_up_tokenization_spaces: bool | None = None,
         **special_tokens: str,
     ):
         if unknown := set(special_tokens) - set(SPECIAL):
@@ -87,7 +87,9 @@ class DistilBertTokenizer:
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
             raise ValueError(f"model_max_length is {limit!r}; it must be 1 or more")
         self.model_max_length = NO_LIMIT if limit >= NO_LIMIT else int(limit)
-        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        # decode's habit is transformers 4's; that of 5 is not to, unless it was told
+        self.says_to_clean_up = bool(clean_up_tokenization_spaces)
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces is not False
         self._tokenizer = self._from_vocab(Path(vocab_file)) if vocab_file is not None else _copy(tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -258,8 +260,9 @@ class DistilBertTokenizer:
             "model_max_length": self.model_max_length,
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
-            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
         }
+        if self.says_to_clean_up or not self.clean_up_tokenization_spaces:
+            settings["clean_up_tokenization_spaces"] = self.says_to_clean_up
         if self.extra_special_tokens:
             settings["additional_special_tokens"] = self.extra_special_tokens  # the name that every version reads
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -799,7 +802,12 @@ class DistilBertTokenizer:
         clean = (
             self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         )
-        for spaced, joined in _CLEAN_UP if clean else ():
+        return self.cleaned(text) if clean else text
+
+    @staticmethod
+    def cleaned(text: str) -> str:
+        """Without the spaces before punctuation and in contractions."""
+        for spaced, joined in _CLEAN_UP:
             text = text.replace(spaced, joined)
         return text
 

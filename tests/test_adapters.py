@@ -307,6 +307,57 @@ def test_a_merged_models_own_weights_loaded_again_stay_merged():
         assert torch.equal(one(ids, keep)[0], plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_merged_model_that_was_cast_and_loaded_again_stays_merged(dtype):
+    model = make()
+    ids, keep = inputs()
+    model.merge_adapter("lora")
+    model.to(dtype).float()
+    expected = model(ids, keep, adapter_names="lora")[0]
+    model.load_state_dict(model.state_dict())
+    assert model._merged_adapter() == "lora"
+    assert torch.equal(model(ids, keep, adapter_names="lora")[0], expected)
+
+
+def test_what_changed_merged_weights_stays_when_they_are_reset():
+    model, plain = make(), make()
+    model.merge_adapter("lora")
+    with torch.no_grad():
+        for one in (model, plain):
+            for name, parameter in one.named_parameters():
+                if "lora" not in name and "adapters" not in name:
+                    parameter.add_(0.5)
+    model.reset_adapter()
+    for (name, one), (_, other) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+
+
+def test_what_two_loras_refuse_changes_nothing(tmp_path):
+    model = make()
+    model.add_adapter("other", "lora")
+    model.save_adapter(tmp_path, "other")
+    model.delete_adapter("other")
+    model.merge_adapter("lora")
+    names, state = list(model.adapters_config), {k: v.clone() for k, v in model.state_dict().items()}
+    for call in (
+        lambda: model.load_adapter(tmp_path, set_active=True),
+        lambda: model.add_adapter("new", "lora", set_active=True),
+    ):
+        with pytest.raises(ValueError, match="one LoRA can be active at a time"):
+            call()
+        assert list(model.adapters_config) == names and model.state_dict().keys() == state.keys()
+    model.reset_adapter()
+    model.active_adapters = ["lora", "both"]
+    with pytest.raises(ValueError, match="one LoRA can be active at a time"):
+        model.add_adapter("both", "lora", overwrite_ok=True)
+    assert list(model.adapters_config) == names and model.active_adapters == ["lora", "both"]
+    model.active_adapters = ["lora"]
+    model.add_adapter("other", "lora")
+    with pytest.raises(ValueError, match=r"one LoRA can be active at a time, not lora \(other is merged"):
+        model.merge_adapter("other")
+    assert model._merged_adapter() is None
+
+
 def test_weights_loaded_over_merged_ones_stay():
     model, other = make(), make(seed=1)
     model.merge_adapter("lora")

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -657,6 +658,54 @@ def test_a_pattern_that_also_finds_what_the_job_writes(devices, checkpoint, tmp_
     jsonl(out / "mine.jsonl", [{"text": "a"}])
     assert embed(checkpoint, *given, "--resume") == 1
     assert "mine.jsonl lies in the output directory" in capfd.readouterr().err
+
+
+def test_inputs_that_are_called_like_parts_are_read(checkpoint, tmp_path, monkeypatch, capfd):
+    """A directory below the output, or the place of shards, may hold them: what is no job's is not left out."""
+    (tmp_path / "o" / "raw").mkdir(parents=True)
+    for name in ("part-00000", "more"):
+        jsonl(tmp_path / "o" / "raw" / f"{name}.jsonl", [{"text": name}])
+        jsonl(tmp_path / f"{name}.jsonl", [{"text": name}])
+    given = ["--input", tmp_path / "o" / "raw", "--output", tmp_path / "o", "--overwrite"]
+    assert embed(checkpoint, *given) == 0 and Index(tmp_path / "o").manifest.rows == 2
+    for shard in range(2):
+        monkeypatch.setenv("RANK", str(shard)), monkeypatch.setenv("WORLD_SIZE", "2")
+        assert embed(checkpoint, "--input", tmp_path / "*.jsonl", "--output", tmp_path / "two") == 0
+    assert sum(Index(shard_directory(tmp_path / "two", i, 2)).manifest.rows for i in range(2)) == 2
+    # shards beside their inputs
+    for shard in range(2):
+        monkeypatch.setenv("RANK", str(shard))
+        assert embed(checkpoint, "--input", tmp_path / "*.jsonl", "--output", tmp_path) == 0
+    assert sum(Index(shard_directory(tmp_path, i, 2)).manifest.rows for i in range(2)) == 2
+
+
+def test_a_merge_that_was_killed_is_made_again(checkpoint, tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    for shard in range(2):
+        monkeypatch.setenv("RANK", str(shard)), monkeypatch.setenv("WORLD_SIZE", "2")
+        assert embed(checkpoint, "--input", path, "--output", tmp_path / "o") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdistil.jobs.merge._placed", Mock(side_effect=Stop))
+        with pytest.raises(Stop):
+            merge([tmp_path / "o"], tmp_path / "o")
+    assert merge([tmp_path / "o"], tmp_path / "o", overwrite=True).rows == len(TEXTS)
+    assert [part.rows for part in Index(tmp_path / "o").manifest.parts] == [4, 4]
+
+
+def test_a_pattern_does_not_go_round_in_circles(tmp_path, monkeypatch):
+    (tmp_path / "d" / "e").mkdir(parents=True)
+    for name in ("a.txt", "e/b.txt"):
+        (tmp_path / "d" / name).write_text("one\n")
+    (tmp_path / "d" / "e" / "loop").symlink_to("..")
+    (tmp_path / "d" / "link").symlink_to("e")
+    (tmp_path / "d" / ".hidden").mkdir(), (tmp_path / "d" / ".hidden" / "c.txt").write_text("no\n")
+    for pattern in ("**/*.txt", "**", "**/", "**/**/*.txt"):
+        found = [os.path.relpath(f, tmp_path / "d") for f in find_inputs([f"{tmp_path}/d/{pattern}"])]
+        assert found == ["a.txt", "e/b.txt"], pattern
+    monkeypatch.chdir(tmp_path / "d")
+    assert find_inputs(["**/*.txt"]) == ["a.txt", "e/b.txt"]
+    with pytest.raises(ValueError, match="an input is named '', which is no file"):
+        find_inputs([""])
 
 
 def test_what_changed_is_named(stopped, checkpoint, tmp_path, minilm):

@@ -222,8 +222,12 @@ def apart(given: list[str], inputs: list[str], directory: Path) -> list[str]:
     whole = output.parent if SHARD.fullmatch(output.name) else output
 
     def is_own(name: str) -> bool:
-        path = Path(name)
-        return name not in given and OURS.fullmatch(path.name) is not None and path.resolve().is_relative_to(whole)
+        if name in given or not OURS.fullmatch(Path(name).name):
+            return False
+        place = Path(name).resolve().parent
+        if place.parent == whole and (place.name.startswith(ASIDE) or SHARD.fullmatch(place.name)):
+            return True
+        return place in (output, whole) and (place / MANIFEST).is_file()
 
     inputs = [name for name in inputs if not is_own(name)] or inputs
     for name in inputs:
@@ -267,7 +271,7 @@ def fingerprint_of_model(directory: Path, output: Path | None = None) -> str:
         if path.suffix in (".json", ".safetensors", ".txt", ".bin") and len(relative.parts) <= 2 and path.is_file():
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-            digest.update(str(relative).encode() + b"\0" + content)
+            digest.update(os.fsencode(relative) + b"\0" + content)
     return digest.hexdigest()
 
 

@@ -33,7 +33,8 @@ def find_shards(directories: Iterable[str | Path]) -> list[Path]:
     for given in map(Path, directories):
         if not given.is_dir():
             raise FileNotFoundError(f"there is no directory {given}")
-        below = [] if (given / MANIFEST).is_file() else sorted(path for path in given.iterdir() if path.is_dir())
+        whole = (given / MANIFEST).is_file() and not _is_begun(given)
+        below = [] if whole else sorted(path for path in given.iterdir() if path.is_dir())
         inside = [path for path in below if _is_shard(path)] or [path for path in below if _is_one_of_many(path)]
         found += find_shards(inside) if inside else [given]
     return found
@@ -95,6 +96,14 @@ def _meaning(manifest: Manifest) -> dict[str, Any]:
     }
     inputs = [[name, size, 0, digest] for name, size, _, digest in manifest.settings.get("inputs", [])]
     return settings | {"inputs": inputs, "task": manifest.task, "format": manifest.format, "dim": manifest.dim}
+
+
+def _is_begun(directory: Path) -> bool:
+    """Whether a merge of the shards inside was begun there and did not come to its end."""
+    if not any(map(_is_shard, directory.iterdir())):
+        return False
+    manifest = read_manifest(directory)
+    return not manifest.finished and not manifest.parts
 
 
 def _is_shard(path: Path) -> bool:

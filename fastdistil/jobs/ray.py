@@ -80,6 +80,7 @@ class RayEmbedding(Embedding):
     """The work of an embedding job, done by actors of a cluster; reading and writing stay in this process.
 
     address: of a running cluster, "auto" for the one of this machine, None for one that is started and stopped here.
+    model_dtype: of the actors' model; "auto" makes float32 float16 on GPUs.
     actors: how many, by default one a GPU, or one a CPU. An actor that dies is started again, and what it had to do is
     done again. The embedder is sent to the actors, which need no files.
     """
@@ -94,6 +95,7 @@ class RayEmbedding(Embedding):
         max_batch_tokens: int | None = None,
         dtype: str = "float32",
         num_cpus: int | None = None,
+        model_dtype: str = "auto",
     ):
         super().__init__(embedder, form, max_batch_tokens=max_batch_tokens, dtype=dtype)
         try:
@@ -101,7 +103,7 @@ class RayEmbedding(Embedding):
         except ImportError as error:
             raise ValueError("the Ray engine needs ray; install fastdistil[ray]") from error
         self.ray = ray
-        self.started = not ray.is_initialized()
+        self.started, self.alone = not ray.is_initialized(), address is None
         if self.started:
             options = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
             before = signal.getsignal(signal.SIGTERM)
@@ -112,20 +114,26 @@ class RayEmbedding(Embedding):
                     signal.signal(signal.SIGTERM, before)  # Ray's own ends the process with a stack of its
         self.actors: list[Any] = []
         try:
-            self._start(embedder, actors, max_batch_tokens)
+            self._start(embedder, actors, max_batch_tokens, model_dtype)
         except BaseException:
             self.close()  # a cluster that was started here goes on otherwise
             raise
 
-    def _start(self, embedder: Embedder, actors: int | None, max_batch_tokens: int | None) -> None:
+    def _start(self, embedder: Embedder, actors: int | None, max_batch_tokens: int | None, dtype: str) -> None:
         ray = self.ray
         resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        count = actors or gpus or int(resources.get("CPU", 1))
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        count = actors or gpus or cpus
         on_gpu = gpus > 0
+        if self.started and self.alone and count > (gpus or cpus):  # they would wait for ever
+            what = f"{gpus} GPUs" if on_gpu else f"{cpus} CPUs"
+            raise ValueError(f"{count} actors take one each of a cluster's {what}; ask for fewer")
         if on_gpu and embedder.model.precision == "int8":
             raise ValueError("dtype int8 is for CPU, and the cluster has GPUs; use float16")
-        model_dtype = torch.float16 if on_gpu and embedder.model.dtype is torch.float32 else embedder.model.dtype
+        half = on_gpu and dtype == "auto" and embedder.model.dtype is torch.float32
+        model_dtype = torch.float16 if half else embedder.model.dtype
+        # for a job's fingerprint
+        self.placed = {"device": "cuda", "dtype": str(model_dtype).removeprefix("torch.")} if on_gpu else {}
         self._shipped = ray.put(embedder)  # held here: an actor that is started again asks for it again
         # endless restarts and retries: a job outlives its machines
         worker = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=1, num_gpus=int(on_gpu))(_Worker)

@@ -69,6 +69,8 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
     """
     found: list[str] = []
     for name in map(str, inputs):
+        if not name:
+            raise ValueError("an input is named '', which is no file; is a variable unset?")
         if name == STDIN:
             if not hasattr(sys.stdin, "buffer"):  # none, or somebody's own that has text alone
                 raise OSError("the input is standard input, which is closed")
@@ -85,7 +87,7 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
         elif Path(name).exists():
             raise ValueError(f"{name} is no regular file; send a pipe to standard input, and give -")
         else:
-            matches = sorted(glob.glob(name, recursive=True))
+            matches = sorted(set(_matches(name)))
             if not matches:
                 raise FileNotFoundError(f"there is no input file {name}")
             # of ** both a directory and its files match; what is neither, such as a pipe, is passed over
@@ -96,6 +98,21 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
                 raise ValueError(f"{matches[0]} is {what}")
             found += dict.fromkeys(files)
     return found
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """As glob.glob(recursive=True), but for a link to a directory above, which that follows round and round."""
+    parts = re.split(r"(?:(?<=/)|^)\*\*(?:/+|$)", pattern, maxsplit=1)
+    if len(parts) == 1:
+        yield from glob.iglob(pattern)
+        return
+    for top in glob.iglob(parts[0]) if parts[0] else ["."]:
+        for there, inside in _walk(Path(top)):
+            below = os.path.join(glob.escape(there), parts[1]) if parts[0] or there != "." else parts[1]
+            if parts[1]:
+                yield from _matches(below)
+            else:
+                yield from (os.path.join(there, name) for name in inside)
 
 
 def _files_in(directory: str) -> list[str]:
@@ -189,8 +206,9 @@ class Progress:
         """None where it cannot be told: of standard input."""
         if not self.total:
             return None
+        file = self.file  # the thread that reads may close it meanwhile
         try:
-            inside = self.file.tell() if self.file is not None else 0
+            inside = file.tell() if file is not None else 0
         except (OSError, ValueError):  # closed, or a pipe
             inside = 0
         return min(1.0, (self.before + inside) / self.total)
