@@ -461,6 +461,24 @@ def test_predict_answers_all_rows_before_a_bad_one(heads, tmp_path, capsys):
     assert len(out.splitlines()) == 1500 and "in.txt, line 1501: No mask_token" in err
 
 
+def test_predict_answers_what_comes_before_a_row_that_cannot_be_read(heads, tmp_path, capsys):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a [MASK]"}\n{"text": "b [MASK]"}\n{"text": 5}\n')
+    arguments = ["predict", "--task", "fill-mask", "--model", heads["fill-mask"], "--device", "cpu", "--quiet"]
+    assert main([*arguments, "--input", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "in.jsonl, line 3" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_answers_are_json_whatever_the_output_can_hold(heads, encoding, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a [MASK]", "id": "é😀"}) + "\n")
+    command = [sys.executable, "-m", "fastdistil.cli", "predict", "--task", "fill-mask", "--model", heads["fill-mask"]]
+    command += ["--device", "cpu", "--quiet", "--input", str(tmp_path / "in.jsonl"), "--id-column", "id"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True)
+    assert json.loads(done.stdout.decode(encoding))["id"] == "é😀"
+
+
 def test_long_texts_are_labelled_to_their_end(heads, tmp_path, capsys):
     path = tmp_path / "in.txt"
     path.write_text("word " * 150 + "\n")

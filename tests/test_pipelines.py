@@ -85,6 +85,60 @@ def test_fill_mask_replaces_a_target_that_is_no_word(tokenizer, their_tokenizer,
         ours(MASKED[0], targets=[])
 
 
+@pytest.mark.parametrize("stated", [True, False, None])
+def test_fill_mask_cleans_up_where_the_tokenizers_files_say_so(stated, minilm, tmp_path):
+    given = {} if stated is None else {"clean_up_tokenization_spaces": stated}
+    DistilBertTokenizer.from_pretrained(minilm, **given).save_pretrained(tmp_path)
+    saved = DistilBertTokenizer.from_pretrained(tmp_path)
+    other = transformers.DistilBertTokenizer.from_pretrained(tmp_path)
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", saved, other)
+    text = "new york's [MASK] isn't, well, far."
+    same(ours(text), theirs(text))
+    assert ("york's" in ours(text)[0]["sequence"]) == bool(stated)
+    ids = saved(text)["input_ids"]
+    assert ("york's" in saved.decode(ids)) == (stated is not False)
+
+
+def test_options_as_transformers_takes_them(tokenizer, their_tokenizer):
+    ours, theirs = pair("text-classification", "DistilBertForSequenceClassification", tokenizer, their_tokenizer)
+    for options in ({"top_k": 2}, {"top_k": None}, {"top_k": 1}):
+        one = pipeline("text-classification", ours.model, tokenizer, **options)
+        other = transformers.pipeline("text-classification", theirs.model, tokenizer=their_tokenizer, **options)
+        for text in (TEXTS[0], TEXTS[:1], TEXTS):
+            same(one(text), other(text))
+            same(one(text, top_k=2), other(text, top_k=2))
+    sigmoid = transformers.pipelines.text_classification.ClassificationFunction.SIGMOID
+    same(ours(TEXTS[0], function_to_apply=sigmoid), theirs(TEXTS[0], function_to_apply=sigmoid))
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
+    same(ours(MASKED[0], top_k=None), theirs(MASKED[0], top_k=None))
+    ours, theirs = pair("token-classification", "DistilBertForTokenClassification", tokenizer, their_tokenizer)
+    upper = transformers.pipelines.token_classification.AggregationStrategy.SIMPLE
+    for strategy in (upper, "SIMPLE", None):
+        options = {"aggregation_strategy": strategy, "ignore_labels": None}
+        same(ours(TEXTS[0], **options), theirs(TEXTS[0], **options))
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("fill-mask", "DistilBertForMaskedLM"),
+        ("text-classification", "DistilBertForSequenceClassification"),
+        ("token-classification", "DistilBertForTokenClassification"),
+        ("question-answering", "DistilBertForQuestionAnswering"),
+    ],
+)
+def test_answers_that_are_not_finite(task, name, tokenizer):
+    model = getattr(fastdistil, name)(DistilBertConfig(**TINY))
+    ours = pipeline(task, model, tokenizer, max_batch_tokens=30)
+    with torch.no_grad():
+        model.distilbert.embeddings.position_embeddings.weight[12] = torch.nan
+    texts = ["the [MASK] sat", "the [MASK] sat on the mat and was one of a few", "a [MASK]"]
+    inputs = [{"question": "who?", "context": text} for text in texts] if task == "question-answering" else texts
+    with pytest.raises(ValueError, match=r"inputs\[1\]: the model's answer is not finite") as caught:
+        ours(inputs)
+    assert list(caught.value.messages) == [1] and ours([inputs[0], inputs[2]])
+
+
 def test_a_long_text_is_cut_on_request(tokenizer, their_tokenizer):
     ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
     text = MASKED[0] + " word" * 100

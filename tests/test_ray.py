@@ -97,6 +97,29 @@ def test_sigterm_stays_whose_it_was(reached, checkpoint, monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_actors_that_a_cluster_cannot_hold_are_refused(checkpoint, monkeypatch):
+    for name, stub in (("is_initialized", lambda: False), ("init", Mock()), ("shutdown", Mock())):
+        monkeypatch.setattr(ray, name, stub)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ValueError, match="6 actors take one each of a cluster's 2 CPUs; ask for fewer"):
+        module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy", actors=6)
+
+
+@pytest.mark.parametrize(("asked", "made"), [("auto", torch.float16), ("float32", torch.float32)])
+def test_actors_on_gpus_have_the_dtype_that_was_asked_for(asked, made, checkpoint, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    worker = Mock()
+    worker.remote = lambda *given: seen.append(given)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda cls: worker)
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu")
+    work = module.RayEmbedding(embedder, "npy", model_dtype=asked)
+    assert [given[1:3] for given in seen] == [("cuda", made)]
+    assert work.placed == {"device": "cuda", "dtype": str(made).removeprefix("torch.")}
+
+
 def test_a_job_whose_actor_is_killed(cluster, checkpoint, texts, tmp_path, monkeypatch):
     """The same ids and order as the job of one process, and the same values."""
     source = tmp_path / "in.txt"

@@ -57,6 +57,13 @@ def test_real_weights_and_transformers(minilm, tmp_path, capsys):
     assert main(["verify", str(minilm), "--device", "cpu", "--input", str(tmp_path / "in.txt")]) == 0
 
 
+def test_a_flexible_checkpoint_without_a_head(saved, tmp_path, minilm, capsys):
+    fastdistil.DistilBertModelWithHeads.from_pretrained(saved("DistilBertModel")).save_pretrained(tmp_path)
+    DistilBertTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    assert main(["verify", str(tmp_path), "--device", "cpu"]) == 0
+    assert "all within bounds" in capsys.readouterr().out
+
+
 def test_half_precision(saved):
     report = verify(saved("DistilBertForTokenClassification"), device="cpu", dtype="bfloat16")
     assert report.holds and "bfloat16" in report.where
