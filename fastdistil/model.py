@@ -410,7 +410,7 @@ _ALONE = _holders(torch.empty(1))
 
 def _is_alone(tensor: Tensor) -> bool:
     """Whether nothing else holds the tensor's memory."""
-    if tensor.is_meta or tensor.layout is not torch.strided:
+    if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
         return False
     return tensor.untyped_storage().nbytes() == tensor.nbytes and _holders(tensor) <= _ALONE
 
@@ -1176,7 +1176,7 @@ class DistilBertModel(PreTrainedModel):
         if ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
             looked_up = keep
             if padding_too:
-                words = self.embeddings.word_embeddings
+                words = getattr(self.embeddings, "word_embeddings", None)
                 size = _rows_of(words) if isinstance(words, nn.Embedding) else self.config.vocab_size
                 looked_up = keep | ((ids >= 0) & (ids < size))
             ids = ids.where(looked_up, 0)

@@ -236,6 +236,7 @@ def test_weights_that_are_there_for_a_modules_own_call_alone():
                 parameter.data = torch.empty(0)
 
         module.register_forward_pre_hook(gather), module.register_forward_hook(free)
+    model.eval(), model.to("cpu")
     with torch.no_grad():
         real = given["attention_mask"].bool()
         torch.testing.assert_close(model(**given)[0][real], expected[real], rtol=0, atol=1e-5)
