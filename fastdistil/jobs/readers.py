@@ -102,7 +102,7 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
 
 def _matches(pattern: str) -> Iterator[str]:
     """As glob.glob(recursive=True), but for a link to a directory above, which that follows round and round."""
-    parts = re.split(r"(?:(?<=/)|^)\*\*(?:/+|$)", pattern, maxsplit=1)
+    parts = re.split(r"(?:(?<=/)|^)(?:\*\*/+)*\*\*(?:/+|$)", pattern, maxsplit=1)
     if len(parts) == 1:
         yield from glob.iglob(pattern)
         return
