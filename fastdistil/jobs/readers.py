@@ -108,11 +108,11 @@ def _matches(pattern: str) -> Iterator[str]:
         return
     for top in glob.iglob(parts[0]) if parts[0] else ["."]:
         for there, inside in _walk(Path(top)):
-            below = os.path.join(glob.escape(there), parts[1]) if parts[0] or there != "." else parts[1]
+            place = there if parts[0] else "" if there == "." else there.removeprefix("./")
             if parts[1]:
-                yield from _matches(below)
+                yield from _matches(os.path.join(glob.escape(place), parts[1]))
             else:
-                yield from (os.path.join(there, name) for name in inside)
+                yield from (os.path.join(place, name) for name in inside)
 
 
 def _files_in(directory: str) -> list[str]:
