@@ -275,8 +275,13 @@ def _merged(weight: Tensor, lora: Any) -> Tensor:
 @torch.no_grad()
 def is_merged(linear: Any) -> bool:
     """Whether a projection's weight still is what `merge_adapter` made of it, cast and moved with the model."""
-    _, _, merged = linear.__dict__["_unmerged"]
-    return torch.equal(linear.weight, merged.to(linear.weight))
+    return bool(_as_merged(linear).all())
+
+
+def _as_merged(linear: Any) -> Tensor:
+    """Where a weight still is what merging made of it; NaN is NaN."""
+    weight, merged = linear.weight, linear.__dict__["_unmerged"][2].to(linear.weight)
+    return (weight == merged) | (weight.isnan() & merged.isnan())
 
 
 def apply_to_merged(linear: Any, fn: Callable[[Tensor], Tensor]) -> None:
@@ -492,12 +497,10 @@ class WithAdapters(nn.Module):
         for linear in self._projections():
             if "_unmerged" not in linear.__dict__:
                 continue
-            same = is_merged(linear)
+            same, weight = _as_merged(linear), linear.weight
             _, kept, merged = linear.__dict__.pop("_unmerged")
-            if same:
-                linear.weight.copy_(kept)
-            else:
-                linear.weight.sub_(merged.to(linear.weight) - kept.to(linear.weight))
+            kept, merged = kept.to(weight), merged.to(weight)
+            weight.copy_(torch.where(same, kept, weight - (merged - kept)))
 
     # --- files --------------------------------------------------------------------------------------------------
 

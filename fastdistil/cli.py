@@ -474,19 +474,23 @@ def predict(arguments: argparse.Namespace) -> int | None:
         log = Log(arguments.quiet, arguments.json_logs)
         return _run(arguments, task, columns, work, answer.encoder, settings, log)
     for chunk in _chunks(checked(read_rows(arguments.input, columns))):
-        try:
-            _print_answers(answer, chunk, arguments.question, options)
-        except (ValueError, TypeError, MemoryError) as error:
-            kind = type(error) if isinstance(error, (TypeError, MemoryError)) else ValueError
-            named = re.search(r"\b(?:inputs|text)\[(\d+)\]", str(error))
-            if named is None:
-                raise kind(f"of the texts from {chunk[0].where} on, {error}") from error
-            wrong = int(named[1])
-            if wrong:  # what comes before it is answered
-                _print_answers(answer, chunk[:wrong], arguments.question, options)
-            message = str(error).replace(named[0], chunk[wrong].where, 1)
-            raise kind(message.replace("pass truncation=True", "leave --no-truncate out")) from error
+        _answer_until_wrong(answer, chunk, arguments.question, options)
     return None
+
+
+def _answer_until_wrong(answer: Any, chunk: list[Row], question: str | None, options: dict[str, Any]) -> None:
+    try:
+        _print_answers(answer, chunk, question, options)
+    except (ValueError, TypeError, MemoryError) as error:
+        kind = type(error) if isinstance(error, (TypeError, MemoryError)) else ValueError
+        named = re.search(r"\b(?:inputs|text)\[(\d+)\]", str(error))
+        if named is None:
+            raise kind(f"of the texts from {chunk[0].where} on, {error}") from error
+        wrong = int(named[1])
+        if wrong:  # what comes before it is answered, as far as nothing else is wrong there
+            _answer_until_wrong(answer, chunk[:wrong], question, options)
+        message = str(error).replace(named[0], chunk[wrong].where, 1)
+        raise kind(message.replace("pass truncation=True", "leave --no-truncate out")) from error
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:

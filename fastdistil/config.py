@@ -255,7 +255,7 @@ class DistilBertConfig:
     def update(self, values: dict[str, Any]) -> None:
         if not isinstance(values, dict):
             raise TypeError(f"update takes a dictionary of fields, got {type(values).__name__}")
-        changed = copy.deepcopy(self)  # what is refused changes nothing
+        changed = copy.copy(self)  # what is refused changes nothing
         for name, value in values.items():
             setattr(changed, name, value)
         changed._validate()

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -693,8 +694,8 @@ def complete(settings: dict[str, Any], config: DistilBertConfig) -> dict[str, An
         raise ValueError(f"a head's problem_type is regression or absent, got {settings['problem_type']!r}")
     if count is not None:
         labels = settings["label2id"] or {f"LABEL_{i}": i for i in range(count)}
-        numbers = list(labels.values()) if isinstance(labels, dict) else []
-        if not all(isinstance(i, int) for i in numbers) or set(numbers) != set(range(count)):
+        told = list(labels.values()) if isinstance(labels, dict) else []
+        if not all(isinstance(i, Integral) for i in told) or set(told) != set(range(count)):
             raise ValueError(f"a head of {count} labels needs names for 0 to {count - 1}, got {labels}")
         settings["label2id"] = labels
     return settings

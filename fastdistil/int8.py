@@ -35,7 +35,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, bias = linear.weight.detach(), linear.bias.detach()
+        weight, bias = linear.weight.detach().contiguous(), linear.bias.detach()
         self.register_buffer("weight", torch.empty(weight.shape, dtype=torch.int8, device=weight.device))
         self.register_buffer("scale", torch.empty_like(bias, dtype=torch.float32))
         self.register_buffer("bias", bias.float().clone())

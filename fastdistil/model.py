@@ -6,6 +6,7 @@ training mode, attentions or a 4-D mask is asked for. Both give hidden states th
 """
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
@@ -73,10 +74,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
-ELEMENTWISE = (
+_KINDS = (
     *(nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU),
     *(nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Identity),
 )
+ELEMENTWISE = {kind.forward for kind in _KINDS}
+FUNCTIONS = (F.gelu, F.relu, F.silu, F.mish, F.elu, F.leaky_relu, F.softplus, torch.relu, torch.tanh, torch.sigmoid)
 _ROW_BY_ROW = {kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, Int8Linear)}
 _OF_ROWS = ("torch.ao.nn.", "torchao.", "peft.", "bitsandbytes.")  # whose layers in a Linear's place are like it
 
@@ -237,7 +240,23 @@ def _is_touched(module: nn.Module) -> bool:
 
 
 def _is_elementwise(activation: Any) -> bool:
-    return isinstance(activation, str) or (type(activation) in ELEMENTWISE and not _is_touched(activation))
+    """Whether an activation, a name or what somebody put in its place, looks at one number at a time."""
+    if not isinstance(activation, nn.Module):
+        return isinstance(activation, str) or activation in FUNCTIONS
+    kind = type(activation)
+    known = kind.forward in ELEMENTWISE or kind.__module__ == "transformers.activations"
+    return known and not _is_touched(activation)
+
+
+def _reset(module: nn.Module) -> None:
+    """Initial values of a user's own part, where its class gives it some."""
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if callable(reset):
+        try:
+            inspect.signature(reset).bind()
+        except TypeError:  # it wants to be told something
+            return
+        reset()
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -381,12 +400,6 @@ class MultiHeadSelfAttention(nn.Module):
         for linear in (self.q_lin, self.k_lin, self.v_lin):
             apply_to_merged(linear, fn)
         self._lay_side_by_side_if_alone()
-        return self
-
-    def train(self, mode: bool = True) -> "MultiHeadSelfAttention":
-        super().train(mode)
-        if not mode:  # by now a state dict that was loaded by assign=True may be gone
-            self._lay_side_by_side_if_alone()
         return self
 
     def __getstate__(self) -> dict:
@@ -763,10 +776,12 @@ class PreTrainedModel(WithAdapters):
             if missing and isinstance(module, nn.Linear) and all(name.endswith(".bias") for name in missing):
                 nn.init.zeros_(module.bias)
             elif missing:
-                drawn = (nn.Linear, nn.Embedding, nn.LayerNorm, LoRA, Embeddings)
-                if not isinstance(module, drawn):  # a user's own part, whose class knows
-                    getattr(module, "reset_parameters", getattr(module, "_reset_parameters", bool))()
-                self._init_weights(module)
+                if not isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, LoRA, Embeddings)):
+                    _reset(module)
+                self._draw(module)
+                if type(self)._init_weights is not PreTrainedModel._init_weights:  # a user's own rule has the last word
+                    module.__dict__.pop("_is_hf_initialized", None)
+                    self._init_weights(module)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
         if any(name.endswith("position_embeddings.weight") for name in fresh):

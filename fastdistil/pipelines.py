@@ -97,15 +97,16 @@ class Pipeline:
         sequences: list[list[int]],
         only: list[list[int]] | None = None,
         finish: Callable[[Tensor], Tensor] = Tensor.float,
+        owners: list[int] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """(row, logits [its tokens, out], on the CPU) of each sequence, as batches are done; without a head, hidden
         states. only: the tokens to answer for. finish: what is made of logits [n, out] on the device, [n, ...]. Raises
-        BadInputs, after all others, for rows whose logits are not finite."""
+        BadInputs, after all others, for rows whose logits are not finite. owners: which input each sequence is of."""
         limit = self.encoder.config.max_position_embeddings
+        owner = range(len(sequences)) if owners is None else owners
         long = {
-            row: f"inputs[{row}] is {len(one)} tokens long, the model has {limit} positions; pass truncation=True, "
-            f"without a max_length beyond {limit}"
-            for row, one in enumerate(sequences)
+            row: f"inputs[{row}] is {len(one)} tokens long, the model has {limit} positions; pass truncation=True"
+            for row, one in zip(owner, sequences, strict=True)
             if len(one) > limit
         }
         if long:
@@ -137,17 +138,16 @@ class Pipeline:
         wrong: dict[int, str] = {}
         for done in self._engine().run([window], compute):
             if done.error is not None:
-                raise MemoryError(f"inputs[{done.rows[0]}]: {done.error}")
+                raise MemoryError(f"inputs[{owner[done.rows[0]]}]: {done.error}")
             if done.result is None:
                 continue  # of no sequences
-            whole = not self.kinds or bool(done.result.isfinite().all())
+            whole = not self.kinds or _is_answer(done.result)
             for row, one in zip(done.rows.tolist(), done.result.split(sizes[done.rows].tolist()), strict=True):
-                if whole or bool(one.isfinite().all()):
+                if whole or _is_answer(one):
                     yield row, one
                 else:
-                    wrong[row] = (
-                        f"inputs[{row}]: the model's answer is not finite; its weights, or its dtype, may be why"
-                    )
+                    what = "the model's answer is not finite; its weights, or its dtype, may be why"
+                    wrong[owner[row]] = f"inputs[{owner[row]}]: {what}"
         if wrong:
             raise BadInputs(wrong)
 
@@ -227,6 +227,12 @@ def _surrogate(texts: Sequence[Sequence[str]]) -> str:
             if any("\ud800" <= c <= "\udfff" for c in word):
                 return f"inputs[{row}][{i}] {word!r}"
     return "which could not be found"
+
+
+def _is_answer(logits: Tensor) -> bool:
+    """Whether something can be read off: a label may be forbidden by -inf, but not all of a token's."""
+    bad = logits.isnan().any() | (logits == torch.inf).any() | (logits == -torch.inf).all(-1).any()
+    return not bool(bad)
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -495,7 +501,7 @@ class TokenClassificationPipeline(Pipeline):
                 windows += [(row, window) for window in cut(self.tokenizer, encoding, None, limit, stride, row)]
         found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
         parts: list[list[dict[str, Any]]] = [[] for _ in windows]
-        for i, logits in self.run([encoding.ids for _, encoding in windows]):
+        for i, logits in self.run([encoding.ids for _, encoding in windows], owners=[row for row, _ in windows]):
             row, encoding = windows[i]
             tokens = self._tokens(texts[row], encoding, _softmax(logits.cpu().numpy()), starts[row])
             parts[i] = self._aggregated(tokens, aggregation_strategy)
@@ -677,7 +683,7 @@ class QuestionAnsweringPipeline(Pipeline):
         if bad:
             raise BadInputs(bad)
         logits: list[Any] = [None] * len(windows)
-        for i, tokens in self.run([window.ids for _, window in windows]):
+        for i, tokens in self.run([window.ids for _, window in windows], owners=[row for row, _ in windows]):
             logits[i] = tokens.cpu().numpy()
         answers: list[list[dict[str, Any]]] = [[] for _ in samples]
         nulls: list[float] = [1e6] * len(samples)  # above any probability

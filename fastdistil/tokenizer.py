@@ -484,7 +484,7 @@ class DistilBertTokenizer:
         row.
         """
         single = _is_of_words(text) if is_split_into_words else isinstance(text, str)
-        if single and text_pair is not None and not len(text_pair):
+        if single and (text_pair == "" if isinstance(text, str) else text_pair in ([], ())):
             text_pair = None  # as transformers does; in a list an empty second text stays one
         if text_pair is None and not is_split_into_words and _are_pairs(text):
             text, text_pair = map(list, zip(*text, strict=True))

@@ -332,6 +332,19 @@ def test_what_changed_merged_weights_stays_when_they_are_reset():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
 
 
+def test_a_merge_with_nan_is_undone():
+    model = make()
+    plain = {k: v.clone() for k, v in model.state_dict().items() if "_lin.weight" in k}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".loras.lora." in name:
+                parameter.fill_(torch.nan)
+    model.merge_adapter("lora")
+    assert any(model.state_dict()[k].isnan().any() for k in plain)
+    model.reset_adapter()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in plain.items())
+
+
 def test_what_two_loras_refuse_changes_nothing(tmp_path):
     model = make()
     model.add_adapter("other", "lora")

@@ -470,6 +470,25 @@ def test_predict_answers_what_comes_before_a_row_that_cannot_be_read(heads, tmp_
     assert len(out.splitlines()) == 2 and "in.jsonl, line 3" in err
 
 
+def test_the_first_of_two_wrong_rows_is_named(heads, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a [MASK]", "b [MASK]", "c [MASK]", "none")))
+    answers = []
+
+    def answer(self, texts, **options):
+        if "none" in texts:
+            raise ValueError("inputs[3]: no mask")
+        if "b [MASK]" in texts:
+            raise MemoryError("inputs[1]: too large")
+        answers.extend(texts)
+        return [[]] * len(texts) if len(texts) > 1 else []
+
+    monkeypatch.setattr("fastdistil.pipelines.FillMaskPipeline.__call__", answer)
+    arguments = ["predict", "--task", "fill-mask", "--model", heads["fill-mask"], "--device", "cpu", "--quiet"]
+    assert main([*arguments, "--input", str(path)]) == 1 and answers == ["a [MASK]"]
+    assert "in.jsonl, line 2: too large" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
 def test_answers_are_json_whatever_the_output_can_hold(heads, encoding, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a [MASK]", "id": "é😀"}) + "\n")

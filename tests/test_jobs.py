@@ -672,6 +672,15 @@ def test_inputs_that_are_called_like_parts_are_read(checkpoint, tmp_path, monkey
         monkeypatch.setenv("RANK", str(shard)), monkeypatch.setenv("WORLD_SIZE", "2")
         assert embed(checkpoint, "--input", tmp_path / "*.jsonl", "--output", tmp_path / "two") == 0
     assert sum(Index(shard_directory(tmp_path / "two", i, 2)).manifest.rows for i in range(2)) == 2
+    # and parts that lost their manifest are set aside, not read
+    (tmp_path / "lost").mkdir()
+    given = ["--input", tmp_path / "lost" / "**" / "*.jsonl", "--output", tmp_path / "lost" / "o", "--format", "jsonl"]
+    jsonl(tmp_path / "lost" / "in.jsonl", [{"text": "a"}])
+    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "1")
+    assert embed(checkpoint, *given) == 0
+    (tmp_path / "lost" / "o" / "manifest.json").unlink()
+    assert embed(checkpoint, *given, "--resume") == 0 and Index(tmp_path / "lost" / "o").manifest.rows == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
     # shards beside their inputs
     for shard in range(2):
         monkeypatch.setenv("RANK", str(shard))
@@ -690,6 +699,14 @@ def test_a_merge_that_was_killed_is_made_again(checkpoint, tmp_path, monkeypatch
             merge([tmp_path / "o"], tmp_path / "o")
     assert merge([tmp_path / "o"], tmp_path / "o", overwrite=True).rows == len(TEXTS)
     assert [part.rows for part in Index(tmp_path / "o").manifest.parts] == [4, 4]
+    # but the shards are not what an unfinished job of other settings beside them stands for
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write", Mock(side_effect=Stop))
+        with pytest.raises(Stop):
+            embed(checkpoint, "--input", path, "--output", tmp_path / "o", "--overwrite", "--max-length", 9)
+    with pytest.raises(ValueError, match="o is not finished; go on with its job by --resume"):
+        merge([tmp_path / "o"], tmp_path / "all")
 
 
 def test_a_pattern_does_not_go_round_in_circles(tmp_path, monkeypatch):
@@ -704,6 +721,10 @@ def test_a_pattern_does_not_go_round_in_circles(tmp_path, monkeypatch):
         assert found == ["a.txt", "e/b.txt"], pattern
     monkeypatch.chdir(tmp_path / "d")
     assert find_inputs(["**/*.txt"]) == ["a.txt", "e/b.txt"]
+    (tmp_path / "d" / "notes.log").write_text("no\n"), (tmp_path / "d" / "only").mkdir()
+    assert find_inputs(["**/"]) == ["a.txt", "e/b.txt"] == find_inputs([f"{'**/' * 3}*.txt"])
+    with pytest.raises(ValueError, match="only/ is a directory without such files"):
+        find_inputs(["only/**"])
     with pytest.raises(ValueError, match="an input is named '', which is no file"):
         find_inputs([""])
 

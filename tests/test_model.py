@@ -288,7 +288,7 @@ def test_weights_never_go_stale():
     assert attention_of(ours).q_lin.weight.data_ptr() == given["transformer.layer.0.attention.q_lin.weight"].data_ptr()
     assert differ(replaced, check_fresh(ours, expect_fused=False))  # whose memory the caller holds, too
     del given
-    check_fresh(ours.eval())
+    check_fresh(ours.to("cpu"))
     ours.load_state_dict(pair(seed=6)[0].state_dict())
     check_fresh(ours)
     check_fresh(ours.double().float())
@@ -774,6 +774,10 @@ def test_an_activation_of_somebodys_own_sees_a_batch():
     hooked = torch.nn.GELU()
     hooked.register_forward_hook(lambda module, args, out: seen.append(args[0].dim()))
     ours(ids, mask)
+    packs = [torch.nn.functional.gelu, torch.nn.GELU("tanh"), transformers.activations.GELUActivation()]
+    for activation in packs:
+        ours.transformer.layer[0].ffn.activation = activation
+        assert ours._can_pack()
     for activation in (Centred(), hooked):
         ours.transformer.layer[0].ffn.activation = activation
         expected = ours(ids, mask)[0].detach()

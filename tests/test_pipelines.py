@@ -139,6 +139,29 @@ def test_answers_that_are_not_finite(task, name, tokenizer):
     assert list(caught.value.messages) == [1] and ours([inputs[0], inputs[2]])
 
 
+@pytest.mark.parametrize("task", ["token-classification", "question-answering"])
+def test_windows_whose_answers_are_not_finite_are_named_by_their_text(task, tokenizer):
+    names = {"token-classification": "TokenClassification", "question-answering": "QuestionAnswering"}
+    model = getattr(fastdistil, f"DistilBertFor{names[task]}")(DistilBertConfig(**TINY))
+    ours = pipeline(task, model, tokenizer)
+    with torch.no_grad():
+        model.distilbert.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids("cat")] = torch.nan
+    texts = ["long " * 150, "a b", "word " * 150 + "cat", "a b"]
+    options = {} if task == "question-answering" else {"aggregation_strategy": "simple", "stride": 5}
+    inputs = [{"question": "who?", "context": text} for text in texts] if task == "question-answering" else texts
+    with pytest.raises(ValueError, match=r"inputs\[2\]: the model's answer is not finite") as caught:
+        ours(inputs, **options)
+    assert list(caught.value.messages) == [2]
+
+
+def test_a_label_may_be_forbidden(tokenizer, their_tokenizer):
+    ours, theirs = pair("text-classification", "DistilBertForSequenceClassification", tokenizer, their_tokenizer)
+    for model in (ours.model, theirs.model):
+        with torch.no_grad():
+            model.classifier.bias[0] = -torch.inf
+    same(ours(TEXTS, top_k=None), theirs(TEXTS, top_k=None))
+
+
 def test_a_long_text_is_cut_on_request(tokenizer, their_tokenizer):
     ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
     text = MASKED[0] + " word" * 100

@@ -248,11 +248,11 @@ def test_parts_of_a_users_own_class_get_initial_values(tmp_path):
             super().__init__(config)
             self.conv, self.norm = nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4)
             self.rows, self.bare = nn.LSTM(4, 4), nn.LayerNorm(4, elementwise_affine=False)
-            self.own = nn.Linear(4, 4)
+            self.own, self.table, self.last = nn.Linear(4, 4), nn.Embedding(3, 4), nn.LayerNorm(4)
+            self.apply(self._init_weights)
             self.post_init()
 
         def _init_weights(self, module):
-            super()._init_weights(module)
             if module is getattr(self, "own", None):
                 nn.init.constant_(module.weight, 7.0)
 
@@ -260,6 +260,7 @@ def test_parts_of_a_users_own_class_get_initial_values(tmp_path):
     model = Own.from_pretrained(tmp_path)
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert all(v.isfinite().all() and v.float().abs().max() <= 7 for v in values.values())
+    assert model.last.weight.eq(1).all() and 0 < model.table.weight.abs().max() < 1
     assert model.conv.weight.std() > 0 and model.norm.running_var.eq(1).all() and model.own.weight.eq(7).all()
 
 

@@ -227,7 +227,7 @@ def apart(given: list[str], inputs: list[str], directory: Path) -> list[str]:
         place = Path(name).resolve().parent
         if place.parent == whole and (place.name.startswith(ASIDE) or SHARD.fullmatch(place.name)):
             return True
-        return place in (output, whole) and (place / MANIFEST).is_file()
+        return place == output or (place == whole and (place / MANIFEST).is_file())
 
     inputs = [name for name in inputs if not is_own(name)] or inputs
     for name in inputs:

@@ -100,10 +100,13 @@ def _meaning(manifest: Manifest) -> dict[str, Any]:
 
 def _is_begun(directory: Path) -> bool:
     """Whether a merge of the shards inside was begun there and did not come to its end."""
-    if not any(map(_is_shard, directory.iterdir())):
-        return False
+    shards = [path for path in directory.iterdir() if _is_shard(path) and (path / MANIFEST).is_file()]
     manifest = read_manifest(directory)
-    return not manifest.finished and not manifest.parts
+    if not shards or manifest.finished or manifest.parts or any(directory.glob("part-*.done.json")):
+        return False
+    one = {"shards": read_manifest(shards[0]).settings.get("shards")}  # of which a merge is the only one
+    manifest.settings |= one
+    return not differences(_meaning(read_manifest(shards[0])), _meaning(manifest))
 
 
 def _is_shard(path: Path) -> bool:

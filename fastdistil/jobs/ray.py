@@ -103,7 +103,7 @@ class RayEmbedding(Embedding):
         except ImportError as error:
             raise ValueError("the Ray engine needs ray; install fastdistil[ray]") from error
         self.ray = ray
-        self.started, self.alone = not ray.is_initialized(), address is None
+        self.started, self.alone = not ray.is_initialized(), not (address or os.environ.get("RAY_ADDRESS"))
         if self.started:
             options = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
             before = signal.getsignal(signal.SIGTERM)
@@ -125,8 +125,8 @@ class RayEmbedding(Embedding):
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         count = actors or gpus or cpus
         on_gpu = gpus > 0
-        if self.started and self.alone and count > (gpus or cpus):  # they would wait for ever
-            what = f"{gpus} GPUs" if on_gpu else f"{cpus} CPUs"
+        if self.started and self.alone and count > (min(gpus, cpus) if on_gpu else cpus):  # they would wait for ever
+            what = f"{gpus} GPUs and {cpus} CPUs" if on_gpu else f"{cpus} CPUs"
             raise ValueError(f"{count} actors take one each of a cluster's {what}; ask for fewer")
         if on_gpu and embedder.model.precision == "int8":
             raise ValueError("dtype int8 is for CPU, and the cluster has GPUs; use float16")

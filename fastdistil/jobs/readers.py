@@ -91,7 +91,12 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[str]:
             if not matches:
                 raise FileNotFoundError(f"there is no input file {name}")
             # of ** both a directory and its files match; what is neither, such as a pipe, is passed over
-            files = [f for match in matches for f in (_files_in(match) if Path(match).is_dir() else [match])]
+            places = {match: os.path.realpath(match) for match in matches if Path(match).is_dir()}
+            # what lies below a directory that matches, too, is found there
+            tops = {
+                match for match in places if not any(str(p) in places.values() for p in Path(places[match]).parents)
+            }
+            files = [f for m in matches for f in ([m] if m not in places else _files_in(m) if m in tops else [])]
             files = [f for f in files if Path(f).is_file()]
             if not files:
                 what = "a directory without such files" if Path(matches[0]).is_dir() else "no regular file"
@@ -112,7 +117,9 @@ def _matches(pattern: str) -> Iterator[str]:
             if parts[1]:
                 yield from _matches(os.path.join(glob.escape(place), parts[1]))
             else:
-                yield from (os.path.join(place, name) for name in inside)
+                yield os.path.join(place, "")
+                if not pattern.endswith("/"):
+                    yield from (os.path.join(place, name) for name in inside)
 
 
 def _files_in(directory: str) -> list[str]:
