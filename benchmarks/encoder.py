@@ -399,7 +399,9 @@ def hold(
                 f"{allowed:.3e}"
             )
     result = result[torch.isin(rows_of, torch.tensor(chosen(batch) if which is None else which)).to(result.device)]
-    error_law(result, eager, truth, **PEER if peer else {"largest": largest_error(batch.device)})
+    bounds = PEER if peer else {"largest": largest_error(batch.device)}
+    # float32's errors of six layers add up: a right model's were 1.8 eps in one direction (torch 2.10)
+    error_law(result, eager, truth, **bounds, factor=2.0 if result.dtype is torch.float32 else None)
     return errors(result, truth)
 
 
