@@ -480,7 +480,7 @@ class DistilBertTokenizer:
         is_split_into_words: a text is a list of words; offsets then count a word's characters.
         return_overflowing_tokens: what is cut off a text follows in rows of its own, each of which begins with the last
         `stride` tokens of the one before; overflow_to_sample_mapping tells whose they are. padding_side: by default the
-        tokenizer's own. return_tensors: "pt" (int64), "np" or None (lists). verbose is transformers' and changes nothing.
+        tokenizer's own. return_tensors: "pt" (int64), "np" or None (lists). verbose changes nothing.
         Raises TypeError or ValueError naming the row.
         """
         single = _is_of_words(text) if is_split_into_words else isinstance(text, str)
