@@ -601,7 +601,7 @@ def doctor(arguments: argparse.Namespace) -> None:
             if cpu.has("avx512_bf16")
             else "not multiplied by this processor",
         ),
-        ("cpu int8", "multiplied by the processor (VNNI)" if cpu.has("vnni") else "by float32 products: no VNNI"),
+        ("cpu int8", "multiplied by the processor (VNNI)" if cpu.sums_int8() else "by float32 products: no VNNI"),
         ("cuda", str(torch.version.cuda or "this torch is built without it")),
         ("C compiler", _target.missing_compiler() or "found, with Python's headers"),
         ("kernel cache", str(_target.cache_directory())),

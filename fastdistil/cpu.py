@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdistil import reference
 
@@ -157,6 +158,17 @@ def has(instructions: str) -> bool:
     """Whether this processor has the instructions, such as vnni, and torch a oneDNN that makes use of them."""
     supported = getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
     return bool(supported()) and torch.backends.mkldnn.is_available()
+
+
+@functools.cache
+def sums_int8() -> bool:
+    """Whether torch._int_mm has VNNI here. It is tried: where oneDNN is kept from it (ONEDNN_MAX_CPU_ISA), sums are cut
+    off at 16 bits."""
+    if not has("vnni"):
+        return False
+    with _disable_current_modes():  # whoever asks first may do so with tensors that are none
+        most = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+        return bool((torch._int_mm(most, most.T) == 64 * 127**2).all())
 
 
 @functools.cache

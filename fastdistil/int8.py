@@ -91,7 +91,7 @@ def apply(layers: Sequence[Int8Linear], x: Tensor, activation: str | None = None
             raise RuntimeError(
                 "int8 weights pass no tangent on and nothing that vmap batches; load the model in float32"
             )
-    if not traced and x.is_cpu and 1 < x.shape[1] <= MOST_TERMS and cpu.has("vnni"):
+    if not traced and x.is_cpu and 1 < x.shape[1] <= MOST_TERMS and cpu.sums_int8():
         return _in_blocks(layers, rows, activation).to(x.dtype)
     q, scale = quantize(rows)
     y = torch.cat([F.linear(q, layer.weight.float()) * scale * layer.scale + layer.bias for layer in layers], dim=1)

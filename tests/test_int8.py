@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,12 +19,12 @@ from fastdistil.int8 import BLOCK, Int8Linear, apply
 
 TEXTS = ["a cat sat", "temporary directory", "", "word " * 400, "it's 3.14, isn't it?", "the weather is lovely today"]
 TINY = dict(vocab_size=60, dim=24, n_heads=2, hidden_dim=33, n_layers=2, max_position_embeddings=20)
-needs_vnni = pytest.mark.skipif(not cpu.has("vnni"), reason="this processor has no VNNI")
+needs_vnni = pytest.mark.skipif(not cpu.sums_int8(), reason="this processor has no VNNI")
 
 
 @pytest.fixture(params=["definition", pytest.param("in blocks", marks=needs_vnni)])
 def form(request, monkeypatch):
-    monkeypatch.setattr(cpu, "has", lambda name: request.param == "in blocks")
+    monkeypatch.setattr(cpu, "sums_int8", lambda: request.param == "in blocks")
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def test_is_no_further_off_than_half_a_step_a_factor(form, rows):
 def test_blocks_are_the_definition(monkeypatch, activation, dtype):
     made, x = layers(24, 7, 64), torch.randn(1_300, 100).to(dtype)
     fast = apply(made, x, activation)
-    monkeypatch.setattr(cpu, "has", lambda name: False)
+    monkeypatch.setattr(cpu, "sums_int8", lambda: False)
     expected = apply(made, x, activation)
     assert fast.shape == (1_300, 95) and fast.dtype is expected.dtype is dtype
     torch.testing.assert_close(fast, expected, rtol=2**-8 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
@@ -76,6 +79,18 @@ def test_sums_are_exact():
     q[0], w[0] = 127, 127  # instructions before VNNI would saturate
     q[1], w[1] = -127, 127
     assert torch.equal(torch._int_mm(q, w.T).long(), q.long() @ w.long().T)
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "ALL"])
+def test_where_onednn_is_kept_from_vnni(isa):
+    """The first to ask does so with tensors that are none."""
+    script = (
+        "import torch\nfrom torch._subclasses import FakeTensorMode\nfrom fastdistil import cpu\n"
+        "with FakeTensorMode(), torch.device('meta'): print(cpu.sums_int8())"
+    )
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    found = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+    assert found.split() == [str(isa == "ALL" and cpu.has("vnni"))]
 
 
 def test_few_terms_and_so_many_that_int32_would_overflow(form):
