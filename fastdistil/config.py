@@ -117,6 +117,10 @@ class DistilBertConfig:
         self.label2id = label2id if label2id or id2label else {label: i for i, label in self.id2label.items()}
         if num_labels is not None:
             self.num_labels = num_labels
+        self._name_or_path = kwargs.pop("_name_or_path", None) or kwargs.pop("name_or_path", "")
+        asked = [kwargs.pop(name, None) for name in ("attn_implementation", "_attn_implementation")]
+        self._attn_implementation = asked[0] or asked[1]
+        self.is_encoder_decoder = bool(kwargs.pop("is_encoder_decoder", False))
         for name in ("use_return_dict", "model_type"):  # which a dictionary of a configuration holds too
             kwargs.pop(name, None)
         for name, value in kwargs.items():
@@ -209,14 +213,30 @@ class DistilBertConfig:
             self.label2id = {label: i for i, label in self.id2label.items()}
 
     @property
+    def name_or_path(self) -> str:
+        """Where it was loaded from."""
+        return self._name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, value: str) -> None:
+        self._name_or_path = value
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "DistilBertConfig":
+        """Itself, for transformers' callers."""
+        return self
+
+    @property
     def use_return_dict(self) -> bool:
         return self.return_dict
 
     # --- dictionaries and files ---------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Every attribute, plus model_type."""
-        return copy.deepcopy(self.__dict__) | {"model_type": self.model_type}
+        """Every attribute but private ones, plus model_type."""
+        return copy.deepcopy(self._values()) | {"model_type": self.model_type}
+
+    def _values(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name[:1] != "_"}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What a file holds: every DistilBERT field, and of the common ones those that are not at their default."""
@@ -235,12 +255,9 @@ class DistilBertConfig:
             "tie_word_embeddings",
             "eos_token_id",
             "bos_token_id",
+            "is_encoder_decoder",
         ]
-        return {
-            k: v
-            for k, v in self.to_dict().items()
-            if not k.startswith("_") and (k not in common or v != default.get(k))
-        }
+        return {k: v for k, v in self.to_dict().items() if k not in common or v != default.get(k)}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -325,6 +342,7 @@ class DistilBertConfig:
         if return_unused_kwargs:
             unused = {name: overrides.pop(name) for name in _unknown(overrides, cls.from_json_file(path).__dict__)}
         config = cls.from_json_file(path, **overrides)
+        config.name_or_path = str(path_or_repo)
         return (config, unused) if return_unused_kwargs else config
 
     @classmethod
@@ -340,12 +358,12 @@ class DistilBertConfig:
             raise type(error)(f"{path}: {error}") from error
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, DistilBertConfig) and self.__dict__ == other.__dict__
+        return isinstance(other, DistilBertConfig) and self._values() == other._values()
 
     __hash__ = None  # type: ignore[assignment]
 
     def __iter__(self):
-        return iter(self.__dict__)
+        return iter(self._values())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"

@@ -167,7 +167,7 @@ class _Graph:
 
 
 # what a module's forward goes by beside its tensors and children
-SETTINGS = ("activation", "eps", "max_norm", "n_heads", "norm_first", "scaling")
+SETTINGS = ("activation", "approximate", "eps", "max_norm", "n_heads", "norm_first", "scaling")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
@@ -178,8 +178,8 @@ class Snapshot:
         self.root = weakref.ref(model)  # which holds its graphs, and them this
         modules = list(model.modules())
         self.modules = modules[1:]
-        kinds = {type(module) for module in modules}
-        self.known = all(kind in PLAIN or kind.__module__.startswith("fastdistil.") for kind in kinds)
+        self.kinds: list[Any] = [*{type(module) for module in modules}]
+        self.known = all(kind in PLAIN or kind.__module__.startswith("fastdistil.") for kind in self.kinds)
         self.own: list[dict[str, Any]] = [module.__dict__ for module in self.modules]
         self.settings = [(own, name) for own in self.own for name in SETTINGS if name in own]
         self.children = [module._modules for module in modules]
@@ -204,6 +204,7 @@ class Snapshot:
         tensors = self._tensors()
         return [  # lists by map, for a graph's replay takes less time than a careless walk
             [type(root), *map(type, self.modules)],
+            [getattr(kind, "forward", None) for kind in self.kinds],
             [root.training, *(own["training"] for own in self.own)],
             [own.get(name) for own, name in self.settings],
             [*map(id, chain.from_iterable(map(dict.values, self.children)))],

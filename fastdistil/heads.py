@@ -6,6 +6,7 @@ unless a loss is asked for that reads them: then they are transformers'.
 """
 
 import copy
+import inspect
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,7 +24,16 @@ from fastdistil._register import can_look
 from fastdistil.adapters import named, only_safetensors
 from fastdistil.checkpoint import Weights, read_object
 from fastdistil.config import ACTIVATION_ALIASES, DistilBertConfig
-from fastdistil.model import DistilBertModel, Encoded, PreTrainedModel, apply_linear, mean_rows, pick
+from fastdistil.model import (
+    ACTIVATIONS,
+    DistilBertModel,
+    Encoded,
+    PreTrainedModel,
+    apply_linear,
+    has_own_forward,
+    mean_rows,
+    pick,
+)
 from fastdistil.outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -37,15 +47,7 @@ from fastdistil.outputs import (
 logger = logging.getLogger("fastdistil")
 
 IGNORED = -100  # a label that counts for nothing
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_new": lambda: nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,  # the rest in flexible heads only
-    "sigmoid": nn.Sigmoid,
-    "leakyrelu": nn.LeakyReLU,
-}
+IN_HEADS = ACTIVATIONS | {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "leakyrelu": nn.LeakyReLU}
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------
@@ -60,7 +62,11 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
         raise ValueError(f"labels must hold {logits.numel()} values for {problem_type}, got {list(labels.shape)}")
     if problem_type == "regression":
         return F.mse_loss(logits.flatten(), labels.flatten())
-    return F.binary_cross_entropy_with_logits(logits, labels.view_as(logits).to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, _as_numbers(labels, logits).view_as(logits))
+
+
+def _as_numbers(labels: Tensor, logits: Tensor) -> Tensor:
+    return labels if labels.is_floating_point() else labels.to(logits.dtype)
 
 
 def token_loss(logits: Tensor, labels: Tensor, problem_type: str = "") -> Tensor:
@@ -190,20 +196,24 @@ HEADS = {
 }
 
 
-_ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout, *(type(make()) for make in ACTIVATIONS.values())}
+_KINDS: tuple[Any, ...] = (nn.Linear, nn.LayerNorm, nn.Dropout, *(type(make()) for make in IN_HEADS.values()))
+_ROW_BY_ROW = {kind: kind.forward for kind in _KINDS}
 
 
 def is_row_wise(layers: Sequence[nn.Module]) -> bool:
     """Whether a head's layers are those it was made with, each token's result its own; else they get padded states."""
     return all(
-        type(m) in _ROW_BY_ROW and "forward" not in m.__dict__ and not (m._forward_hooks or m._forward_pre_hooks)
+        _ROW_BY_ROW.get(type(m)) is type(m).forward
+        and "forward" not in m.__dict__
+        and not (m._forward_hooks or m._forward_pre_hooks)
         for m in layers
     )
 
 
 def score(layers: Sequence[nn.Module], x: Tensor, live: Tensor | None = None) -> Tensor:  # [..., dim] -> [..., out]
+    fused = x.dim() == 2 and not torch.jit.is_tracing()
     for layer in layers:
-        x = apply_linear(layer, x, live) if isinstance(layer, nn.Linear) and x.dim() == 2 else layer(x)
+        x = apply_linear(layer, x, live) if fused and isinstance(layer, nn.Linear) else layer(x)
     return x
 
 
@@ -234,6 +244,18 @@ def finish(kind: str, logits: Tensor, labels: Any, problem_type: str, encoded: E
 RELU = nn.ReLU()
 
 
+# of `DistilBertModel.encode`, in its order; somebody's own encoder gets by name what is given
+_INPUTS = (
+    *("input_ids", "attention_mask", "head_mask", "inputs_embeds"),
+    *("output_attentions", "output_hidden_states", "position_ids", "token_type_ids"),
+)
+
+
+def _takes(function: Callable, name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 class _Headed(PreTrainedModel):
     """An encoder, `distilbert`, and what stands on it."""
 
@@ -244,19 +266,22 @@ class _Headed(PreTrainedModel):
     def _encode(self, *inputs: Any, adapter_names: Any, only: Any = None, padding_too: bool = False) -> Encoded:
         """`DistilBertModel.encode`; as a call of the encoder where that is what someone watches or has patched."""
         encoder: Any = self.distilbert
-        if not (encoder._forward_hooks or encoder._forward_pre_hooks or "forward" in encoder.__dict__):
+        if not (
+            encoder._forward_hooks
+            or encoder._forward_pre_hooks
+            or has_own_forward(encoder)
+            or encoder._compiled_call_impl
+        ):
             return encoder.encode(*inputs, only=only, adapter_names=adapter_names, padding_too=padding_too)
-        *first, position_ids, token_type_ids = inputs
-        rest = {"position_ids": position_ids, "token_type_ids": token_type_ids, "adapter_names": adapter_names}
-        out: Any = encoder(
-            *first,
-            return_dict=True,
-            **{k: v for k, v in rest.items() if v is not None},
-            **({"padding_too": True} if padding_too else {}),
-        )
+        asked = dict(zip(_INPUTS, inputs, strict=True)) | {"adapter_names": adapter_names}
+        named = {name: value for name, value in asked.items() if value is not None}
+        if padding_too and _takes(encoder.forward, "padding_too"):
+            named["padding_too"] = True
+        out: Any = encoder(**named, return_dict=True)
         hidden, mask = out.last_hidden_state, inputs[1]
         keep = None if mask is None or mask.dim() != 2 else (mask != 0).expand(hidden.shape[:2])
-        return Encoded(pick(hidden, keep, only), None, out.hidden_states, out.attentions)
+        states, attentions = (getattr(out, name, None) for name in ("hidden_states", "attentions"))
+        return Encoded(pick(hidden, keep, only), None, states, attentions)
 
     def projectors(self) -> dict[str, nn.Linear]:
         """The Linears onto the vocabulary, by name; the configuration ties them to the word embeddings."""
@@ -680,8 +705,8 @@ def complete(settings: dict[str, Any], config: DistilBertConfig) -> dict[str, An
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**24:
             raise ValueError(f"a head's {name} must be an integer of 1 or more, got {value!r}")
     activation = settings["activation_function"]
-    if activation is not None and _activation(activation) not in ACTIVATIONS:
-        raise ValueError(f"activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if activation is not None and _activation(activation) not in IN_HEADS:
+        raise ValueError(f"activation_function {activation!r} is not one of {', '.join(IN_HEADS)}")
     if settings.get("use_pooler") or settings.get("shift_labels"):
         raise ValueError("use_pooler and shift_labels are not for DistilBERT's heads, which have neither")
     probability = settings.get("dropout_prob")
@@ -713,7 +738,7 @@ def build(settings: dict[str, Any], config: DistilBertConfig) -> nn.Sequential:
     def add(width: int, out: int, last: bool) -> None:
         layers.append(nn.Linear(width, out, bias=bias if last else True))
         if not last and activation:
-            layers.append(ACTIVATIONS[_activation(activation)]())
+            layers.append(IN_HEADS[_activation(activation)]())
 
     depth = settings["layers"]
     if settings["head_type"] == "masked_lm":

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
-from fastdistil import cpu, graphs, int8, ops, reference
+from fastdistil import cpu, graphs, int8, ops
 from fastdistil._register import can_look, is_exported_to_onnx, is_transformed
 from fastdistil.adapters import (
     Adapters,
@@ -59,13 +60,33 @@ _ABSENT = (
     "use_auth_token",
     "variant",
 )
+# config's activation -> the module that computes it
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+# what classes computed when this was imported; our own are added below
+_AS_WRITTEN: dict[Any, Any] = {
+    kind: kind.forward
+    for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.GELU, nn.ReLU, nn.SiLU, Int8Linear)
+}
+
+
+def is_as_written(kind: type[nn.Module]) -> bool:
+    """Whether nobody has put another forward into the class."""
+    return _AS_WRITTEN.get(kind) is kind.forward
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether `module` computes just what its class says, so that a fused op may take its weights."""
     return (
         type(module) is kind
+        and is_as_written(kind)
         and module.bias is not None
         and not is_packed_otherwise(module.weight)
         and "forward" not in module.__dict__  # patched on the instance
@@ -141,7 +162,7 @@ def _scan(model: nn.Module) -> bool:
 
 def _leaf(module: Any, kind: type[nn.Module], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """The weight and bias of a plain module, see `is_plain`, where they are ordinary ones of this dtype on CPU."""
-    if type(module) is not kind:
+    if type(module) is not kind or not is_as_written(kind):
         return None
     state = module.__dict__
     if "forward" in state or "weight" in state or "bias" in state:  # an attribute comes before a parameter
@@ -201,11 +222,10 @@ class Embeddings(nn.Module):
             and _is_off(self.dropout)
             and is_plain(self.LayerNorm, nn.LayerNorm)
             and all(
-                type(table) is nn.Embedding
+                _is_ours(table, nn.Embedding)
                 and table.weight.dtype is self.LayerNorm.weight.dtype
                 and table.max_norm is None
                 and not is_packed_otherwise(table.weight)
-                and "forward" not in table.__dict__
                 and not (table._forward_hooks or table._forward_pre_hooks)
                 for table in (self.word_embeddings, self.position_embeddings)
             )
@@ -226,11 +246,11 @@ def _rows_of(table: nn.Embedding) -> int:
 
 
 def _is_ours(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    return type(module) is kind and "forward" not in module.__dict__
+    return type(module) is kind and is_as_written(kind) and "forward" not in module.__dict__
 
 
 def _is_off(dropout: Any) -> bool:
-    return type(dropout) is nn.Dropout and not dropout.training and not _is_touched(dropout)
+    return _is_ours(dropout, nn.Dropout) and not dropout.training and not _is_touched(dropout)
 
 
 def _is_touched(module: nn.Module) -> bool:
@@ -240,12 +260,22 @@ def _is_touched(module: nn.Module) -> bool:
 
 
 def _is_elementwise(activation: Any) -> bool:
-    """Whether an activation, a name or what somebody put in its place, looks at one number at a time."""
+    """Whether an activation, ours or what somebody put in its place, looks at one number at a time."""
     if not isinstance(activation, nn.Module):
-        return isinstance(activation, str) or activation in FUNCTIONS
+        return activation in FUNCTIONS
     kind = type(activation)
     known = kind.forward in ELEMENTWISE or kind.__module__ == "transformers.activations"
     return known and not _is_touched(activation)
+
+
+def activation_of(module: Any) -> str | None:
+    """What the fused ops call an activation, where they have it."""
+    kind = type(module)
+    if kind not in (nn.GELU, nn.ReLU, nn.SiLU) or not is_as_written(kind) or _is_touched(module):
+        return None
+    if kind is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_new"}.get(module.approximate)
+    return "relu" if kind is nn.ReLU else "silu"
 
 
 def _reset(module: nn.Module) -> None:
@@ -262,8 +292,10 @@ def _reset(module: nn.Module) -> None:
 class MultiHeadSelfAttention(nn.Module):
     def __init__(self, config: DistilBertConfig):
         super().__init__()
+        self.config = config
         self.n_heads, self.dim = config.n_heads, config.dim
         self.attention_head_size = config.dim // config.n_heads
+        self.scaling = self.attention_head_size**-0.5
         self.q_lin = nn.Linear(config.dim, config.dim)
         self.k_lin = nn.Linear(config.dim, config.dim)
         self.v_lin = nn.Linear(config.dim, config.dim)
@@ -275,16 +307,20 @@ class MultiHeadSelfAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        mask: Tensor | None = None,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         probabilities: bool = False,
         adapters: Sequence[str] = (),
     ) -> tuple:
-        """x: [B, L, dim]; mask: bool (True attends) or additive, broadcast to [B, heads, L, L]; head_mask: [heads]"""
+        """hidden_states: [B, L, dim]; attention_mask: bool (True attends) or additive, broadcast to [B, heads, L, L];
+        head_mask: [heads] -> the same as hidden_states, and the probabilities or None"""
+        x, mask = hidden_states, attention_mask
 
-        def split(y: Tensor) -> Tensor:  # [B, L, dim] -> [B, heads, L, head_size]
-            return y.unflatten(-1, (self.n_heads, self.attention_head_size)).transpose(1, 2)
+        def split(
+            y: Tensor,
+        ) -> Tensor:  # [B, L, dim] -> [B, heads, L, head_size]; as many as there are, if some were cut
+            return y.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
 
         def project(linear: nn.Linear) -> Tensor:
             y, more = linear(x), low_rank(linear, adapters, x)
@@ -292,8 +328,9 @@ class MultiHeadSelfAttention(nn.Module):
 
         q, k, v = project(self.q_lin), project(self.k_lin), project(self.v_lin)
         weights = None
-        if probabilities or head_mask is not None:
-            scores = q @ k.mT * self.attention_head_size**-0.5
+        forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0  # the fused one has none
+        if probabilities or head_mask is not None or forward_mode or self.config._attn_implementation == "eager":
+            scores = q @ k.mT * self.scaling
             if mask is not None:
                 lowest = torch.finfo(scores.dtype).min
                 scores = scores.masked_fill(~mask, lowest) if mask.dtype is torch.bool else scores + mask
@@ -303,7 +340,7 @@ class MultiHeadSelfAttention(nn.Module):
             context = weights @ v
         else:
             p = self.dropout.p if self.dropout.training else 0.0
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=self.scaling)
         return self.out_lin(context.transpose(1, 2).flatten(2)), weights
 
     def packed(
@@ -409,6 +446,11 @@ class MultiHeadSelfAttention(nn.Module):
         super().__setstate__(state)
         self._lay_side_by_side()
 
+    def __copy__(self) -> "MultiHeadSelfAttention":
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)  # they share their weights, which stay where they are
+        return new
+
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -468,23 +510,32 @@ class FFN(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.lin1 = nn.Linear(config.dim, config.hidden_dim)
         self.lin2 = nn.Linear(config.hidden_dim, config.dim)
-        self.activation = ACTIVATION_ALIASES[config.activation]
+        self.activation = ACTIVATIONS[ACTIVATION_ALIASES[config.activation]]()
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, L, dim] -> [B, L, dim]
-        return self.dropout(self.lin2(self._activate(self.lin1(x))))
-
-    def _activate(self, x: Tensor) -> Tensor:
-        activation: Any = self.activation  # a name, or what somebody put in its place
-        return reference.ACTIVATIONS[activation](x) if isinstance(activation, str) else activation(x)
+    def forward(self, input: Tensor) -> Tensor:  # [B, L, dim] -> [B, L, dim]
+        return self.dropout(self.lin2(self.activation(self.lin1(input))))
 
     def packed(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, dim]
-        if is_plain(self.lin1) and isinstance(self.activation, str):
-            x = ops.bias_gelu(x, self.lin1.weight, self.lin1.bias, self.activation, live)  # [rows, hidden_dim]
-        elif is_plain(self.lin1, Int8Linear) and isinstance(self.activation, str):
-            x = int8.apply([self.lin1], x, self.activation)  # type: ignore[list-item]
+        activation = activation_of(self.activation)
+        if activation is not None and is_plain(self.lin1):
+            x = ops.bias_gelu(x, self.lin1.weight, self.lin1.bias, activation, live)  # [rows, hidden_dim]
+        elif activation is not None and is_plain(self.lin1, Int8Linear):
+            x = int8.apply([self.lin1], x, activation)  # type: ignore[list-item]
         else:
-            x = self._activate(self.lin1(x))
+            x = self.activation(self.lin1(x))
         return apply_linear(self.lin2, x, live)
+
+
+def _attends_whole(attention: Any) -> bool:
+    """Whether its heads are as many and as wide as it was made with, and scores are scaled as usual."""
+    size, queries = attention.attention_head_size, attention._modules["q_lin"]
+    wide = getattr(queries, "out_features", attention.dim) == attention.dim == attention.n_heads * size
+    return wide and attention.scaling == size**-0.5
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Of a part's keywords those that ask for something: a user's own part need not know the others."""
+    return {name: value for name, value in options.items() if isinstance(value, Tensor) or value}
 
 
 class TransformerBlock(nn.Module):
@@ -506,6 +557,7 @@ class TransformerBlock(nn.Module):
             and _is_ours(ffn, FFN)
             and _is_off(attention._modules["dropout"])  # type: ignore[union-attr]
             and _is_off(ffn._modules["dropout"])  # type: ignore[union-attr]
+            and _attends_whole(attention)
             and _is_elementwise(ffn.activation)  # type: ignore[union-attr]
             and all(acts_on_rows(part) for part in self.leaves())
         )
@@ -524,18 +576,21 @@ class TransformerBlock(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
-        probabilities: bool = False,
+        probabilities: list[Tensor] | None = None,
         adapters: Sequence[str] = (),
-    ) -> Any:
-        """hidden_states: [B, L, dim] -> the same, and with `probabilities` the attention's, [B, heads, L, L]"""
+    ) -> Tensor:
+        """hidden_states: [B, L, dim] -> the same; `probabilities` gets the attention's, [B, heads, L, L]"""
         x = hidden_states
-        context, weights = self.attention(x, attention_mask, head_mask, probabilities, adapters)
+        more = _given(head_mask=head_mask, probabilities=probabilities is not None, adapters=adapters)
+        context, weights = self.attention(x, attention_mask=attention_mask, **more)
+        if probabilities is not None and weights is not None:
+            probabilities.append(weights)
         if adapters:
             x = self._through(adapters, context, x, self.ffn, None)
         else:
             x = self.sa_layer_norm(context + x)  # [B, L, dim]
             x = self.output_layer_norm(self.ffn(x) + x)
-        return (x, weights) if probabilities else x
+        return x
 
     def packed(
         self,
@@ -572,8 +627,8 @@ class TransformerBlock(nn.Module):
         hidden = lin1[1].numel()
         fits = all(_is_of(leaf, dim, dim) for leaf in (q, k, v, out)) and _is_of(lin1, hidden, dim)
         fits = fits and _is_of(lin2, dim, hidden) and _is_of(norm, dim) and _is_of(last, dim)
-        fits = fits and attention.n_heads * attention.attention_head_size == dim and type(ffn.activation) is str
-        fits = fits and type(norms[0].eps) is type(norms[1].eps) is float and ffn.activation in ops.ACTIVATIONS
+        fits = fits and attention.n_heads * attention.attention_head_size == dim
+        fits = fits and type(norms[0].eps) is type(norms[1].eps) is float and bool(activation_of(ffn.activation))
         return (attention._qkv, out, norm, lin1, lin2, last) if fits and _are_thirds(attention._qkv, q, k, v) else None
 
     def _unseen(
@@ -586,7 +641,8 @@ class TransformerBlock(nn.Module):
         if only is not None:
             context, x = context[only], x[only]
         x = cpu.add_layer_norm(cpu.linear(context, w_out, b_out), x, w_norm, b_norm, own["sa_layer_norm"].eps)
-        hidden = cpu.bias_gelu(x, w_1, b_1, own["ffn"].activation)  # [rows, hidden_dim]
+        activation: Any = activation_of(own["ffn"].activation)
+        hidden = cpu.bias_gelu(x, w_1, b_1, activation)  # [rows, hidden_dim]
         return cpu.add_layer_norm(cpu.linear(hidden, w_2, b_2), x, w_last, b_last, own["output_layer_norm"].eps)
 
     def _through(
@@ -600,6 +656,12 @@ class TransformerBlock(nn.Module):
 
         x = add_norm_through(self.attention_adapters, adapters, context, x, add_norm(self.sa_layer_norm), live)
         return add_norm_through(self.output_adapters, adapters, ffn(x), x, add_norm(self.output_layer_norm), live)
+
+
+def _call(block: nn.Module, options: dict[str, Any], probabilities: bool, x: Tensor, mask: Tensor | None) -> tuple:
+    """-> [B, L, dim], and the attention's probabilities where they are wanted and told"""
+    weights: list[Tensor] = []
+    return (block(x, mask, **options, **({"probabilities": weights} if probabilities else {})), *weights)
 
 
 class Transformer(nn.Module):
@@ -618,22 +680,26 @@ class Transformer(nn.Module):
         head_mask: Tensor | None = None,
         probabilities: bool = False,
         adapters: Sequence[str] = (),
+        padded: Tensor | None = None,
     ) -> BaseModelOutput:
-        """hidden_states: [B, L, dim]. attention_mask: 4-D, see `_masks`. -> the last block's, as hidden_states the
-        input's and each block's, and with `probabilities` each one's attention"""
+        """hidden_states: [B, L, dim]. attention_mask: 4-D, see `_masks`. padded: bool [B, L, 1], where each block's
+        result is to be 0. -> the last block's, as hidden_states the input's and each block's, and with `probabilities`
+        each one's attention"""
         x, mask = hidden_states, attention_mask
         states, attentions = [x], []
         block: Any
         for i, block in enumerate(self.layer):
-            args = (x, mask, None if head_mask is None else head_mask[i], probabilities, adapters)
+            heads = None if head_mask is None else head_mask[i]
+            call = partial(_call, block, _given(head_mask=heads, adapters=adapters), probabilities)
             if self.gradient_checkpointing and self.training and i % self.checkpointing_step == 0:
+                how = {"use_reentrant": False} | self.checkpointing_options
                 with save_on_cpu(pin_memory=x.is_cuda) if self.checkpoints_on_host else nullcontext():
-                    x = recompute(block, *args, **({"use_reentrant": False} | self.checkpointing_options))
+                    x, *weights = recompute(call, x, mask, **how)
             else:
-                x = block(*args)
-            if probabilities:
-                x, weights = x[0], x[1]
-                attentions.append(weights)
+                x, *weights = call(x, mask)
+            attentions += weights
+            if padded is not None:
+                x = x.masked_fill(padded, 0)
             states.append(x)
         return BaseModelOutput(x, tuple(states), tuple(attentions) or None)
 
@@ -703,8 +769,9 @@ class PreTrainedModel(WithAdapters):
         encoder's linear layers in int8, the rest in float32. A local directory is read without any network access.
         use_safetensors=False reads pytorch_model.bin (with weights_only=True) instead.
         output_loading_info: also return a dictionary of missing_keys, unexpected_keys and mismatched_keys.
-        cache_dir and token are the hub's. device_map: one device, or "auto"; attn_implementation, low_cpu_mem_usage and
-        what else transformers' callers pass to its loader (trust_remote_code, an empty variant) mean nothing here.
+        cache_dir and token are the hub's. device_map: one device, or "auto". attn_implementation: see
+        `set_attn_implementation`. low_cpu_mem_usage and what else transformers' callers pass to its loader
+        (trust_remote_code, an empty variant) mean nothing here.
         Other keywords override the configuration. BERT checkpoints convert exactly for a single segment: the vector of
         token type 0 is added to every position. Raises OSError for files, ValueError for what is in them, TypeError for
         a keyword that is none of the configuration's.
@@ -728,6 +795,8 @@ class PreTrainedModel(WithAdapters):
             )
             config = read_config(directory, **overrides) if config is None else copy.deepcopy(config).updated(overrides)
         config = cls._for_checkpoint(config)
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
         if state_dict is not None:
             weights = Weights.from_tensors(state_dict)
         else:
@@ -745,8 +814,9 @@ class PreTrainedModel(WithAdapters):
             model.__dict__["_load_device"] = as_device("cpu" if device is None else device)
             report = load_weights(model, weights, ignore_mismatched_sizes=ignore_mismatched_sizes)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.name_or_path = "" if path_or_repo is None else str(path_or_repo)
         for one in {model, model.base_model}:
-            one.name_or_path = "" if path_or_repo is None else str(path_or_repo)
+            one.name_or_path = model.config.name_or_path
         if to_int8:
             if model.adapters_config:
                 raise ValueError("dtype int8 takes no adapters; use float32, or save the model with one merged")
@@ -915,7 +985,9 @@ class PreTrainedModel(WithAdapters):
         return {"input_ids": torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], device=self.device)}
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """For transformers' callers; there is one implementation here."""
+        """ "eager": a gradient's way computes attention step by step, as derivatives of second order need; else nothing
+        changes."""
+        self.config._attn_implementation = attn_implementation
 
     def enable_input_require_grads(self) -> None:
         """Let the word embeddings' result require a gradient, as training adapters under checkpointing needs."""
@@ -1151,6 +1223,8 @@ class DistilBertModel(PreTrainedModel):
         positions, which some losses read.
         """
         config = self.config
+        if input_ids is None and inputs_embeds is None and isinstance(head_mask, Tensor) and head_mask.dim() == 3:
+            head_mask, inputs_embeds = None, head_mask  # which come third in transformers 5
         want_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         more = head_mask is not None or inputs_embeds is not None or position_ids is not None
@@ -1167,12 +1241,11 @@ class DistilBertModel(PreTrainedModel):
         if isinstance(only, Tensor):
             _check_only(only, *_shape(given), given.positions.device)
         if padding_too or want_attentions or self._needs_dense(given):
-            states, weights = self._dense(given, want_attentions, padding_too)  # n_layers + 1 times [B, L, dim]
-            last = states[-1]
-            if keep is not None and not padding_too:
-                padded = ~keep.unsqueeze(-1)  # [B, L, 1]
-                states = [x.masked_fill(padded, 0) for x in (states if want_states else states[-1:])]
-            hidden = pick(last if padding_too else states[-1], keep, only)  # [B, L, dim], or [n, dim] of only
+            zeroed = bool(want_states) and not padding_too
+            states, weights = self._dense(given, want_attentions, padding_too, zeroed)  # n_layers + 1 times [B, L, dim]
+            if keep is not None and not padding_too and not want_states:
+                states = [states[-1].masked_fill(~keep.unsqueeze(-1), 0)]
+            hidden = pick(states[-1], keep, only)  # [B, L, dim], or [n, dim] of only
             shown = tuple(states) if want_states else None
             return Encoded(hidden, None, shown, tuple(weights) if want_attentions else None)
         if want_states:
@@ -1183,10 +1256,10 @@ class DistilBertModel(PreTrainedModel):
         return Encoded(states[-1], at if only is None else None, None, None)
 
     def _dense(
-        self, given: Inputs, want_attentions: bool = False, padding_too: bool = False
+        self, given: Inputs, want_attentions: bool = False, padding_too: bool = False, zeroed: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """-> hidden states n_layers + 1 times [B, L, dim], and attentions; what they hold at padded positions means
-        something only with padding_too"""
+        """-> hidden states n_layers + 1 times [B, L, dim], and attentions. At padded positions they are transformers'
+        with padding_too, 0 with zeroed, each what the next block reads, and else mean nothing."""
         ids, embeds, keep, mask, positions, heads, adapters = given
         if ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
             looked_up = keep
@@ -1200,8 +1273,17 @@ class DistilBertModel(PreTrainedModel):
         x = self.embeddings(ids, embeds, positions)  # [B, L, dim]
         if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
             mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
-        out = self.transformer(x, mask, heads, want_attentions, adapters)
-        return [*out.hidden_states[:-1], out.last_hidden_state], list(out.attentions or ())
+        padded = ~keep.unsqueeze(-1) if zeroed and keep is not None else None  # [B, L, 1]
+        if padded is not None:
+            x = x.masked_fill(padded, 0)
+        more = _given(head_mask=heads, probabilities=want_attentions, adapters=adapters)
+        if ours := type(self.transformer) is Transformer:
+            more["padded"] = padded
+        out = self.transformer(hidden_states=x, attention_mask=mask, **more)
+        *states, _ = getattr(out, "hidden_states", None) or (x, x)  # somebody's own may tell its last states alone
+        last = out if isinstance(out, Tensor) else out[0]
+        last = last if padded is None or ours else last.masked_fill(padded, 0)
+        return [*states, last], list(getattr(out, "attentions", None) or ())
 
     def _packed(
         self, given: Inputs, every: bool = False, only: Tensor | str | None = None
@@ -1261,6 +1343,8 @@ class DistilBertModel(PreTrainedModel):
             return None
         device, places = input_ids.device, input_ids.shape
         if self.training or self._adapters(adapter_names) or is_transformed() or not graphs.can_capture(device):
+            return None
+        if torch.jit.is_tracing():
             return None
         if torch.is_autocast_enabled(device.type):
             return None  # it frees the weights it has cast, which a graph would go on reading
@@ -1376,12 +1460,13 @@ class DistilBertModel(PreTrainedModel):
 
     def _can_pack(self) -> bool:
         """Whether only our own modules run, with nobody to watch them."""
+        if not (self._has_own_embeddings() and _is_ours(self.transformer, Transformer)):
+            return False
+        if _is_touched(self.embeddings) or _is_touched(self.transformer):
+            return False
         blocks: Any = self.transformer.layer
-        return (
-            self._has_own_embeddings()
-            and _is_ours(self.transformer, Transformer)
-            and all(_is_ours(block, TransformerBlock) and block.is_plain() for block in blocks)
-            and not is_hooked(self, blocks)
+        return all(_is_ours(block, TransformerBlock) and block.is_plain() for block in blocks) and not is_hooked(
+            self, blocks
         )
 
     def _has_own_embeddings(self) -> bool:
@@ -1394,7 +1479,7 @@ class DistilBertModel(PreTrainedModel):
     def _needs_dense(self, given: Inputs) -> bool:
         if self.training or given.mask is not None or 0 in _shape(given) or not self._can_pack():
             return True
-        if is_exported_to_onnx():
+        if torch.jit.is_tracing() or is_exported_to_onnx():  # what is traced runs where our ops are not
             return True
         return self._is_trained(given)
 
@@ -1519,6 +1604,15 @@ class DistilBertModel(PreTrainedModel):
         if shape not in ((heads,), (layers, heads)):
             raise ValueError(f"head_mask must be [{heads}] or [{layers}, {heads}], got {list(head_mask.shape)}")
         return head_mask.reshape(shape).expand(layers, heads)
+
+
+_AS_WRITTEN |= {kind: kind.forward for kind in (Embeddings, MultiHeadSelfAttention, FFN, TransformerBlock, Transformer)}
+_AS_WRITTEN[DistilBertModel] = DistilBertModel.forward
+
+
+def has_own_forward(encoder: nn.Module) -> bool:
+    """Whether a call of it is not DistilBertModel's: another class, a subclass's forward, a patched one."""
+    return "forward" in encoder.__dict__ or getattr(type(encoder), "forward", None) is not _AS_WRITTEN[DistilBertModel]
 
 
 def _masks(

@@ -93,18 +93,22 @@ class LogitsOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+@dataclass
 class MaskedLMOutput(LogitsOutput):
     """logits: [batch, length, vocab], or [n, vocab] of chosen tokens."""
 
 
+@dataclass
 class SequenceClassifierOutput(LogitsOutput):
     """logits: [batch, num_labels]."""
 
 
+@dataclass
 class TokenClassifierOutput(LogitsOutput):
     """logits: [batch, length, num_labels]."""
 
 
+@dataclass
 class MultipleChoiceModelOutput(LogitsOutput):
     """logits: [batch, choices]; hidden_states and attentions of batch * choices sequences."""
 

@@ -105,7 +105,8 @@ def attention(
     padded = padded.view(*live.shape, 3, num_heads, dim // num_heads).permute(2, 0, 3, 1, 4)
     q, k, v = padded.unbind(0)  # each [batch, num_heads, max_seqlen, head_size]
     scores = (q @ k.mT) * (dim // num_heads) ** -0.5
-    scores = scores.masked_fill(~live[:, None, None], -torch.inf)
+    # of an empty sequence nothing is read, and a softmax over nothing would have NaN for a gradient
+    scores = scores.masked_fill(~live[:, None, None] & (lengths > 0)[:, None, None, None], -torch.inf)
     out = scores.softmax(-1) @ v
     if head_scale is not None:
         out = out * head_scale.to(out.dtype)[:, None, None]

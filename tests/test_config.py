@@ -169,3 +169,14 @@ def test_a_home_directory_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     DistilBertConfig(dim=24, n_heads=2).save_pretrained(tmp_path / "m")
     assert DistilBertConfig.from_pretrained("~/m").dim == 24
+
+
+def test_what_transformers_callers_ask_of_a_configuration(tmp_path):
+    config = DistilBertConfig(_name_or_path="old/name", attn_implementation="eager", is_encoder_decoder=False)
+    assert config.get_text_config() is config and config._attn_implementation == "eager"
+    assert (config.name_or_path, config._name_or_path, config.is_encoder_decoder) == ("old/name", "old/name", False)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert not {name for name in written if "name_or_path" in name or "implementation" in name or "decoder" in name}
+    again = DistilBertConfig.from_pretrained(tmp_path)
+    assert again == config and again.name_or_path == str(tmp_path) and again._attn_implementation is None

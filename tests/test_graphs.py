@@ -131,14 +131,14 @@ def test_changed_weights_are_noticed(model, device, counts):
     same(model, *args)
     model.transformer.layer[1].output_layer_norm.eps = 0.1
     same(model, *args)
-    model.transformer.layer[1].ffn.activation = "relu"
+    model.transformer.layer[1].ffn.activation = torch.nn.ReLU()
     same(model, *args)
     assert counts["captures"] == 6 and counts["replays"] == 7 + 5  # five were launched and not used
     weight = model.transformer.layer[0].attention.out_lin.weight
     weight.data = weight.data.t()
     same(model, *args)
     for block in model.transformer.layer:
-        block.attention.n_heads, block.attention.attention_head_size = 6, 8
+        block.attention.n_heads, block.attention.attention_head_size, block.attention.scaling = 6, 8, 8**-0.5
     same(model, *args)
     assert counts["captures"] == 8 and counts["replays"] == 9 + 7
     hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
@@ -186,7 +186,8 @@ CHANGES = {
     "training": lambda layer: layer.attention.dropout.train(),
     "eps": lambda layer: setattr(layer.sa_layer_norm, "eps", 0.1),
     "heads": lambda layer: setattr(layer.attention, "n_heads", 6),
-    "activation": lambda layer: setattr(layer.ffn, "activation", "relu"),
+    "activation": lambda layer: setattr(layer.ffn, "activation", torch.nn.ReLU()),
+    "another form": lambda layer: setattr(layer.ffn.activation, "approximate", "tanh"),
     "forward": lambda layer: setattr(layer.ffn, "forward", lambda x: x),
     "hook": lambda layer: layer.ffn.lin1.register_forward_hook(lambda module, args, out: out * 2),
     "pre-hook": lambda layer: layer.ffn.lin1.register_forward_pre_hook(lambda module, args: None),

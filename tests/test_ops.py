@@ -686,3 +686,12 @@ print(cpu.keep_freed_memory.cache_info().currsize, statistics.median(faults() fo
     # a page a round, but 26,000 in one whose thread meets a heap that none has used; 252,000 with somebody's choice,
     # and between the two where nothing was asked for, since glibc's own thresholds move
     assert not int(asked) or (float(faults) < 1_000) == kept, out.stdout
+
+
+def test_an_empty_sequence_gives_no_nan_to_a_gradient():
+    qkv = torch.randn(7, 3 * 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    starts = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda x, s: ops.attention(x, starts, 4, 2, s), (qkv, scale))
+    with torch.autograd.detect_anomaly(check_nan=True):
+        ops.attention(qkv, starts, 4, 2).sum().backward()

@@ -33,7 +33,7 @@ ALLOWED = {
         "_register",
     },
     "heads": {"_register", "adapters", "model", "config", "outputs", "checkpoint"},
-    "integrations": {"integrations", "ops", "config", "model", "packing"},
+    "integrations": {"integrations", "ops", "config", "model", "packing", "_register"},
     "verify": {"heads", "model", "tokenizer", "checkpoint"},
     "tokenizer": {"batch_encoding", "checkpoint"},
     "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},

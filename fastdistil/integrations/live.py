@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,10 +23,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdistil import ops
+from fastdistil._register import is_transformed
 from fastdistil.config import ACTIVATION_ALIASES
 from fastdistil.model import (
+    ACTIVATIONS,
     FFN,
     MultiHeadSelfAttention,
     TransformerBlock,
@@ -55,8 +59,9 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A block's leaf modules, by DistilBERT's names."""
+    """A block's leaf modules, by DistilBERT's names, and the module that attends."""
 
+    attention: nn.Module
     q_lin: nn.Module
     k_lin: nn.Module
     v_lin: nn.Module
@@ -82,12 +87,17 @@ class Fast:
         # of the model itself its parts alone: it holds this, and would else wait for the garbage collector
         self.parts = tuple(model._modules.values())
         self.watched = [(m, m.__dict__, type(m), tuple(m._modules.values())) for m in [*model.modules()][1:]]
+        kinds = {kind for _, _, kind, _ in self.watched}
+        self.forwards = [(kind, _WRITTEN.get(kind, kind.forward)) for kind in kinds]
         self.blocks: list[TransformerBlock] | None = None
+        self.attentions: list[dict[str, Any]] = []
         try:
             heads, dim, activation = model._heads_and_activation()
             layers = list(model._layers())
         except (Unknown, AttributeError):
             return
+        self.attentions = [layer.attention.__dict__ for layer in layers]
+        self.heads, self.head_size = heads, dim // heads
         if all(getattr(layer.q_lin, "out_features", dim) == dim for layer in layers):  # no head was pruned
             blocks = [_block(layer, dim, heads, activation) for layer in layers]
             if all(is_of_rows(type(part)) for block in blocks for part in block.leaves()):
@@ -115,6 +125,43 @@ class Fast:
             or ((state["_forward_hooks"] or state["_forward_pre_hooks"]) and _is_watched(m))
             for m, state, _, _ in self.watched
         )
+
+    def attends_as_usual(self, config: Any) -> bool:
+        """Whether no class has another forward than it came with, and each block attends as its configuration says."""
+        scaling = self.head_size**-0.5
+        usual = all(
+            state.get("scaling", scaling) == scaling
+            and state.get("attention_head_size", self.head_size) == self.head_size
+            and state.get("n_heads", state.get("num_attention_heads")) == self.heads
+            and not (state.get("is_causal") or state.get("is_decoder"))
+            for state in self.attentions
+        )
+        return usual and all(kind.forward is forward for kind, forward in self.forwards) and _is_usual(config)
+
+
+_MODELING = [
+    importlib.import_module(kind.__module__) for kind in (transformers.DistilBertModel, transformers.BertModel)
+]
+# what was computed when this was imported; of other classes, such as quantised layers, nobody knows
+_WRITTEN: dict[type, Any] = {
+    kind: kind.forward
+    for kind in chain(*(vars(module).values() for module in _MODELING), vars(nn).values())
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.Module
+}
+_EAGER = [(module, getattr(module, "eager_attention_forward", None)) for module in _MODELING]
+_USUAL = {*ALL_ATTENTION_FUNCTIONS.values()}
+
+
+def _is_usual(config: Any) -> bool:
+    """Whether the attention function that the configuration names is one of transformers' own, or ours."""
+    name = getattr(config, "_attn_implementation", None)
+    if OLD:  # there they are chosen when a model is made
+        return True
+    if name in (None, "eager"):
+        return all(getattr(module, "eager_attention_forward", None) is eager for module, eager in _EAGER)
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    function = getattr(function, "func", function)  # a kernel's name may stand for a part of transformers' own
+    return function in _USUAL or str(getattr(function, "__module__", "")).startswith("fastdistil.")
 
 
 def _wants_dict(config: Any, asked: bool | None) -> bool:
@@ -153,10 +200,11 @@ def _block(layer: Layer, dim: int, heads: int, activation: str) -> TransformerBl
 
     attention, ffn, block = bare(MultiHeadSelfAttention), bare(FFN), bare(TransformerBlock)
     attention.n_heads, attention.dim, attention.attention_head_size = heads, dim, dim // heads
+    attention.scaling = (dim // heads) ** -0.5
     for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
         setattr(attention, name, getattr(layer, name))
     attention._qkv = attention.looked_at = None
-    ffn.lin1, ffn.lin2, ffn.activation = layer.lin1, layer.lin2, activation
+    ffn.lin1, ffn.lin2, ffn.activation = layer.lin1, layer.lin2, ACTIVATIONS[activation]()
     block.attention, block.ffn = attention, ffn
     block.sa_layer_norm, block.output_layer_norm = layer.sa_layer_norm, layer.output_layer_norm
     block.attention_adapters = block.output_adapters = None
@@ -246,6 +294,7 @@ class Live:
         if (
             model.training
             or torch.jit.is_tracing()
+            or is_transformed()
             or "forward" in self.__dict__
             or padding_is_read
             or (OLD and not _wants_dict(model.config, given.get("return_dict")))  # its tuples keep what is None
@@ -263,7 +312,7 @@ class Live:
         fast = self.__dict__.get("_fast")
         if fast is None or not fast.is_current(model):
             fast = self.__dict__["_fast"] = Fast(model)
-        return fast if fast.is_plain() else None
+        return fast if fast.is_plain() and fast.attends_as_usual(model.config) else None
 
     def _packed(self, fast: Fast, given: dict[str, Any], every: bool) -> list[Tensor]:
         ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
@@ -317,7 +366,8 @@ def _is_trained(model: nn.Module) -> bool:
 
 def _is_too_long(model: Any, given: Any) -> bool:
     """Whether there are no positions for all tokens: transformers says so."""
-    return given.shape[1] > getattr(model.embeddings.position_embeddings, "num_embeddings", given.shape[1])
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    return given.shape[1] > getattr(table, "num_embeddings", given.shape[1])
 
 
 def _wants_grad(x: Tensor | None) -> bool:
@@ -340,7 +390,7 @@ class DistilBertModel(Live, transformers.DistilBertModel):
             _check_activation(ffn.activation, self.config.activation)
             _check_dropouts(a, ffn)
             yield Layer(
-                a.q_lin, a.k_lin, a.v_lin, a.out_lin, block.sa_layer_norm,
+                a, a.q_lin, a.k_lin, a.v_lin, a.out_lin, block.sa_layer_norm,
                 ffn.lin1, ffn.lin2, block.output_layer_norm,
             )  # fmt: skip
 
@@ -366,7 +416,7 @@ class BertModel(Live, transformers.BertModel):
             _check_activation(own(block.intermediate).intermediate_act_fn, self.config.hidden_act)
             _check_dropouts(a, out, own(block.output))
             yield Layer(
-                a.query, a.key, a.value, out.dense, out.LayerNorm,
+                a, a.query, a.key, a.value, out.dense, out.LayerNorm,
                 block.intermediate.dense, block.output.dense, block.output.LayerNorm,
             )  # fmt: skip
 
