@@ -4,8 +4,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import Encoding
+
+PADDED = frozenset(("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"))
 
 
 class CharSpan(NamedTuple):
@@ -35,7 +38,9 @@ class BatchEncoding(dict):
         self._encodings = list(encodings)
 
     def __getitem__(self, name: Any) -> Any:
-        """The field of that name; of a number, that row's `tokenizers.Encoding`."""
+        """The field of that name; of a number or a slice, that row's `tokenizers.Encoding` or a list of them."""
+        if isinstance(name, slice):
+            return self.encodings[name]
         return self._whole(name) if isinstance(name, int) else super().__getitem__(name)
 
     def __getattr__(self, name: str) -> Any:
@@ -43,6 +48,22 @@ class BatchEncoding(dict):
             return super().__getitem__(name)
         except KeyError:
             raise AttributeError(name) from None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return dict(self)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it can be asked about tokens, words and characters."""
+        return bool(self._encodings)
+
+    def convert_to_tensors(self, tensor_type: str | None = None, prepend_batch_axis: bool = False) -> "BatchEncoding":
+        """Make its lists tensors ("pt") or arrays ("np"), in place; returns itself. prepend_batch_axis: of one text's
+        lists, rows. Raises ValueError naming the field."""
+        made = {name: as_tensor(name, [v] if prepend_batch_axis else v, tensor_type) for name, v in self.items()}
+        self.update(made)
+        return self
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> "BatchEncoding":
         """Move the tensors to the device, in place; returns itself."""
@@ -148,3 +169,25 @@ def _of_two_texts(encoding: Encoding) -> Encoding:
     whole = Encoding()
     whole.__setstate__(json.dumps(state).encode())
     return whole
+
+
+def as_tensor(name: str, values: Any, kind: str | None) -> Any:
+    if kind not in (None, "pt", "np"):
+        raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {kind!r}")
+    if kind is None:
+        return values
+    try:
+        if name in PADDED:
+            whole = np.array(values, np.int64)  # also of no tokens
+            return torch.from_numpy(whole) if kind == "pt" else whole
+        if kind == "np":
+            return np.array(values)
+        first = values[0] if isinstance(values, (list, tuple)) and values else values
+        if isinstance(first, torch.Tensor):  # each keeps its type
+            return values if first is values else torch.stack(list(values))
+        return torch.from_numpy(np.array(values)) if hasattr(first, "dtype") else torch.tensor(values)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot be a tensor: its rows differ in length or are no numbers; use padding=True, and leave out "
+            "what is for people to read"
+        ) from error

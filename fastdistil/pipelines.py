@@ -58,6 +58,7 @@ class Pipeline:
     answer: Callable[..., Any]  # what a call does, with its options
 
     def __init__(self, model: Any, tokenizer: DistilBertTokenizer, max_batch_tokens: int | None = None, **options: Any):
+        self.task = ""
         self.options = _ours(options)
         inspect.signature(self.answer).bind_partial(**self.options)  # TypeError for what it does not take
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -78,7 +79,11 @@ class Pipeline:
         to_eval(self.model)  # it may have been trained meanwhile
         return self.answer(inputs, *args, **(self.options | _ours(options)))
 
-    # looked up at every call, for the model may change: its active head, its labels
+    # looked up at every call, for the model may change: its place, its active head, its labels
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @property
     def kind(self) -> str:
@@ -789,20 +794,25 @@ def pipeline(
     local_files_only: bool = False,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
+    config: Any = None,
+    model_kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """A pipeline for a task: fill-mask, feature-extraction, text-classification (sentiment-analysis),
     token-classification (ner) or question-answering.
 
     model: a directory, a hub id or a loaded model, with flexible heads the active one; tokenizer: likewise, by default
-    the model's directory. device (or device_map): by default cuda when there is one; numbers as transformers has them.
+    the model's directory, or (directory, its loader's keywords). config, model_kwargs: of the model's loader. device
+    (or device_map): by default cuda when there is one; numbers as transformers has them.
     dtype (or torch_dtype): "auto" is float32 on CPU and float16 on CUDA; "int8" is for CPU. A loaded model stays where
     and as it is. revision, local_files_only, cache_dir and token are the hub's. options: top_k and the like, for every
-    call; transformers' framework, use_fast and trust_remote_code change nothing. Raises OSError for files, ValueError
-    for what is in them.
+    call; transformers' framework, use_fast, trust_remote_code and feature_extractor change nothing. Raises OSError for
+    files, ValueError for what is in them.
     """
-    for name in ("framework", "use_fast", "trust_remote_code"):
+    for name in ("framework", "use_fast", "trust_remote_code", "feature_extractor", "image_processor", "processor"):
         options.pop(name, None)
+    more = dict(model_kwargs or {})
+    dtype, torch_dtype = more.pop("dtype", dtype), more.pop("torch_dtype", torch_dtype)
     task = ALIASES.get(task, task)
     if task not in TASKS:
         raise ValueError(f"task {task!r} is not one of {', '.join([*TASKS, *ALIASES])}")
@@ -824,7 +834,7 @@ def pipeline(
         if kind.kinds and class_named_in(read_config(directory)) is DistilBertModelWithHeads:
             model_class = DistilBertModelWithHeads
         model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
-            directory, dtype=dtype, device=place, output_loading_info=True
+            directory, dtype=dtype, device=place, output_loading_info=True, config=config, **more
         )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
@@ -837,5 +847,8 @@ def pipeline(
             raise ValueError(f"{directory} is no checkpoint for {task}: its configuration names {named}")
         tokenizer = directory if tokenizer is None else tokenizer
     if not isinstance(tokenizer, DistilBertTokenizer):
-        tokenizer = DistilBertTokenizer.from_pretrained(tokenizer, **hub)
-    return kind(model, tokenizer, max_batch_tokens, **options)
+        tokenizer, given = tokenizer if isinstance(tokenizer, tuple) else (tokenizer, {})
+        tokenizer = DistilBertTokenizer.from_pretrained(tokenizer, **(hub | given))
+    made = kind(model, tokenizer, max_batch_tokens, **options)
+    made.task = task
+    return made

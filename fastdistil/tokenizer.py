@@ -1,6 +1,7 @@
 """DistilBertTokenizer: WordPiece by the `tokenizers` library, with transformers' call, ids and files."""
 
 import copy
+import inspect
 import json
 import logging
 import math
@@ -10,9 +11,19 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-from fastdistil.batch_encoding import BatchEncoding
+from fastdistil.batch_encoding import PADDED, BatchEncoding, as_tensor
 from fastdistil.checkpoint import find, read_object
 
 logger = logging.getLogger("fastdistil")
@@ -25,6 +36,15 @@ SPECIAL = {  # in transformers' order of all_special_tokens
     "mask_token": "[MASK]",
 }
 EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the second is transformers 4's name
+ENDS = ("bos_token", "eos_token")  # which BERT has none of, unless a caller says so
+# what transformers' callers pass along, without a meaning here
+IGNORED = frozenset(
+    (
+        *("use_fast", "from_slow", "legacy", "tokenizer_type", "trust_remote_code", "verbose", "_from_auto"),
+        *("do_basic_tokenize", "never_split", "add_prefix_space"),
+        *("resume_download", "force_download", "proxies", "subfolder", "use_auth_token"),
+    )
+)
 NO_LIMIT = int(1e30)  # transformers' model_max_length where a tokenizer states none
 MOST_TOKENS = 2**24  # more to pad to, or in a vocabulary, is a mistake, and takes the memory
 MAX_WORD = 100  # WordPiece gives [UNK] for a longer word, so a word has at most this many tokens
@@ -32,8 +52,6 @@ PIECE = 2**16  # characters of a text that is read to its end, at a time
 CHARS_PER_TOKEN = 8  # a first cut this long nearly always holds enough tokens; English has 4 to 5
 
 Text = str | Sequence[str] | Sequence[Sequence[str]]
-
-PADDED = frozenset(("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"))
 
 
 class DistilBertTokenizer:
@@ -60,14 +78,24 @@ class DistilBertTokenizer:
         padding_side: str = "right",
         truncation_side: str = "right",
         clean_up_tokenization_spaces: bool | None = None,
-        **special_tokens: str,
+        model_input_names: Sequence[str] | None = None,
+        extra_special_tokens: Sequence[Any] = (),
+        additional_special_tokens: Sequence[Any] = (),
+        tokenizer_object: Tokenizer | None = None,
+        name_or_path: str = "",
+        **special_tokens: Any,
     ):
-        if unknown := set(special_tokens) - set(SPECIAL):
-            raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+        _check_names(special_tokens)
+        special_tokens = {name: token for name, token in special_tokens.items() if name not in IGNORED}
+        ends = {name: token for name in ENDS if (token := special_tokens.pop(name, None)) is not None}
+        tokenizer = tokenizer_object if tokenizer is None else tokenizer
         if (vocab_file is None) == (tokenizer is None):
             raise ValueError("give exactly one of vocab_file (a vocab.txt) and tokenizer (a tokenizers.Tokenizer)")
         self.padding_side, self.truncation_side = padding_side, truncation_side
-        self._special = SPECIAL | special_tokens
+        self._special = ends | SPECIAL | {name: _content(token) for name, token in special_tokens.items()}
+        self.name_or_path = name_or_path
+        if model_input_names is not None:
+            self.model_input_names = list(model_input_names)
         self.extra_special_tokens: list[str] = []
         for name, token in self._special.items():
             if not isinstance(token, str):
@@ -91,9 +119,9 @@ class DistilBertTokenizer:
         self.says_to_clean_up = bool(clean_up_tokenization_spaces)
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces is not False
         self._tokenizer = self._from_vocab(Path(vocab_file)) if vocab_file is not None else _copy(tokenizer)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        missing = [token for token in self._special.values() if self._tokenizer.token_to_id(token) is None]
+        self._forget_settings()
+        needed = [token for name, token in self._special.items() if name not in ENDS]
+        missing = [token for token in needed if self._tokenizer.token_to_id(token) is None]
         if missing:
             raise ValueError(f"{vocab_file or 'the tokenizer'} lacks the special tokens {', '.join(missing)}")
         self._make_special(list(self._special.values()))
@@ -102,19 +130,29 @@ class DistilBertTokenizer:
         if len(self._before) == len(self._after) == 1 and self._before + self._after != stated:
             self._tokenizer.post_processor = self._around()
             self._before, self._after = self._template()
+        if extra := [*extra_special_tokens, *additional_special_tokens]:
+            self.add_special_tokens({"extra_special_tokens": extra})
+
+    def _forget_settings(self) -> None:
+        """Padding and truncation that a file, or whoever got hold of the library's object, has switched on there."""
+        if self._tokenizer.padding is not None:
+            self._tokenizer.no_padding()
+        if self._tokenizer.truncation is not None:
+            self._tokenizer.no_truncation()
 
     def _make_special(self, tokens: list[str]) -> None:
         """Let them be found in a text as they stand; what a file says of how that is done stays."""
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._tokenizer.add_special_tokens([token for token in tokens if token not in known])
 
-    def _around(self) -> processors.TemplateProcessing:
-        """BERT's special tokens around a text, or between two."""
+    def _around(self, tokenizer: Tokenizer | None = None) -> processors.TemplateProcessing:
+        """BERT's special tokens around a text, or between two; by default with the ids they have here."""
         cls, sep = self.cls_token, self.sep_token
+        ids = [(token, (tokenizer or self._tokenizer).token_to_id(token)) for token in (cls, sep)]
         return processors.TemplateProcessing(
             single=[cls, "$A:0", sep],
             pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
-            special_tokens=[(cls, self.cls_token_id), (sep, self.sep_token_id)],
+            special_tokens=ids,
         )
 
     def _from_vocab(self, path: Path) -> Tokenizer:
@@ -125,7 +163,7 @@ class DistilBertTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} is not a vocabulary of one token a line: {error}") from error
         special = self._special
-        if missing := [token for token in special.values() if token not in vocab]:
+        if missing := [token for name, token in special.items() if name not in ENDS and token not in vocab]:
             raise ValueError(f"{path} lacks the special tokens {', '.join(missing)}")
         tokenizer = Tokenizer(
             models.WordPiece(vocab, unk_token=special["unk_token"], max_input_chars_per_word=MAX_WORD)
@@ -188,15 +226,17 @@ class DistilBertTokenizer:
     ) -> "DistilBertTokenizer":
         """From a directory or hub id holding tokenizer.json or vocab.txt, with tokenizer_config.json's settings.
 
-        overrides: the constructor's arguments. Raises OSError, ValueError or TypeError naming the file.
+        overrides: the constructor's arguments; use_fast and what else has no meaning here is ignored. Raises OSError,
+        ValueError or TypeError naming the file.
         """
+        _check_names({name: value for name, value in overrides.items() if name not in _ARGUMENTS})
         hub: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir, token=token)
         directory = find(path_or_repo, local_files_only=local_files_only, **hub)
         settings = read_object(directory / "special_tokens_map.json") | read_object(directory / "tokenizer_config.json")
         given: dict[str, Any] = {
             name: value.get("content") if isinstance(value, dict) else value
             for name, value in settings.items()
-            if name in SPECIAL and value is not None
+            if name in (*SPECIAL, *ENDS) and value is not None
         }
         for name in [
             "do_lower_case",
@@ -209,7 +249,9 @@ class DistilBertTokenizer:
         ]:
             if settings.get(name) is not None:
                 given[name] = settings[name]
-        given |= overrides
+        if isinstance(names := settings.get("model_input_names"), list):
+            given["model_input_names"] = names
+        given |= {"name_or_path": str(path_or_repo)} | overrides
         try:
             _check_flags(given)
         except TypeError as error:
@@ -248,12 +290,10 @@ class DistilBertTokenizer:
         made._add_special(settings, directory)
         return made
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers reads back."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        settings: dict[str, Any] = self._special | {
-            "tokenizer_class": "DistilBertTokenizer",
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """The constructor's arguments that make a tokenizer like this one, of its vocabulary."""
+        return self._special | {
             "do_lower_case": self.do_lower_case,
             "strip_accents": self.strip_accents,
             "tokenize_chinese_chars": self.tokenize_chinese_chars,
@@ -261,6 +301,15 @@ class DistilBertTokenizer:
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
         }
+
+    def save_pretrained(self, directory: str | Path, legacy_format: bool | None = None) -> tuple[str, ...]:
+        """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers reads back; the files' names.
+        legacy_format changes nothing, for the files of every version are written."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        settings: dict[str, Any] = self.init_kwargs | {"tokenizer_class": "DistilBertTokenizer"}
+        if list(self.model_input_names) != list(type(self).model_input_names):
+            settings["model_input_names"] = list(self.model_input_names)
         if self.says_to_clean_up or not self.clean_up_tokenization_spaces:
             settings["clean_up_tokenization_spaces"] = self.says_to_clean_up
         if self.extra_special_tokens:
@@ -272,6 +321,27 @@ class DistilBertTokenizer:
         last = max(tokens)  # a line is a token's number; where there is none, a later line overrules this
         lines = "".join(f"{tokens.get(i, tokens[last])}\n" for i in range(last + 1))
         (directory / "vocab.txt").write_text(lines, encoding="utf-8")
+        return tuple(str(directory / name) for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt"))
+
+    def train_new_from_iterator(
+        self, text_iterator: Any, vocab_size: int, length: int | None = None, **kwargs: Any
+    ) -> "DistilBertTokenizer":
+        """A tokenizer of the same settings and special tokens, whose WordPiece vocabulary is made of texts.
+
+        text_iterator: of texts, or of lists of texts. length: how many there are, for a progress bar. kwargs: of
+        `tokenizers.trainers.WordPieceTrainer`.
+        """
+        new = Tokenizer(models.WordPiece(unk_token=self.unk_token, max_input_chars_per_word=MAX_WORD))
+        new.normalizer, new.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        new.decoder = self._tokenizer.decoder
+        special = sorted(self.all_special_tokens, key=self.convert_tokens_to_ids)
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, **kwargs)
+        new.train_from_iterator(text_iterator, trainer, length)
+        new.post_processor = self._around(new)
+        return type(self)(
+            tokenizer=new, extra_special_tokens=self.extra_special_tokens, **self.init_kwargs,
+            clean_up_tokenization_spaces=self.says_to_clean_up if self.says_to_clean_up else None,
+        )  # fmt: skip
 
     def lowered(self) -> "DistilBertTokenizer":
         """A copy that lowers texts first, but for the special tokens in them; the same where it does so anyway.
@@ -306,6 +376,26 @@ class DistilBertTokenizer:
     def get_vocab(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
+    vocab = property(get_vocab)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """`get_added_vocab` by id, with how each is found in a text."""
+        return dict(sorted(self._tokenizer.get_added_tokens_decoder().items()))
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        return self.get_added_vocab()
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        """The text's own tokens that fit into model_max_length."""
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
     def get_added_vocab(self) -> dict[str, int]:
         """The tokens that are found in a text before it is cut into words, special ones and those of add_tokens."""
         return {token.content: i for i, token in sorted(self._tokenizer.get_added_tokens_decoder().items())}
@@ -337,7 +427,7 @@ class DistilBertTokenizer:
         if not isinstance(special_tokens_dict, Mapping):
             raise TypeError(f"special_tokens_dict must be a dictionary, got {type(special_tokens_dict).__name__}")
         for name, value in special_tokens_dict.items():
-            if name not in (*SPECIAL, *EXTRA):
+            if name not in (*SPECIAL, *EXTRA, *ENDS):
                 raise ValueError(f"{name} is no special token of this tokenizer; it has {', '.join(SPECIAL)}")
             if name in EXTRA and not isinstance(value, (list, tuple)):
                 raise TypeError(f"{name} must be a list of tokens, got {value!r}")
@@ -389,7 +479,7 @@ class DistilBertTokenizer:
         """Raises ValueError for what cannot be kept to."""
         if name in ("padding_side", "truncation_side"):
             _check_side(name, value)
-        if name in SPECIAL:
+        if name in SPECIAL or (name in ENDS and value is not None):
             if not isinstance(value, str) or self._tokenizer.token_to_id(value) is None:
                 raise ValueError(f"{name} must be a token of the vocabulary, got {value!r}")
             self._special = self._special | {name: value}
@@ -402,6 +492,8 @@ class DistilBertTokenizer:
             return special[name]
         if name.removesuffix("_id") in special:
             return self._tokenizer.token_to_id(special[name.removesuffix("_id")])
+        if name.removesuffix("_id") in ENDS:
+            return None
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
@@ -423,8 +515,16 @@ class DistilBertTokenizer:
 
     # --- text to ids --------------------------------------------------------------------------------------------
 
-    def tokenize(self, text: str) -> list[str]:
-        return self(text, add_special_tokens=False).tokens()
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """The tokens of a text, or of two; kwargs: of the call."""
+        return self(text, pair, add_special_tokens=add_special_tokens, **kwargs).tokens()
+
+    @staticmethod
+    def convert_tokens_to_string(tokens: Sequence[str]) -> str:
+        """The tokens' text: pieces of a word joined, and no space before punctuation."""
+        return decoders.WordPiece(prefix="##").decode(list(tokens))
 
     def encode(self, text: str, text_pair: str | None = None, **kwargs: Any) -> list[int]:
         return self(text, text_pair, **kwargs)["input_ids"]
@@ -437,6 +537,7 @@ class DistilBertTokenizer:
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string")
+        self._forget_settings()
         room = self._room(max_length, pair=False)
 
         def encode(pieces: list[str]) -> list[Encoding]:
@@ -470,6 +571,7 @@ class DistilBertTokenizer:
         return_offsets_mapping: bool = False,
         return_special_tokens_mask: bool = False,
         return_length: bool = False,
+        text_target: Text | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
         """Tokenise a text or a list of texts (or of pairs, by text_pair or as a list of twos), as transformers' do.
@@ -480,9 +582,17 @@ class DistilBertTokenizer:
         is_split_into_words: a text is a list of words; offsets then count a word's characters.
         return_overflowing_tokens: what is cut off a text follows in rows of its own, each of which begins with the last
         `stride` tokens of the one before; overflow_to_sample_mapping tells whose they are. padding_side: by default the
-        tokenizer's own. return_tensors: "pt" (int64), "np" or None (lists). verbose changes nothing.
-        Raises TypeError or ValueError naming the row.
+        tokenizer's own. return_tensors: "pt" (int64), "np" or None (lists). text_target: texts whose ids become labels.
+        verbose changes nothing. Raises TypeError or ValueError naming the row.
         """
+        self._forget_settings()
+        if text_target is not None:
+            same: Any = dict(padding=padding, truncation=truncation, max_length=max_length)
+            same |= dict(is_split_into_words=is_split_into_words, add_special_tokens=add_special_tokens)
+            same |= dict(return_tensors=return_tensors, pad_to_multiple_of=pad_to_multiple_of)
+            found = self(text, text_pair, **same)
+            found["labels"] = self(text_target, **same)["input_ids"]
+            return found
         single = _is_of_words(text) if is_split_into_words else isinstance(text, str)
         if single and (text_pair == "" if isinstance(text, str) else text_pair in ([], ())):
             text_pair = None  # as transformers does; in a list an empty second text stays one
@@ -732,7 +842,7 @@ class DistilBertTokenizer:
                 data[name] = [own + rest if side == "right" else rest + own for own, rest in pairs]
         if single:
             data = {name: values[0] for name, values in data.items()}
-        return BatchEncoding({name: _as_tensor(name, v, return_tensors) for name, v in data.items()})
+        return BatchEncoding({name: as_tensor(name, v, return_tensors) for name, v in data.items()})
 
     def get_special_tokens_mask(
         self,
@@ -784,8 +894,12 @@ class DistilBertTokenizer:
         token_ids: Any,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
-    ) -> str:
-        """Text of token ids (a list, array or tensor), with spaces before punctuation removed as in transformers 4."""
+        spaces_between_special_tokens: bool = True,
+    ) -> Any:
+        """Text of token ids (a list, array or tensor), with spaces before punctuation removed as in transformers 4; of
+        rows of ids a list of texts. spaces_between_special_tokens changes nothing, as there."""
+        if _has_rows(token_ids):
+            return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in token_ids]
         ids = np.asarray(token_ids).reshape(-1).tolist()
         if skip_special_tokens:
             special = self._special_ids()
@@ -831,6 +945,21 @@ _CLEAN_UP = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
+
+
+_ARGUMENTS = frozenset(inspect.signature(DistilBertTokenizer.__init__).parameters)
+
+
+def _check_names(special_tokens: Mapping[str, Any]) -> None:
+    if unknown := special_tokens.keys() - {*SPECIAL, *ENDS, *IGNORED}:
+        raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+
+
+def _has_rows(ids: Any) -> bool:
+    """Whether ids are a batch of rows."""
+    if hasattr(ids, "ndim"):
+        return ids.ndim == 2
+    return isinstance(ids, (list, tuple)) and bool(ids) and (isinstance(ids[0], (list, tuple)) or np.ndim(ids[0]) == 1)
 
 
 def _check_flags(settings: dict[str, Any]) -> None:
@@ -882,8 +1011,8 @@ def _is_of_words(text: Any) -> bool:
     return not text or not isinstance(text[0], (list, tuple))
 
 
-def _content(token: str | AddedToken) -> str:
-    return token if isinstance(token, str) else token.content
+def _content(token: Any) -> Any:
+    return token.content if isinstance(token, AddedToken) else token
 
 
 def _are_pairs(text: Any) -> bool:
@@ -1009,28 +1138,6 @@ def _plain(values: Any) -> Any:
     if hasattr(values, "tolist"):
         return values.tolist()
     return [_plain(value) for value in values] if isinstance(values, (list, tuple)) else values
-
-
-def _as_tensor(name: str, values: Any, kind: str | None) -> Any:
-    if kind not in (None, "pt", "np"):
-        raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {kind!r}")
-    if kind is None:
-        return values
-    try:
-        if name in PADDED:
-            whole = np.array(values, np.int64)  # also of no tokens
-            return torch.from_numpy(whole) if kind == "pt" else whole
-        if kind == "np":
-            return np.array(values)
-        first = values[0] if isinstance(values, (list, tuple)) and values else values
-        if isinstance(first, torch.Tensor):  # each keeps its type
-            return values if first is values else torch.stack(list(values))
-        return torch.from_numpy(np.array(values)) if hasattr(first, "dtype") else torch.tensor(values)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} cannot be a tensor: its rows differ in length or are no numbers; use padding=True, and leave out "
-            "what is for people to read"
-        ) from error
 
 
 def _to_tensors(data: dict[str, list], kind: str) -> dict[str, Any]:

@@ -597,3 +597,15 @@ def test_a_single_answer_stands_alone(answerer):
     found = answerer(question="who", context="a", top_k=5)
     assert isinstance(found, dict) and found["answer"] == "a"
     assert isinstance(answerer(question="who", context="a cat", top_k=5), list)
+
+
+def test_arguments_of_transformers_pipeline(tmp_path, tokenizer):
+    fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = DistilBertConfig.from_pretrained(tmp_path, id2label={0: "no", 1: "yes"})
+    pipe = pipeline(
+        "sentiment-analysis", tmp_path, (tmp_path, {"truncation_side": "left"}), config=config,
+        model_kwargs={"torch_dtype": "float64", "attn_implementation": "eager"}, feature_extractor=None, device=-1,
+    )  # fmt: skip
+    assert (pipe.task, pipe.device, pipe.model.dtype) == ("text-classification", torch.device("cpu"), torch.float64)
+    assert pipe.tokenizer.truncation_side == "left" and pipe("one")[0]["label"] in ("no", "yes")

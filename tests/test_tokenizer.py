@@ -771,3 +771,87 @@ def test_tokens_that_are_added(minilm, tmp_path):
 def test_bad_words_strides_and_tokens(minilm, call, error, message):
     with pytest.raises(error, match=message):
         call(DistilBertTokenizer.from_pretrained(minilm))
+
+
+# --- what transformers' callers ask for ---------------------------------------------------------------------------
+
+
+def test_arguments_of_transformers_loader(tmp_path, ours, theirs):
+    ours.save_pretrained(tmp_path)
+    nothing = dict(
+        use_fast=True, trust_remote_code=False, force_download=False, do_basic_tokenize=True, never_split=None
+    )
+    extra = dict(additional_special_tokens=["<a>", "<b>"], bos_token="[B]", model_input_names=["input_ids"])
+    made = DistilBertTokenizer.from_pretrained(tmp_path, **nothing)
+    assert made("a b")["input_ids"] == ours("a b")["input_ids"] and made.name_or_path == str(tmp_path)
+    made = DistilBertTokenizer.from_pretrained(tmp_path, **extra)
+    expected = transformers.DistilBertTokenizer.from_pretrained(tmp_path, **extra)
+    for one in ("a <a> <b>c", "[B] x"):
+        assert dict(made(one)) == dict(expected(one)) and list(made(one)) == ["input_ids"]
+    assert made.bos_token == expected.bos_token == "[B]" and made.bos_token_id == expected.bos_token_id
+    assert set(made.all_special_tokens) == set(expected.all_special_tokens)
+    made.save_pretrained(tmp_path / "again")
+    again = DistilBertTokenizer.from_pretrained(tmp_path / "again")
+    assert (again.bos_token_id, again.model_input_names) == (made.bos_token_id, ["input_ids"])
+    assert again.extra_special_tokens == ["<a>", "<b>"] and len(again) == len(made)
+    with pytest.raises(TypeError, match="^unexpected arguments: colour"):
+        DistilBertTokenizer.from_pretrained(tmp_path, colour=1)
+    same = DistilBertTokenizer(tokenizer_object=ours.backend_tokenizer)
+    assert same("a b")["input_ids"] == ours("a b")["input_ids"]
+
+
+def test_rows_are_decoded_one_by_one(ours, theirs):
+    rows = [[101, 7592, 102], [2088, 1012]]
+    same = torch.tensor([[7592, 2088], [2088, 102]])
+    for ids in (rows, same, same.numpy(), [same[0], same[1]], [], [[]], 7592):
+        options = dict(skip_special_tokens=True, spaces_between_special_tokens=False)
+        assert ours.decode(ids, **options) == theirs.decode(ids, clean_up_tokenization_spaces=True, **options)
+    assert ours.batch_decode(rows) == theirs.batch_decode(rows, clean_up_tokenization_spaces=True)
+
+
+def test_what_is_switched_on_underneath_stays_outside_of_the_text(ours):
+    made = DistilBertTokenizer(tokenizer=ours.backend_tokenizer)
+    expected, long = ours("a b")["input_ids"], ours("a b c d e f")["input_ids"]
+    for call in (lambda text: made(text)["input_ids"], lambda text: made.encode_ids([text])[0]):
+        made.backend_tokenizer.enable_padding(length=6)
+        made.backend_tokenizer.enable_truncation(4)
+        assert call("a b") == expected
+        made.backend_tokenizer.enable_truncation(4)
+        assert call("a b c d e f") == long
+
+
+def test_members_that_transformers_has(ours, theirs, tmp_path):
+    tokens = ["hel", "##lo", "world", ",", "##s"]
+    assert ours.convert_tokens_to_string(tokens) == theirs.convert_tokens_to_string(tokens)
+    told = dict(pair="and more", add_special_tokens=True)
+    assert ours.tokenize("hello world", **told) == theirs.tokenize("hello world", **told)
+    for name in ("vocab", "bos_token", "eos_token", "bos_token_id", "eos_token_id", "max_len_single_sentence"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for name in ("added_tokens_encoder", "max_len_sentences_pair", "name_or_path"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert {i: str(token) for i, token in ours.added_tokens_decoder.items()} == {
+        i: str(token) for i, token in theirs.added_tokens_decoder.items()
+    }
+    assert ours.init_kwargs["do_lower_case"] is theirs.init_kwargs["do_lower_case"] is True
+    assert set(theirs.save_pretrained(tmp_path)) <= set(ours.save_pretrained(tmp_path, legacy_format=False))
+    found, expected = ours("a b", text_target="c d e"), theirs("a b", text_target="c d e")
+    assert dict(found) == dict(expected)
+    found, expected = ours(["a b", "c"]), theirs(["a b", "c"])
+    assert found.data == expected.data and found.is_fast and expected.is_fast
+    assert [one.tokens for one in found[0:2]] == [one.tokens for one in expected[0:2]]
+    padded = ours(["a b", "c"], padding=True)
+    assert padded.convert_to_tensors("pt") is padded and padded["input_ids"].shape == (2, 4)
+    assert ours("a").convert_to_tensors("np", prepend_batch_axis=True)["input_ids"].shape == (1, 3)
+    with pytest.raises(ValueError, match="input_ids cannot be a tensor"):
+        found.convert_to_tensors("pt")
+
+
+def test_a_vocabulary_of_ones_own_texts(ours, tmp_path):
+    texts = ["a tokenizer that is made of texts", "and texts that are made of words"] * 20
+    made = ours.train_new_from_iterator(iter(texts), 90)
+    assert len(made) <= 90 and made.all_special_tokens == ours.all_special_tokens
+    ids = made("made of words")["input_ids"]
+    assert ids[0] == made.cls_token_id and ids[-1] == made.sep_token_id and made.unk_token_id not in ids
+    made.save_pretrained(tmp_path)
+    again = transformers.DistilBertTokenizer.from_pretrained(tmp_path)
+    assert again("made of words")["input_ids"] == ids and made.decode(ids, skip_special_tokens=True) == "made of words"
