@@ -30,10 +30,10 @@ from fastdistil.engine.scheduler import TOKENIZE
 from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import Manifest, apart, fingerprint_of_model
 from fastdistil.jobs.merge import merge, shard_directory
-from fastdistil.jobs.predict import Prediction
+from fastdistil.jobs.predict import A_TOKEN, A_TOKENS_CHARACTERS, Prediction
 from fastdistil.jobs.processes import LIFELINE, REJECTED, Failed, end_with_parent, run_on, split_devices
 from fastdistil.jobs.readers import KINDS, Columns, Row, checked, find_inputs, read_rows
-from fastdistil.jobs.run import ON_ERROR, Embedding, Job, Log, run_job
+from fastdistil.jobs.run import ON_ERROR, PART_CHARACTERS, Embedding, Job, Log, run_job
 from fastdistil.jobs.writers import ANSWERS, EMBEDDINGS
 from fastdistil.kernels import _target
 from fastdistil.pipelines import (
@@ -342,6 +342,7 @@ def _run(
         overwrite=arguments.overwrite,
         shard=shard,
         shards=shards,
+        part_characters=A_TOKENS_CHARACTERS if task in A_TOKEN else PART_CHARACTERS,
     )
     try:
         return _status(run_job(job, work, log))
@@ -447,6 +448,8 @@ def predict(arguments: argparse.Namespace) -> int | None:
             raise WrongUse("several processes (WORLD_SIZE) need an --output directory; each would print every answer")
         if arguments.on_error != "fail":
             raise WrongUse("--on-error skip and null go with --output, a directory")
+        if sys.stdout is None:
+            raise WrongUse("standard output is closed; give --output, a directory")
     if several := _on_several_devices(arguments):
         return several.status
     options: dict[str, Any] = {}

@@ -1118,9 +1118,10 @@ def test_standard_input(checkpoint, tmp_path, capsys, monkeypatch):
 
 
 def test_long_texts_make_smaller_parts(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART_CHARACTERS", 1_000)
     path = jsonl(tmp_path / "in.jsonl", [{"text": "x " * n} for n in (10, 600, 10, 10, 10)])
-    done = module.run_job(*make_job(checkpoint, path, tmp_path / "o", part_rows=100), module.Log(True))
+    done = module.run_job(
+        *make_job(checkpoint, path, tmp_path / "o", part_rows=100, part_characters=1_000), module.Log(True)
+    )
     assert [part.rows for part in done.parts] == [2, 3]
 
 
@@ -1730,3 +1731,228 @@ def test_starting_is_quick(checkpoint, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
     assert time.perf_counter() - start < 60
+
+
+# --- what a long job meets ----------------------------------------------------------------------------------------
+
+
+def test_shards_of_which_one_failed_on_a_row_are_merged(checkpoint, tmp_path, monkeypatch, capfd):
+    """It goes on with another --on-error; that of the others made no difference."""
+    rows = [{"text": t} for t in TEXTS]
+    rows[6]["text"] = 3
+    path = jsonl(tmp_path / "in.jsonl", rows)
+    given = ["--input", path, "--output", tmp_path / "o", "--device", "cpu,cpu"]
+    assert embed(checkpoint, *given) == 1
+    assert "in.jsonl, line 7: column 'text' is 3, not a string" in capfd.readouterr().err
+    assert embed(checkpoint, *given, "--resume", "--on-error", "skip") == 3
+    assert (Index(tmp_path / "o").manifest.rows, Index(tmp_path / "o").manifest.rejected) == (7, 1)
+    assert read_manifest(tmp_path / "o").settings["on_error"] == "skip"
+    # two that rejected rows must have treated them alike
+    rows[0]["text"] = None
+    path = jsonl(tmp_path / "in.jsonl", rows)
+    for shard, policy in enumerate(("skip", "null")):
+        monkeypatch.setenv("RANK", str(shard))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert embed(checkpoint, "--input", path, "--output", tmp_path / "p", "--on-error", policy) == 3
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    assert main(["merge", str(tmp_path / "p"), "--output", str(tmp_path / "q")]) == 1
+    assert "on_error was 'skip', now 'null'" in capfd.readouterr().err
+
+
+def test_a_budget_that_memory_made_smaller_is_gone_on_with(checkpoint, tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"a {'word ' * (i % 30)}"} for i in range(120)])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    once, compute = [], Embedder._compute
+
+    def out_of_memory(self, ids, *args):
+        if not once and len(ids) > 50:
+            once.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, ids, *args)
+
+    monkeypatch.setattr(Embedder, "_compute", out_of_memory)
+    budgets = []
+    for output in ("whole", "stopped"):
+        once.clear()
+        job, work = make_job(checkpoint, path, tmp_path / output, part_rows=30)
+        work.engine.budget = 400
+        if output == "stopped":
+            with monkeypatch.context() as patch:
+                stop_at(patch, 2)
+                with pytest.raises(Stop):
+                    module.run_job(job, work, module.Log(True))
+            job, work = make_job(checkpoint, path, tmp_path / output, part_rows=30)
+            work.engine.budget = 400
+        done = module.run_job(job, work, module.Log(True))
+        budgets.append([part.budget for part in done.parts])
+    assert budgets[0] == budgets[1] and max(budgets[0]) < 400
+    names = [f"part-{i:05d}.npy" for i in range(4)]
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "stopped" / n).read_bytes() for n in names)
+
+
+def test_an_output_that_is_replaced_meanwhile_ends_the_job(checkpoint, tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    commit = module.commit
+
+    def replaced(directory, part):
+        commit(directory, part)
+        if part.number == 1:
+            (tmp_path / "o").rename(tmp_path / "away")
+            (tmp_path / "o").mkdir()
+
+    monkeypatch.setattr(module, "commit", replaced)
+    with pytest.raises(OSError, match="was moved or replaced while the job wrote there"):
+        module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
+    assert not list((tmp_path / "o").iterdir()) and (tmp_path / "away" / "part-00001.done.json").exists()
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_answers_are_kept_small_until_they_are_written(heads, tmp_path, form, monkeypatch):
+    """Of a token with a label an entity is kept, as text or in Arrow's memory, not as Python's objects."""
+    from fastdistil.jobs import predict
+
+    monkeypatch.setattr(predict, "AT_ONCE", 3)
+    task = "token-classification"
+    rows = [{"text": t} for t in [*TEXTS, None, "the end"]]
+    path = jsonl(tmp_path / "in.jsonl", rows)
+    base = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--quiet", "--input", str(path)]
+    kept, write_part = [], predict.Prediction.write
+
+    def write(self, directory, name, part, keep):
+        kept.extend(part.answers)
+        return write_part(self, directory, name, part, keep)
+
+    monkeypatch.setattr(predict.Prediction, "write", write)
+    assert main([*base, "--output", str(tmp_path / "o"), "--format", form, "--on-error", "null"]) == 3
+    assert len(kept) == 3
+    inner = [one for chunk in kept for one in (chunk if form == "jsonl" else chunk.values())]
+    assert all(isinstance(one, str if form == "jsonl" else pyarrow.Array) for one in inner)
+    pipe = fastdistil.pipeline(task, heads[task], device="cpu")
+    expected = [None if row["text"] is None else pipe(row["text"], aggregation_strategy="simple") for row in rows]
+    if form == "parquet":
+        found = parquet.read_table(tmp_path / "o" / "part-00000.parquet").to_pylist()
+    else:
+        found = [json.loads(line) for line in (tmp_path / "o" / "part-00000.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in found] == list(range(10))
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one["entities"] is None
+            continue
+        assert [e["word"] for e in one["entities"]] == [e["word"] for e in other]
+        assert [e["score"] for e in one["entities"]] == pytest.approx([float(e["score"]) for e in other], abs=1e-5)
+    assert read_manifest(tmp_path / "o").settings["part_characters"] == predict.A_TOKENS_CHARACTERS
+
+
+CHANGES = {
+    "the weights": (lambda m, p: touch_weights(p), "the model's files"),
+    "the budget": (["--max-batch-tokens", "77"], "max_batch_tokens was"),
+    "the threads": (lambda m, p: m.setattr(torch, "get_num_threads", lambda: 7), "threads was"),
+    "the column": (["--text-column", "other"], "columns was"),
+    "truncation": (["--no-truncate"], "truncate was True, now False"),
+    "the length": (["--max-length", "9"], "max_length was"),
+    "the prompt": (["--prompt", "query: "], "prompt was '', now 'query: '"),
+    "the pooling": (["--pooling", "cls"], "pooling was"),
+    "the dtype": (["--dtype", "bfloat16"], "dtype was 'float32', now 'bfloat16'"),
+    "the output's dtype": (["--output-dtype", "float16"], "output_dtype was"),
+    "the format": (["--format", "safetensors"], "format was"),
+    "fastdistil": (lambda m, p: m.setattr(fastdistil, "__version__", "9"), "fastdistil was"),
+    "torch": (lambda m, p: m.setattr(torch, "__version__", "9.9.9"), "torch was"),
+    "tokenizers": (lambda m, p: m.setattr(importlib.metadata, "version", lambda name: "9"), "tokenizers was"),
+    "the parts": (lambda m, p: m.setattr(fastdistil.cli, "PART_CHARACTERS", 5), "part_characters was"),
+    "the dimensions": (["--truncate-dim", "8"], "truncate_dim was None, now 8"),
+}
+
+
+def touch_weights(directory):
+    path = directory / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_job_goes_on_as_another(change, checkpoint, tmp_path, monkeypatch, capsys):
+    """Each thing that decides what comes out, by the command line."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t, "other": t} for t in TEXTS])
+    given = ["--input", path, "--output", tmp_path / "o", "--format", "npy", "--resume"]
+    assert embed(model, *given) == 0
+    before = files(tmp_path / "o")
+    how, message = CHANGES[change]
+    more = how if isinstance(how, list) else how(monkeypatch, model) or []
+    assert embed(model, *given, *more) == 1
+    assert "holds a job that differs from this one" in (said := capsys.readouterr().err) and message in said
+    assert files(tmp_path / "o") == before
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "then", "message"),
+    [
+        ("question-answering", ["--question", "who?"], ["--question", "what?"], "question was 'who?', now 'what?'"),
+        ("question-answering", ["--question", "who?"], ["--question", "who?", "--top-k", "2"], "options was"),
+        ("text-classification", [], ["--top-k", "2"], "options was"),
+        ("token-classification", [], ["--aggregation-strategy", "first"], "options was"),
+        ("text-classification", [], ["--max-batch-tokens", "77"], "max_batch_tokens was"),
+        ("text-classification", [], ["--no-truncate"], "options was"),
+    ],
+)
+def test_no_prediction_goes_on_as_another(task, first, then, message, heads, tmp_path, capsys):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a text"}])
+    base = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--quiet", "--input", str(path)]
+    base += ["--output", str(tmp_path / "o"), "--resume"]
+    assert main([*base, *first]) == 0
+    assert main([*base, *then]) == 1 and message in capsys.readouterr().err
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its name before the job goes on: also where the machine loses its power."""
+    order, fsync, rename = [], os.fsync, os.replace
+
+    def synced(number):
+        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{number}')).name}")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(f"rename {Path(b).name}"), rename(a, b))[1])
+    manifests.write_text(tmp_path / "a.json", "{}")
+    assert order == ["sync a.json.tmp", "rename a.json", f"sync {tmp_path.name}"]
+
+
+def test_a_large_row_group_is_read_in_pieces(tmp_path):
+    texts = [f"text {i}" for i in range(10_000)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "in.parquet", row_group_size=20_000)
+    import pyarrow.parquet as reader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader.ParquetFile, "read_row_group", lambda *a, **k: pytest.fail("all of it at once"))
+        rows = list(read_rows([tmp_path / "in.parquet"], Columns()))
+        assert [row.text for row in rows] == texts
+        for skip in (1, 4_095, 4_096, 9_999):
+            left = list(read_files([str(tmp_path / "in.parquet")], Columns(), skip=skip))
+            assert [row.text for row in left] == texts[skip:] and left[0].where.endswith(f"row {skip}")
+
+
+def test_inputs_that_are_no_texts(tmp_path):
+    wide = jsonl(tmp_path / "wide.jsonl", [{f"column {i}": i for i in range(2_000)}])
+    (row,) = read_rows([wide], Columns())
+    assert "'column 9' and 1,990 more" in row.error and len(row.error) < 300
+    for name in ("a.jsonl.gz", "a.txt.zst"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(OSError, match="is empty, which no packed file is"):
+            list(read_rows([tmp_path / name], Columns()))
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert list(read_rows([tmp_path / "empty.txt"], Columns())) == []
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "a.txt").write_bytes("some text\nmore\n".encode(encoding))
+        with pytest.raises(ValueError, match="looks like UTF-16 without a mark; convert it"):
+            list(read_rows([tmp_path / "a.txt"], Columns()))
+    (tmp_path / "a.txt").write_bytes(b"a\0b text\nmore\n")
+    assert len(list(read_rows([tmp_path / "a.txt"], Columns()))) == 2
+
+
+def test_answers_that_nobody_could_read_are_refused(heads, tmp_path):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    command = [sys.executable, "-m", "fastdistil", "predict", "--task", "text-classification", "--quiet"]
+    command += ["--model", heads["text-classification"], "--device", "cpu", "--input", str(path)]
+    found = subprocess.run(["bash", "-c", '"$@" >&-', "-", *command], capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and "standard output is closed; give --output" in found.stderr

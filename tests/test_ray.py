@@ -171,3 +171,35 @@ def test_from_the_command_line(cluster, checkpoint, texts, tmp_path, capsys):
     assert "go with --engine ray" in capsys.readouterr().err
     assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "p"), "--no-truncate"]) == 2
     assert "--engine ray takes texts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["skip", "fail"])
+def test_a_text_without_memory_fails_alone(checkpoint, tmp_path, monkeypatch, policy):
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu")
+    compute = embedder._compute
+
+    def limited(ids, *args):
+        if len(ids) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(ids, *args)
+
+    worker = object.__new__(module._Worker)
+    worker.embedder, worker.max_batch_tokens = embedder, None
+    actor = Mock()
+    actor.encode.remote = worker.encode
+    monkeypatch.setattr(embedder, "_compute", limited)
+    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module.RayEmbedding, "_start", lambda self, *_: setattr(self, "actors", [actor]))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    work = module.RayEmbedding(embedder, "npy")
+    work.ray = Mock(get=lambda found: found)
+    (tmp_path / "in.txt").write_text("".join(f"{'word ' * (60 if i == 6 else 3)}\n" for i in range(10)))
+    job = Job([str(tmp_path / "in.txt")], tmp_path / "o", "embed", checkpoint, "npy", {}, on_error=policy)
+    if policy == "fail":
+        with pytest.raises(ValueError, match=r"in.txt, line 7: there is no memory for a text of 62 tokens"):
+            run_job(job, work, Log(quiet=True))
+        return
+    assert run_job(job, work, Log(quiet=True)).rejected == 1
+    rejects = (tmp_path / "o" / "part-00000.rejects.jsonl").read_text()
+    assert "line 7" in rejects and "no memory for a text of 62 tokens" in rejects
+    assert np.load(tmp_path / "o" / "part-00000.npy").shape == (9, 32)

@@ -40,6 +40,7 @@ ALLOWED = {
     "engine": {"cpu", "engine", "model", "tokenizer", "checkpoint", "graphs", "ops", "_register"},
     "jobs": {"jobs", "engine", ""},
     "cli": {"jobs", "engine", "cpu", "checkpoint", "kernels", "pipelines", "verify", "_register", "ops", ""},
+    "__main__": {"cli"},
     "__init__": {"config", "engine", "heads", "integrations", "model", "ops", "pipelines", "tokenizer"},
 }
 

@@ -254,7 +254,9 @@ class Embedder:
         prompt: str | None,
         prompt_name: str | None,
         tokenizer_processes: int,
+        errors: dict[int, str] | None = None,
     ) -> np.ndarray:
+        """errors: gets what there is no memory for, by row; else that is an error of the call."""
         if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a string or an iterable of strings, got {type(texts).__name__}")
         if isinstance(dimensions := getattr(texts, "ndim", 1), (int, np.integer)) and dimensions != 1:
@@ -267,7 +269,7 @@ class Embedder:
         source = self.text_windows(tokenizer_processes, self._prompt(prompt, prompt_name))
         try:
             windows = (source.window(texts[a:b], a) for a, b in cuts(len(texts)))
-            return self._collect(engine, windows, len(texts), show_progress)
+            return self._collect(engine, windows, len(texts), show_progress, errors)
         finally:
             source.close()
 
@@ -357,7 +359,14 @@ class Embedder:
             to_eval(part)  # training, of adapters too, leaves the other mode on
         return Engine(self.model.device, self.budget(max_batch_tokens), self._graphs)
 
-    def _collect(self, engine: Engine, windows: Iterable[Window], rows: int, show_progress: bool | None) -> np.ndarray:
+    def _collect(
+        self,
+        engine: Engine,
+        windows: Iterable[Window],
+        rows: int,
+        show_progress: bool | None,
+        errors: dict[int, str] | None = None,
+    ) -> np.ndarray:
         out = np.empty((rows, self.dim), np.float32)
         seen = sys.stderr is not None and (is_terminal(sys.stderr) if show_progress is None else show_progress)
         shown = tqdm(total=rows, unit="text", unit_scale=True, file=sys.stderr) if seen else nullcontext()
@@ -366,7 +375,11 @@ class Embedder:
             for done in self.run(engine, windows):
                 at, which = done.window.texts(done.rows)
                 if done.error is not None:
-                    raise MemoryError(f"texts[{at[0]}]: {done.error}")
+                    if errors is None:
+                        raise MemoryError(f"texts[{at[0]}]: {done.error}")
+                    errors |= dict.fromkeys(at.tolist(), done.error)
+                    out[at] = 0
+                    continue
                 if done.result is None:
                     continue  # of no sequences
                 out[at] = done.result.numpy()[which]

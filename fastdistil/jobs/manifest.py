@@ -7,6 +7,7 @@ part-00000.rejects.jsonl  rows of a part that could not be used, if there were a
 .lock                   held by whoever writes
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -39,7 +40,8 @@ SAMPLE = 2**16  # bytes of either end of an input
 
 @dataclass
 class Part:
-    """files: with their sizes in bytes. first: the number of its first input row, of which it took `read`."""
+    """files: with their sizes in bytes. first: the number of its first input row, of which it took `read`. budget: of
+    tokens a batch at its end, which a want of memory may have made smaller; 0 where there is none."""
 
     number: int
     first: int
@@ -47,6 +49,7 @@ class Part:
     rows: int
     files: dict[str, int]
     rejected: int = 0
+    budget: int = 0
 
     @property
     def name(self) -> str:
@@ -333,6 +336,15 @@ class Lock:
             with suppress(OSError):
                 self._file.close()
             raise OSError(error.errno, f"{self.path} cannot be written: {error.strerror}") from error
+
+    def check(self) -> None:
+        """Raises OSError where the directory is another one by now."""
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OSError(errno.ENOENT, f"{self.path.parent} was moved or replaced while the job wrote there")
 
     def release(self) -> None:
         self._file.truncate(0)

@@ -64,6 +64,12 @@ def merge(
     for directory, manifest in shards.values():
         if changed := differences(_meaning(first), _meaning(manifest)):
             raise ValueError(f"{directory} is of another job than {first_directory}: {'; '.join(changed)}")
+    # it makes a difference only where rows were rejected, and a failed job may go on with another
+    rejecting = [(directory, manifest) for directory, manifest in shards.values() if manifest.rejected]
+    policies = {manifest.settings.get("on_error"): directory for directory, manifest in rejecting}
+    if len(policies) > 1:
+        (one, here), (another, there), *_ = policies.items()
+        raise ValueError(f"{there} is of another job than {here}: on_error was {one!r}, now {another!r}")
     if missing := sorted(set(range(count if isinstance(count, int) else 0)) - shards.keys()):
         raise ValueError(f"of {count} shards, these are missing: {', '.join(map(str, missing[:10]))}")
     output.mkdir(parents=True, exist_ok=True)
@@ -78,7 +84,8 @@ def merge(
         present = sorted(p.name for p in mine if not _is_shard(p))
         if present and not overwrite:
             raise FileExistsError(f"{output} is not empty ({present[0]}); give another directory, or --overwrite")
-        merged = Manifest(first.task, first.model, first.format, first.settings | {"shard": 0, "shards": 1}, first.dim)
+        whole = {"shard": 0, "shards": 1, "on_error": next(iter(policies), first.settings.get("on_error"))}
+        merged = Manifest(first.task, first.model, first.format, first.settings | whole, first.dim)
         start_over(output, merged, [])
         for _, (directory, manifest) in sorted(shards.items()):
             for part in manifest.parts:
@@ -90,10 +97,10 @@ def merge(
 
 
 def _meaning(manifest: Manifest) -> dict[str, Any]:
-    """What shards have to share: all but where they were computed, and when their copy of the input was made."""
-    settings = {
-        k: v for k, v in manifest.settings.items() if k not in ("shard", "threads", "device", "max_batch_tokens")
-    }
+    """What shards have to share: all but where they were computed, when their copy of the input was made, and what was
+    to be done with rows that cannot be used."""
+    own = ("shard", "threads", "device", "max_batch_tokens", "on_error")
+    settings = {k: v for k, v in manifest.settings.items() if k not in own}
     inputs = [[name, size, 0, digest] for name, size, _, digest in manifest.settings.get("inputs", [])]
     return settings | {"inputs": inputs, "task": manifest.task, "format": manifest.format, "dim": manifest.dim}
 
@@ -132,4 +139,4 @@ def _placed(directory: Path, part: Part, output: Path, number: int) -> Part:
 
         replace(output / new, place)
         files[new] = size
-    return Part(number, part.first, part.read, part.rows, files, part.rejected)
+    return Part(number, part.first, part.read, part.rows, files, part.rejected, part.budget)

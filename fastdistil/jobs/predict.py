@@ -1,15 +1,19 @@
 """Answers of a pipeline as columns: labels and scores, entities, spans, guesses."""
 
+import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fastdistil.jobs.run import Rows
-from fastdistil.jobs.writers import write_columns
+from fastdistil.jobs.writers import arrow_type, write_columns, write_lines
 
 AT_ONCE = 4_096  # rows a call
+A_TOKEN = ("token-classification", "fill-mask")  # tasks whose answers may be as many as the tokens
+A_TOKENS_CHARACTERS = 2**24  # of a part's texts there: each character takes some 20 bytes of answers
 # what a pipeline's errors name, and what the caller of a job knows it as
 OF_A_JOB = {
     "pass truncation=True": "leave --no-truncate out",
@@ -72,6 +76,9 @@ class Prediction:
         self.of_spans = task == "question-answering"
         self.alone = task in ("question-answering", "fill-mask")  # whose pipelines do not wrap a single answer
 
+    def go_on(self, budget: int) -> None:
+        """Each call has a budget of its own."""
+
     def answered(self) -> tuple[int, int | None]:
         return self._rows, self._tokens
 
@@ -80,10 +87,10 @@ class Prediction:
 
     def run(self, parts: Iterable[Rows]) -> Iterator[Rows]:
         for part in parts:
-            part.answers = []
+            part.answers = []  # of each call, packed: a part's objects would take ten times the memory
             for first in range(0, len(part.usable), AT_ONCE):
                 positions = part.usable[first : first + AT_ONCE]
-                part.answers += self._answers(part, positions)
+                part.answers.append(self._packed(self._answers(part, positions)))
                 self._rows, self._tokens = self._rows + len(positions), self.answer.stages.tokens
             self._rows += len(part.rows) - len(part.usable)  # which needed no answer
             yield part
@@ -116,8 +123,29 @@ class Prediction:
         return {"question": row.question if self.question is None else self.question, "context": row.text}
 
     def write(self, directory: Path, name: str, part: Rows, keep: list[int]) -> list[str]:
-        answers = dict(zip(part.usable, part.answers, strict=True))
-        rows = [None if p in part.errors else self.values(answers[p]) for p in keep]
-        columns = {key: [None if row is None else row[key] for row in rows] for key in self.kinds}
         ids = [part.rows[p].id for p in keep]
+        place = {p: i for i, p in enumerate(part.usable)}
+        at = [None if p in part.errors else place[p] for p in keep]
+        if self.form != "parquet":
+            lines = list(chain.from_iterable(part.answers))
+            nothing = json.dumps(dict.fromkeys(self.kinds))
+            return write_lines(directory, name, ids, (nothing if i is None else lines[i] for i in at))
+        import pyarrow
+
+        columns: dict[str, Any] = {}
+        for key, kind in self.kinds.items():
+            found = pyarrow.chunked_array([chunk[key] for chunk in part.answers], arrow_type(kind))
+            columns[key] = found if at == list(range(len(found))) else found.take(pyarrow.array(at, pyarrow.int64()))
         return write_columns(directory, name, self.form, ids, columns, part.named, self.kinds)
+
+    def _packed(self, answers: list[Any]) -> Any:
+        """JSON objects as text, or a dictionary of Arrow arrays; null where there is no answer."""
+        rows = [None if answer is None else self.values(answer) for answer in answers]
+        if self.form != "parquet":
+            return [json.dumps(row, default=float) for row in rows]
+        import pyarrow
+
+        return {
+            key: pyarrow.array([None if row is None else row[key] for row in rows], arrow_type(kind))
+            for key, kind in self.kinds.items()
+        }

@@ -72,8 +72,10 @@ class _Worker:
     def pid(self) -> int:
         return os.getpid()
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        return self.embedder.encode(texts, self.max_batch_tokens, show_progress=False)
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, dict[int, str]]:
+        """Embeddings, and why there is none of a text that takes more memory than there is."""
+        errors: dict[int, str] = {}
+        return self.embedder._encode(texts, self.max_batch_tokens, False, None, None, 0, errors), errors
 
 
 class RayEmbedding(Embedding):
@@ -157,8 +159,9 @@ class RayEmbedding(Embedding):
         def land(most: int) -> Iterator[Rows]:
             while len(flying) > most:
                 part, first, answer = flying.popleft()
-                found = self.ray.get(answer)
+                found, errors = self.ray.get(answer)
                 self._put(part, np.arange(first, first + len(found)), found)
+                part.errors |= {part.usable[first + row]: error for row, error in errors.items()}
                 part.left, self._rows = part.left - len(found), self._rows + len(found)
                 while waiting and not waiting[0].left:
                     yield self._whole(waiting.popleft())

@@ -373,7 +373,7 @@ class Table(Source):
                 if twice := [name for name in self.columns.names() if values.count(name) > 1]:
                     raise ValueError(f"{self.where} has {values.count(twice[0])} columns {twice[0]!r}")
                 if missing := [name for name in self.columns.names() if name not in values]:
-                    raise ValueError(f"{self.where} has no column {missing[0]!r} among {', '.join(map(repr, values))}")
+                    raise ValueError(f"{self.where} has no column {missing[0]!r} among {_listed(values)}")
                 continue
             yield values
 
@@ -412,7 +412,7 @@ class Parquet(Source):
             raise ValueError(f"{name} is not a readable parquet file: {error}") from error
         names = self._file.schema_arrow.names
         if missing := [column for column in columns.names() if column not in names]:
-            raise ValueError(f"{name} has no column {missing[0]!r} among {', '.join(map(repr, names))}")
+            raise ValueError(f"{name} has no column {missing[0]!r} among {_listed(names)}")
         if twice := [column for column in columns.names() if names.count(column) > 1]:
             raise ValueError(f"{name} has {names.count(twice[0])} columns {twice[0]!r}")
         self._group, self._inside, self._row_number = 0, 0, 0
@@ -434,22 +434,32 @@ class Parquet(Source):
         before = self._group
         for group in range(self._group, self._file.num_row_groups):
             first, self._inside = self._inside, 0
-            count = self._file.metadata.row_group(group).num_rows - first
-            try:
-                table = self._file.read_row_group(group, columns=list(dict.fromkeys(names)))
-            except Exception as error:  # pyarrow raises errors of its own, OSError among them
-                reason = f"row group {group} cannot be read ({error})"
-                for _ in range(count):
-                    yield Row(0, f"{self.name}, row {self._row_number}", None, None, error=reason)
-                    self._row_number += 1
-                continue
-            for batch in table.slice(first).to_batches(self.AT_ONCE):
+            left = self._file.metadata.row_group(group).num_rows - first
+            found = self._batches(group, list(dict.fromkeys(names)), first)
+            while left:
+                try:
+                    batch = next(found)
+                except Exception as error:  # pyarrow raises errors of its own, OSError among them
+                    reason = f"row group {group} cannot be read ({error})"
+                    for _ in range(left):
+                        yield Row(0, f"{self.name}, row {self._row_number}", None, None, error=reason)
+                        self._row_number += 1
+                    break
                 values = {name: self._column(batch.column(name), name) for name in batch.schema.names}
                 for i in range(batch.num_rows):
                     yield self._row(f"row {self._row_number}", {name: column[i] for name, column in values.items()})
                     self._row_number += 1
+                left -= batch.num_rows
             if self.progress is not None:
                 self.progress.passed(size // max(1, self._file.num_row_groups - before))
+
+    def _batches(self, group: int, names: list[str], first: int) -> Iterator[Any]:
+        """A row group from its row `first` on, never all of it at once: some are as large as their file."""
+        for batch in self._file.iter_batches(self.AT_ONCE, row_groups=[group], columns=names):
+            passed = min(first, batch.num_rows)
+            first -= passed
+            if passed < batch.num_rows:
+                yield batch.slice(passed)
 
     def _column(self, column: Any, name: str) -> list[Any]:
         """Python values; of token ids numpy arrays, which share the column's memory."""
@@ -489,9 +499,16 @@ def _python_value(value: Any) -> Any:
 # --- values -------------------------------------------------------------------------------------------------------
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Ten names, and how many more there are."""
+    every = [name if len(name) <= 60 else f"{name[:60]}..." for name in map(repr, names)]
+    more = f" and {len(every) - 10:,} more" if len(every) > 10 else ""
+    return ", ".join(every[:10]) + more or "none"
+
+
 def _value(values: dict[str, Any], name: str) -> Any:
     if name not in values:
-        raise ValueError(f"no column {name!r} among {', '.join(map(repr, values)) or 'none'}")
+        raise ValueError(f"no column {name!r} among {_listed(values)}")
     return values[name]
 
 
@@ -548,6 +565,10 @@ def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
             raise ValueError(
                 f"{_named(name)} is packed by {packer}; unpack it first, or give it as a file of that suffix"
             )
+        if i == 0 and any(len(half) and half.count(0) > 0.7 * len(half) for half in (line[0::2], line[1::2])):
+            raise ValueError(
+                f"{_named(name)} looks like UTF-16 without a mark; convert it, as with: iconv -f UTF-16LE -t UTF-8"
+            )
         yield line
 
 
@@ -558,6 +579,8 @@ def _all_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
     with open(name, "rb") as raw:
         size = raw.seek(0, io.SEEK_END)
         raw.seek(0)
+        if not size and Path(name).suffix.lower() in (".gz", ".zst"):
+            raise OSError(f"{name} is empty, which no packed file is: its writing was cut off")
         if progress is not None:
             progress.at(raw)
         with _unpacked(name, raw) as file:

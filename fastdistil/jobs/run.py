@@ -1,7 +1,8 @@
 """A job: rows in, numbered parts out, each whole or not there; what is done stays done.
 
 A part is a run of input rows, cut by their number and their length alone, and is computed by itself: so whichever parts
-exist when a job is stopped, resuming it writes the same bytes that it would have written.
+exist when a job is stopped, resuming it writes the same bytes that it would have written. The budget of tokens that a
+want of memory has made smaller holds for the parts behind, and is kept with each.
 """
 
 import errno
@@ -75,6 +76,7 @@ class Job:
     shard: int = 0
     shards: int = 1
     part_rows: int = PART_ROWS
+    part_characters: int = PART_CHARACTERS
 
 
 @dataclass
@@ -89,6 +91,7 @@ class Rows:
     usable: list[int] = field(default_factory=list)  # positions of the rows that can be answered
     answers: Any = None
     left: int = 0  # of the usable ones, still to be answered
+    budget: int = 0  # of tokens a batch, once all are answered
 
 
 class Work(Protocol):
@@ -101,6 +104,9 @@ class Work(Protocol):
 
     def write(self, directory: Path, name: str, part: Rows, keep: list[int]) -> list[str]:
         """The answers of the rows at positions `keep` -> names of the files."""
+
+    def go_on(self, budget: int) -> None:
+        """Behind a part at whose end the budget was this."""
 
     def answered(self) -> tuple[int, int | None]:
         """(rows, tokens) so far, in parts that are not whole, too; tokens None where nobody counts them."""
@@ -117,12 +123,14 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
     inputs = apart(job.inputs, inputs, directory)
     if not (directory / LOCK).exists():
         _empty(job, directory)  # a refusal leaves no lock behind
-    with Lock(directory):
+    with Lock(directory) as lock:
         manifest = Manifest(job.task, job.model, job.format, _settings(job, inputs), work.dim)
         parts = _start(job, directory, manifest, log)
         if parts is None:
             return read_manifest(directory)
         first, last = _bounds(job, inputs)
+        if parts:
+            work.go_on(parts[-1].budget)
         progress = Progress(inputs)
         done = parts[-1].first + parts[-1].read if parts else first
         rows = read_files(inputs, job.columns, skip=done, progress=progress)
@@ -137,7 +145,7 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
                     break
                 if writing is not None:
                     parts.append(writing.result())
-                writing = writer.submit(_write, job, directory, manifest, work, part)
+                writing = writer.submit(_write, job, lock, manifest, work, part)
                 log.part(part)
             if writing is not None:
                 parts.append(writing.result())
@@ -147,6 +155,7 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
             raise ValueError(changed)
         if not parts:
             start_over(directory, manifest, [])
+        lock.check()
         _finish(directory, manifest, parts)
         log.done(manifest)
         return manifest
@@ -164,7 +173,7 @@ def _settings(job: Job, inputs: list[str]) -> dict[str, Any]:
         "inputs": fingerprint_of_files(inputs),
         "columns": list(job.columns[:4]),
         **({"input_format": kind} if (kind := job.columns.kind) and not all(map(has_kind, inputs)) else {}),
-        "part_characters": PART_CHARACTERS,
+        "part_characters": job.part_characters,
         "part_rows": job.part_rows,
         "on_error": job.on_error,
         "shard": job.shard,
@@ -279,7 +288,7 @@ class _Reading:
 
     def _is_full(self, rows: int, characters: int) -> bool:
         if not self.planned:
-            return rows >= self.job.part_rows or characters >= PART_CHARACTERS
+            return rows >= self.job.part_rows or characters >= self.job.part_characters
         if full := rows >= self.planned[0]:
             self.planned.popleft()
         return full
@@ -293,7 +302,9 @@ def _refused(job: Job, part: Rows) -> str | None:
     return f"{part.rows[position].where}: {part.errors[position]}"
 
 
-def _write(job: Job, directory: Path, manifest: Manifest, work: Work, part: Rows) -> Part:
+def _write(job: Job, lock: Lock, manifest: Manifest, work: Work, part: Rows) -> Part:
+    lock.check()
+    directory = lock.path.parent
     if part.number == 0:  # the earlier job goes only when there is something to put in its place
         start_over(directory, manifest, [])
     name = part_name(part.number)
@@ -308,7 +319,7 @@ def _write(job: Job, directory: Path, manifest: Manifest, work: Work, part: Rows
             ]
             write_text(directory / files[-1], "".join(json.dumps(line) + "\n" for line in lines))
         sizes = {file: (directory / file).stat().st_size for file in files}
-        done = Part(part.number, part.first, len(part.rows), len(keep), sizes, len(part.errors))
+        done = Part(part.number, part.first, len(part.rows), len(keep), sizes, len(part.errors), part.budget)
         commit(directory, done)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -353,6 +364,9 @@ class Embedding:
         self.dim: int | None = embedder.dim
         self._rows = self._tokens = 0
 
+    def go_on(self, budget: int) -> None:
+        self.engine.budget = min(self.engine.budget, budget or self.engine.budget)
+
     def answered(self) -> tuple[int, int | None]:
         return self._rows, self._tokens
 
@@ -391,6 +405,7 @@ class Embedding:
 
     def _whole(self, part: Rows) -> Rows:
         self._rows += len(part.rows) - len(part.usable)  # which needed no answer
+        part.budget = self.engine.budget
         return part
 
     def _put(self, part: Rows, at: np.ndarray, found: np.ndarray) -> None:

@@ -3,6 +3,7 @@ as .parquet or .jsonl."""
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,26 @@ def write_columns(
     of_column: bool,
     kinds: dict[str, Any] | None = None,
 ) -> list[str]:
-    """columns: by name, an array [n, dim] or a list of n values. kinds: of the lists, as in `arrow_type`."""
+    """columns: by name, an array [n, dim], a list of n values or Arrow's. kinds: of lists, as in `arrow_type`."""
     path = directory / f"{name}.{form}"
     if form == "parquet":
         table = as_table(ids, columns, kinds or {}, of_column)
         replace(path, lambda temporary: _save_parquet(temporary, table))
     else:
         replace(path, lambda temporary: _save_jsonl(temporary, ids, columns))
+    return [path.name]
+
+
+def write_lines(directory: Path, name: str, ids: Ids, objects: Iterable[str]) -> list[str]:
+    """JSON objects, not empty, each with its id put before the rest -> the file that was written"""
+    path = directory / f"{name}.jsonl"
+
+    def save_lines(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for identity, one in zip(ids, objects, strict=True):
+                file.write(f'{{"id": {json.dumps(identity)}, {one[1:]}\n')
+
+    replace(path, save_lines)
     return [path.name]
 
 
@@ -107,6 +121,8 @@ def as_table(ids: Ids, columns: dict[str, Any], kinds: dict[str, Any], of_column
             nulls = missing.any() and int(pyarrow.__version__.split(".")[0]) >= 26
             mask = pyarrow.array(missing) if nulls else None
             made[name] = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=mask)
+        elif isinstance(values, pyarrow.ChunkedArray):
+            made[name] = values
         else:
             made[name] = pyarrow.array(values, arrow_type(kinds[name]))
     return pyarrow.table(made)
