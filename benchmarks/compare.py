@@ -7,6 +7,7 @@ turn is. The band is the wider of a least one (below) and the spreads of both si
 twice that, for how a process's memory happens to lie differs between processes, and a run has three.
 """
 
+import math
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ def compare(before: dict[str, Measured], after: dict[str, Measured]) -> tuple[li
             continue
         common = a.peers.keys() & b.peers.keys()
         (old, spread), (new, more) = a.by(common), b.by(common)
-        ratio, band = new / old, max(a.least, b.least, spread + more)
+        ratio, band = new / old if old else math.inf, max(a.least, b.least, spread + more)
         line = f"{ratio:6.3f} of the time (noise {band:.0%})  {name}"
         if ratio > 1 + band and a.ours and a.where == b.where:
             changed.insert(0, f"SLOWER {line}")

@@ -1,3 +1,6 @@
+import os
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ _watch = timing.Watch()
 # pytest-benchmark keeps the times of a test that fails, or is interrupted, after them
 _passed: set[str] = set()
 _failed: dict[str, str] = {}
+_around: dict[str, Any] = {}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -20,6 +24,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_sessionstart(session):
+    _around.update(record.environment())  # before it is measured, for the commit may be another afterwards
     _watch.__enter__()
 
 
@@ -31,7 +36,7 @@ def _inference():
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.update(record.environment())
+    machine_info.update(_around)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
@@ -39,4 +44,5 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["benchmarks"] = [entry for entry in output_json["benchmarks"] if entry["fullname"] in _passed]
     output_json["wrong"] = _failed
     output_json["clocks"] = _watch.samples
+    output_json["dry"] = bool(os.environ.get("BENCH_TOY"))
     output_json["digest"] = record.digest(output_json)

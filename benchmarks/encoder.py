@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks import record, roofline, shapes, timing
 from benchmarks.corpus import docstring_lengths
-from benchmarks.kernels import KEPT, NO_TIME, Missing, absent, errors, failed, passes, take_turns
+from benchmarks.kernels import KEPT, NO_TIME, Missing, absent, errors, failed, once_if_late, passes, take_turns
 from benchmarks.roofline import Shape
 from benchmarks.shapes import Matrix
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, cpu
@@ -342,9 +342,9 @@ def truth_of(batch: Batch, which: list[int] | None = None) -> tuple[Tensor, Tens
     return dense(_wide(batch.model)), dense(batch.model)
 
 
-def rest_of(batch: Batch) -> Tensor | None:
-    """What eager torch gives in the same precision for all texts, where not all of them are chosen."""
-    if len(chosen(batch)) == len(batch.ids):
+def rest_of(batch: Batch, which: list[int] | None = None) -> Tensor | None:
+    """What eager torch gives in the same precision for all texts, where not all of them are chosen, or in `which`."""
+    if len(chosen(batch) if which is None else which) == len(batch.ids):
         return None
     with torch.enable_grad():  # as in truth_of
         parts = zip(batch.ids.split(CHUNK), batch.keep.split(CHUNK), strict=True)
@@ -393,7 +393,9 @@ def hold(
         dots = [(one.double() * rest.double()).sum(1).cpu() for one in (result, rest)]
         bias = (torch.div(*(torch.segment_reduce(dot, "sum", lengths=of) for dot in dots)) - 1).abs()
         most = (2 if peer else 1) * (largest / 8 + eps * FACTOR[rest.dtype is torch.float32])
-        for found, allowed in ((off, FAR * (largest + eps)), (bias, most)):
+        laws = ((off, FAR * (largest + eps)), (bias, most))
+        # beside a few texts only another result is to be seen, such as one that was remembered
+        for found, allowed in laws if which is None else ((off, 10 * FAR * (largest + eps)),):
             assert found.max() <= allowed, (
                 f"text {int(found.argmax())}, which was not held to float64, is off by {found.max():.3e}, allowed "
                 f"{allowed:.3e}"
@@ -458,6 +460,7 @@ def measure(
     known: list[tuple[Tensor, Tensor]] = []
     rest: list[Tensor | None] = []
     ends = sorted({0, len(batch.lengths) - 1})
+    turns = once_if_late(batch.device, late)
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> timing.Timing:
         peer = not row["provider"].startswith("fastdistil")
@@ -470,25 +473,27 @@ def measure(
             rest.append(rest_of(batch))
             with renamed(batch):
                 known.append(truth_of(batch, ends))
+                rest.append(rest_of(batch, ends))
         if turn == 0:
             row["error"] = hold(run, batch, *known[0], rest=rest[0], peer=peer)
         peak = Peak(batch.device)
-        took = timing.wall(run, batch.device, 2 * seconds, least=2 if turn else 3)
+        each = 2 * seconds if batch.device.type == "cpu" or turns else seconds
+        took = timing.wall(run, batch.device, each, least=2 if turn else 3)
         most = peak.bytes()
         if most is not None and make is not onnx_runtime:  # whose own arena keeps what it once took
             row["peak_bytes"] = max(row.get("peak_bytes", 0), of_capture, most)
         hold(run, batch, *known[0], rest=rest[0], peer=peer)
         with renamed(batch):  # a result that was remembered is of the ids as they were
-            hold(make(batch, stack) if make is packed else run, batch, *known[1], ends, peer=peer)
+            hold(make(batch, stack) if make is packed else run, batch, *known[1], ends, rest=rest[1], peer=peer)
         return took
 
-    def figures(turns: list[timing.Timing]) -> dict[str, Any]:
-        found = timing.joined(turns, KEPT)
-        samples = sorted(s for turn in turns for s in turn.samples)
+    def figures(taken: list[timing.Timing]) -> dict[str, Any]:
+        found = timing.joined(taken, KEPT)
+        samples = sorted(s for turn in taken for s in turn.samples)
         p99 = samples[math.ceil(0.99 * len(samples)) - 1]
         return found | {"tokens_per_s": tokens / found["median_us"] * 1e6, "p99_us": p99 * 1e6}
 
-    return take_turns(of_kind(late), about, batch.device, deadline, attempt, figures, keep)
+    return take_turns(of_kind(late), about, batch.device, deadline, attempt, figures, keep, turns)
 
 
 def of_kind(late: bool | None) -> list[tuple[str, Make]]:
@@ -633,8 +638,11 @@ def of_checkpoint(
     return rows
 
 
+MOST_TEXTS = 8 * 32  # of a file
+
+
 def read_texts(path: Path) -> list[str]:
-    """Of jsonl with {"text": ...} a line; raises WrongUse naming the line."""
+    """The first MOST_TEXTS of jsonl with {"text": ...} a line; raises WrongUse naming the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what else splits lines
     except (OSError, UnicodeDecodeError) as error:
@@ -645,20 +653,28 @@ def read_texts(path: Path) -> list[str]:
             continue
         try:
             found = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise record.WrongUse(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(found, dict) or not isinstance(found.get("text"), str):
             raise record.WrongUse(f'{path}, line {number} is not {{"text": ...}}: {line[:80]}')
+        if any("\ud800" <= c <= "\udfff" for c in found["text"]):
+            raise record.WrongUse(f"{path}, line {number} holds a lone surrogate, which is not text")
         texts.append(found["text"])
+        if len(texts) == MOST_TEXTS:
+            break
     if not texts:
         raise record.WrongUse(f"{path} holds no texts")
     return texts
 
 
 def _batches_of_texts(model: DistilBertModel, path: str, texts: list[str]) -> Iterator[Batch]:
-    tokenizer, longest = DistilBertTokenizer.from_pretrained(path), model.config.max_position_embeddings
+    try:
+        tokenizer = DistilBertTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise record.WrongUse(f"--model {path}: {error}") from error
+    longest = model.config.max_position_embeddings
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=longest)["input_ids"]]
-    for first in range(0, min(len(lengths), 8 * 32), 32):
+    for first in range(0, len(lengths), 32):
         part = lengths[first : first + 32]
         yield batch_of(model, f"texts {first}-{first + len(part) - 1}", part, max(part))
 

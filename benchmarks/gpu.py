@@ -48,6 +48,8 @@ WRONG = 3  # a stage's exit status when something measured was wrong; Python's o
 EVERY = 5.0  # seconds between two writes of what a stage has so far
 WRITING = 3.0  # seconds that a stage has to write what it has, when it is stopped
 RECENT = 1800.0  # seconds after which a ceiling is measured again
+TELLING = 8.0  # seconds that pytest has to say what failed, when it is stopped
+HANGS = 150  # seconds after which a test has hung; torch.compile's takes the longest
 GRACE = 60.0  # seconds at most that a stage may go on beyond its share, for a provider that is being measured
 
 
@@ -144,23 +146,27 @@ def _pytest(tests: list[str], processes: int, seconds: float, dry: bool) -> dict
     command = [sys.executable, "-m", "pytest", "-v", "-rfEs", "--no-header", "--tb=short", "-p", "no:randomly", *chosen]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(processes)]
+    if importlib.util.find_spec("pytest_timeout"):  # one that hangs ends its own process, which is replaced
+        command += [f"--timeout={HANGS}", "--timeout-method=thread"]
+    command += [str(record.ROOT / "tests" / name) for name in tests]
     with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.Popen(command, cwd=record.ROOT, stdout=log, stderr=subprocess.STDOUT, process_group=0)
         try:
-            done = subprocess.run(
-                [*command, *(str(record.ROOT / "tests" / name) for name in tests)],
-                cwd=record.ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            )
-            ended = "" if done.returncode in (0, 1, 5) else f"pytest ended with status {done.returncode}"
+            code = done.wait(max(1.0, seconds - TELLING))
+            ended = "" if code in (0, 1, 5) else f"pytest ended with status {code}"
         except subprocess.TimeoutExpired:
             ended = NO_TIME
+            done.send_signal(signal.SIGINT)  # it says why tests have failed, and ends
+            with suppress(subprocess.TimeoutExpired):
+                done.wait(TELLING)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(done.pid, signal.SIGKILL)
+            done.wait()
         log.seek(0)
         output = log.read()
     found = outcomes(output)
-    if not ended and done.returncode == 1 and not found["failures"]:
+    if not ended and code == 1 and not found["failures"]:
         ended = "pytest failed, and named no test"
     return found | {"ended": ended, "output": output[-100_000:]}
 
@@ -321,6 +327,9 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
                 process.wait(WRITING)
         except (KeyboardInterrupt, SystemExit):
             states[name] = "STOPPED from outside"
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):
+                process.wait(WRITING)
             break
         finally:
             with suppress(ProcessLookupError):  # what it started may outlive it, and would disturb what comes next
@@ -384,7 +393,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.out = args.out.resolve()
         args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        record.check_writable(args.out)
+    except (OSError, record.WrongUse) as error:
         parser.error(f"--out {args.out}: {error}")
     if not (args.dry or record.is_commit(record.commit()) or os.environ.get("FASTDISTIL_COMMIT") == "unknown"):
         parser.error(

@@ -414,6 +414,7 @@ def measure(
     kind = "tf32" if about["dtype"] == "float32" and _configs.matmul_precision() == "tf32" else about["dtype"]
     about["predicted_us"] = roofline.microseconds(roofline.at_hand(case.device), case.cost, kind)  # for fastdistil
     known: list[tuple[Tensor, Tensor]] = []  # of the case, and of the case turned
+    turns = once_if_late(case.device, late)
 
     def attempt(turn: int, make: Make, stack: ExitStack, row: dict[str, Any]) -> tuple[timing.Timing, timing.Timing]:
         run = make(case, stack)
@@ -423,7 +424,7 @@ def measure(
                 known.append(expected(case))
         if turn == 0:
             row["error"] = hold(run, case, *known[0])
-        took = _time(run, case.device, seconds)
+        took = _time(run, case.device, seconds if case.device.type == "cpu" or turns else seconds / 2)
         hold(run, case, *known[0])
         with turned(case):  # a result that was remembered is of the rows as they were
             hold(make(case, stack) if isinstance(run, _Unpacked) else run, case, *known[1])
@@ -433,8 +434,13 @@ def measure(
 
     providers = [one for one in PROVIDERS[case.op] if late is None or (one[1] in LATE) == late]
     return take_turns(
-        providers, about, case.device, deadline, attempt, lambda turns: _figures(turns, case, ceilings), keep
+        providers, about, case.device, deadline, attempt, lambda took: _figures(took, case, ceilings), keep, turns
     )
+
+
+def once_if_late(device: torch.device, late: bool | None) -> int | None:
+    """One turn on a GPU for what compiles for long, anew each time; else as many as usual."""
+    return 1 if late and device.type == "cuda" else None
 
 
 STICKY = (
@@ -459,6 +465,7 @@ def take_turns(
     attempt: Callable[[int, Any, ExitStack, dict[str, Any]], Any],
     figures: Callable[[list[Any]], dict[str, Any]],
     keep: Callable[[list[dict[str, Any]]], None],
+    turns: int | None = None,
 ) -> list[dict[str, Any]]:
     """A row a provider, beginning with `about`: what is missing or wrong, or the figures of what attempt(turn, make,
     stack, row) gave in its turns. keep: gets the rows so far after each. Raises DeviceBroke where nothing more can be
@@ -478,7 +485,7 @@ def take_turns(
                 found.append(row)
         return found
 
-    for turn, (name, make) in timing.in_turns(device, providers):
+    for turn, (name, make) in timing.in_turns(device, providers, turns):
         row = rows[name]
         if "missing" in row or "wrong" in row:
             continue
@@ -696,6 +703,11 @@ def joined(rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> dict[str, An
     return found | _of_ceilings(found, _matmul(found["dtype"], ceilings), ceilings)
 
 
+def own() -> list[str]:
+    """Providers of somebody's own, registered by another module."""
+    return [name for of_op in PROVIDERS.values() for name, make in of_op if make.__module__ != __name__]
+
+
 def absent(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Who has no time at all, and why: the last reason, for the first are of shapes that others are for."""
     timed = {row["provider"] for row in rows if "median_us" in row or "cold" in row}
@@ -716,15 +728,17 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         if (mine := timed.pop("fastdistil", None)) is None:
             continue
         peers = {name: row for name, row in timed.items() if not name.startswith("fastdistil")}
-        cold, graph = mine["cold"], mine["graph"]["median_us"]
-        line = f"{op:16} {shape:20} {dtype:8} {cold['median_us']:9.1f} us (IQR {cold['iqr_us']:.1f}), graph {graph:.1f}"
+        cold, graph = mine["cold"], mine["graph"]
+        line = f"{op:16} {shape:20} {dtype:8} {cold['median_us']:9.1f} us (IQR {cold['iqr_us']:.1f})"
+        if cold != graph:  # which are the same on CPU
+            line += f", graph {graph['median_us']:.1f} (IQR {graph['iqr_us']:.1f})"
         if mine.get("predicted_us"):
             line += f", predicted {mine['predicted_us']:.1f}"
         line += f", {mine['bytes'] / cold['median_us'] / 1e3:.0f} GB/s {mine['of_copy']:.0%} of copy"
         if mine["flops"]:
             line += f", {mine['flops'] / cold['median_us'] / 1e6:.2f} TFLOP/s {mine['of_matmul']:.0%} of matmul"
         if peers:
-            for way in ("cold", "graph"):
+            for way in ("cold", "graph") if cold != graph else ("cold",):
                 best = min(peers, key=lambda name: peers[name][way]["median_us"])
                 line += (
                     f"{'; ' if way == 'cold' else ', graph '}{timing.ratio(peers[best][way], mine[way]):.2f}x {best}"
@@ -757,7 +771,10 @@ def main(argv: list[str] | None = None) -> int:
     names = tuple(args.ops.split(","))
     if unknown := set(names) - set(OPS):
         parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(OPS)}")
-    processes = (1 if args.toy or device.type == "cuda" else 3) if args.processes is None else args.processes
+    processes = (1 if args.toy or device.type == "cuda" or own() else 3) if args.processes is None else args.processes
+    if processes > 1 and (names_of := own()):
+        parser.error(f"--processes {processes}: other processes know nothing of {', '.join(names_of)}; give 1")
+    around = record.environment()  # before it is measured, for the commit may be another afterwards
     with timing.Watch() as watch:
         if processes > 1:
             same = [f"--ops={args.ops}", f"--minutes={args.minutes / processes}"]
@@ -770,7 +787,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         shape = asdict(matrix.shape)
         result = {"stage": "kernels", "ceilings": ceilings, "shape": shape, "rows": rows, "clocks": watch.samples}
-        record.write(args.out, record.environment() | result | {"dry": args.toy})
+        record.write(args.out, around | result | {"dry": args.toy})
     return int(failed(rows))
 
 

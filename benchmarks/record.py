@@ -7,9 +7,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 
 import fastdistil
-from benchmarks.timing import nvidia_smi
+from benchmarks.timing import gpu_uuid, nvidia_smi
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -30,7 +33,7 @@ def environment() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.executable).name, *_command()]),
+        "command": shlex.join([Path(sys.executable).name, *_command()]),
         "fastdistil": fastdistil.__version__,
         "commit": commit(),
         "python": platform.python_version(),
@@ -44,7 +47,7 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found["cuda"] = torch.version.cuda
-        uuid = str(getattr(properties, "uuid", ""))
+        uuid = gpu_uuid()
         # nvidia-smi lists every card, whatever CUDA_VISIBLE_DEVICES leaves to this process
         cards = [card for card in nvidia_smi(*GPU) if uuid and card["uuid"].endswith(uuid)]
         found["gpu"] = (cards or [{"uuid": f"GPU-{uuid}" if uuid else "", "driver_version": _driver()}])[0] | {
@@ -70,17 +73,17 @@ def _driver() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """Where there is no repository, what FASTDISTIL_COMMIT says, as `git describe --always --dirty --abbrev=40
-    --exclude=*` writes it, or None."""
+    """Where this lies in no repository of its own, what FASTDISTIL_COMMIT says, as `git describe --always --dirty
+    --abbrev=40 --exclude=*` writes it, or None."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        told = os.environ.get("FASTDISTIL_COMMIT")
-        return {"id": told and told.removesuffix("-dirty"), "dirty": told and told.endswith("-dirty")}
+    with suppress(OSError, subprocess.SubprocessError):
+        if Path(git("rev-parse", "--show-toplevel")).samefile(ROOT):  # and not of what it was copied into
+            return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    told = os.environ.get("FASTDISTIL_COMMIT")
+    return {"id": told and told.removesuffix("-dirty"), "dirty": told and told.endswith("-dirty")}
 
 
 def is_commit(found: dict[str, Any]) -> bool:
@@ -137,8 +140,16 @@ def check_out(path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WrongUse(f"--out {path}: {error}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise WrongUse(f"--out {path}: {path.parent} cannot be written to")
+    check_writable(path.parent)
+
+
+def check_writable(directory: Path) -> None:
+    """By writing, for some file systems say yes to who asks."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise WrongUse(f"--out: {directory} cannot be written to: {error}") from error
 
 
 def digest(result: dict[str, Any]) -> str:

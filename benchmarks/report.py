@@ -115,7 +115,7 @@ def encoder_table() -> str:
         took = f"{best['median_us'] / 1e3:,.1f} ({best['p99_us'] / 1e3:,.1f})"
         took += f" | {_mib(best)} ({_mib(case.get('transformers sdpa', {}))})" * memory
         lines.append(f"| {batch} | {dtype} | {best['tokens_per_s']:,.0f} | {took} | {' | '.join(ratios)} |")
-    return "\n".join([*lines, "", *_missing(result), *_wrong(result), "", _where(result)])
+    return "\n".join([*lines, "", *_stopped(result), *_missing(result), *_wrong(result), "", _where(result)])
 
 
 def _mib(row: dict[str, Any]) -> str:
@@ -133,6 +133,11 @@ def _missing(result: dict[str, Any]) -> list[str]:
     gone = kernels.absent(result["rows"]).items()
     found = [f"{name} ({why})" for name, why in gone if name != timing.OVERLAPPED]  # which no user gets
     return [f"Missing: {'; '.join(found)}."] if found else []
+
+
+def _stopped(result: dict[str, Any]) -> list[str]:
+    whole = result.get("whole", True)
+    return [] if whole else ["The run was stopped before its end: who and what is not here was not reached."]
 
 
 def _wrong(result: dict[str, Any]) -> list[str]:
@@ -195,7 +200,7 @@ def kernels_table() -> str:
         else:
             line += " none | | |"
         lines.append(line)
-    return "\n".join([*lines, "", *_missing(result), *_wrong(result), "", _where(result)])
+    return "\n".join([*lines, "", *_stopped(result), *_missing(result), *_wrong(result), "", _where(result)])
 
 
 def _guess(predicted: float | None, measured: float) -> str:

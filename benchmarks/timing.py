@@ -16,7 +16,7 @@ from fastdistil.cpu import CHAIN, linear
 
 Run = Callable[[], Any]
 Item = TypeVar("Item")
-CLOCKS = ("timestamp", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu")
+CLOCKS = ("timestamp", "uuid", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu")
 
 
 @dataclass
@@ -50,12 +50,13 @@ def is_ours(provider: str) -> bool:
 
 
 POISONED = 4  # blocks of a size, for an allocator may hold several
-TURNS = 3  # that each provider gets on CPU; a GPU that is ours alone gives the same again
+TURNS = {"cpu": 3, "cuda": 2}  # that each provider gets
 
 
-def in_turns(device: torch.device, providers: Sequence[Item]) -> Iterator[tuple[int, Item]]:
-    """(turn, provider), there and back: what a shared machine does for seconds meets all of them."""
-    for turn in range(TURNS if device.type == "cpu" else 1):
+def in_turns(device: torch.device, providers: Sequence[Item], turns: int | None = None) -> Iterator[tuple[int, Item]]:
+    """(turn, provider), there and back: what a shared machine does for seconds, or a GPU's clocks as they wander, meets
+    all of them."""
+    for turn in range(turns or TURNS.get(device.type, 1)):
         yield from ((turn, item) for item in (providers if turn % 2 == 0 else providers[::-1]))
 
 
@@ -184,7 +185,8 @@ def ceilings(device: torch.device, toy: bool = False, dtypes: Sequence[torch.dty
 
 @dataclass
 class Watch:
-    """Clocks, power and temperature of the GPUs while something runs, a sample every two seconds."""
+    """Clocks, power and temperature of the GPU while something runs, a sample every two seconds; of all that there are
+    where they do not say which one it is."""
 
     samples: list[dict[str, str]] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -202,9 +204,20 @@ class Watch:
             self._thread.join()
 
     def _sample(self) -> None:
+        own = gpu_uuid()
         while not self._stop.is_set():
-            self.samples += nvidia_smi(*CLOCKS) or ([] if self.samples else [{"missing": "nvidia-smi tells nothing"}])
+            cards = nvidia_smi(*CLOCKS)
+            found = [card for card in cards if own and card.get("uuid", "").endswith(own)] or cards
+            self.samples += found or ([] if self.samples else [{"missing": "nvidia-smi tells nothing"}])
             self._stop.wait(2.0)
+
+
+def gpu_uuid() -> str:
+    """Of the card in use, as torch tells it; nvidia-smi, which lists every card, puts GPU- before it."""
+    try:
+        return str(getattr(torch.cuda.get_device_properties(0), "uuid", ""))
+    except (RuntimeError, AssertionError):  # there is none
+        return ""
 
 
 def nvidia_smi(*what: str) -> list[dict[str, str]]:

@@ -440,7 +440,14 @@ def main(argv: list[str] | None = None) -> int:
             raise record.WrongUse(f"--out {args.out}: {error}") from error
         if found.get("dry"):
             raise record.WrongUse(f"--out {args.out} is of a rehearsal: nothing in it was timed")
-        rows = found["rows"]
+        rows = found.get("rows", [])
+        if not rows or any("class" not in row or "of" not in row for row in rows):
+            raise record.WrongUse(f"--out {args.out} is no result of the tuner")
+        if stale := [f"{row['op']} {row['class']}" for row in rows if row["of"] != made_of()]:
+            raise record.WrongUse(
+                f"--out {args.out}: {', '.join(stale[:3])} and what is beside them were found with other kernels, "
+                "compiler or search; tune again, which goes on with what still holds"
+            )
         CONFIGS.write_text(apply(rows, CONFIGS.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         if not torch.cuda.is_available():

@@ -157,8 +157,11 @@ def test_base_size_against_float64(dtype, lengths):
         model = model.to(dtype)
         ours = model(ids, keep)[0][keep]
         replayed = model.cuda_graphs()(ids, keep)[0][keep]
-    error_law(ours, eager, truth)
-    error_law(replayed, eager, truth)  # not bit for bit: a bucket has more rows, and so perhaps other tiles
+    factor = 2.0 if eager.dtype is torch.float32 else None  # as the benchmark has it: errors of six layers add up
+    error_law(ours, eager, truth, factor=factor)
+    error_law(
+        replayed, eager, truth, factor=factor
+    )  # not bit for bit: a bucket has more rows, and so perhaps other tiles
 
 
 @pytest.mark.gpu
