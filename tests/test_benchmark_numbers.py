@@ -296,6 +296,146 @@ def test_one_that_remembers_all_but_the_first_and_the_last_is_wrong():
     assert "tokens_per_s" not in row and "which was not held to float64" in row["wrong"]
 
 
+def test_the_slowest_of_several_batches_is_judged(results):
+    more = [row | {"batch": "256 x 128, fill 0.57"} for row in BATCHES if row["fill"] == 0.5]
+    more[1] = more[1] | took(6_000.0)
+    record.write(results / "h200" / "encoder.json", AROUND | {"stage": "encoder", "rows": BATCHES + more})
+    assert {g.id: g.judge(goals.Results()) for g in goals.GOALS}["half-sdpa"] == (pytest.approx(2.0), "missed")
+
+
+def test_memory_late_by_early(results):
+    info = {"early_bytes": 100, "late_bytes": 120}
+    entry = {"name": "bench_a_job", "stats": {"data": [1.0], "median": 1.0}, "extra_info": info}
+    record.write(
+        results / "cpu" / "memory.json", {"machine_info": AROUND, "clocks": [], "benchmarks": [entry]} | AROUND
+    )
+    assert {g.id: g.judge(goals.Results()) for g in goals.GOALS}["cpu-memory"] == (pytest.approx(1.2), "missed")
+
+
+def test_the_99th_of_a_hundred(monkeypatch):
+    monkeypatch.setattr(timing, "wall", lambda *a, **k: Timing([i / 1e3 for i in range(100, 0, -1)]))
+    monkeypatch.setattr(timing, "TURNS", {"cpu": 1})
+    monkeypatch.setattr(encoder, "PROVIDERS", encoder.PROVIDERS[:1])
+    model = encoder.model_of(encoder.shapes.TOY.shape, CPU, torch.float32)
+    (row,) = encoder.measure(encoder.batch_of(model, "", [8, 4], 8), time.monotonic() + 60)
+    assert (row["p99_us"], row["median_us"]) == (99_000, 50_500) and row["tokens_per_s"] == pytest.approx(12 / 0.0505)
+
+
+def test_what_no_processor_can_do():
+    """1.5 times a measured product is allowed on a shared CPU, no more."""
+    case = next(kernels.cases("linear", encoder.shapes.TOY, torch.float32, CPU))
+    for part, wrong in ((1.4, False), (1.6, True)):
+        us = case.cost.flops / (part * 1e12) * 1e6
+        found = {"cold": took(us), "graph": took(us)}
+        assert bool(list(kernels.over_ceiling(case, found, CEILINGS, 1e12))) is wrong
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("module", [kernels, encoder])
+def test_what_is_wrong_once_has_no_speed(module, at, monkeypatch):
+    """Before it is timed, after, or with other rows in the same place."""
+    monkeypatch.setattr(timing, "TURNS", {"cpu": 1})
+    monkeypatch.setattr(timing, "cold", lambda *a: Timing([1.0]))
+    monkeypatch.setattr(timing, "wall", lambda *a, **k: Timing([1.0]))
+    calls = []
+    if module is kernels:
+        case = next(kernels.cases("add_layer_norm", encoder.shapes.TOY, torch.float32, CPU))
+        (right,) = [make for name, make in kernels.PROVIDERS["add_layer_norm"] if name == "fastdistil"]
+    else:
+        model = encoder.model_of(encoder.shapes.TOY.shape, CPU, torch.float32)
+        case = encoder.batch_of(model, "", [8, 4], 8)
+        (right,) = [make for name, make in encoder.PROVIDERS if name == "fastdistil, padded call"]
+
+    def make(case, stack):
+        run = right(case, stack)
+
+        def once(*_):
+            calls.append(1)
+            out = run()
+            return out * 2 if len(calls) == at else out
+
+        return once
+
+    names = [("fastdistil", make)]
+    monkeypatch.setattr(module, "PROVIDERS", {"add_layer_norm": names} if module is kernels else names)
+    more = [CEILINGS | {"float32": {"flops_per_s": 1e15}}] if module is kernels else []
+    (row,) = module.measure(case, *more, time.monotonic() + 60)
+    assert "wrong" in row and len(calls) == at and "median_us" not in row and "cold" not in row
+
+
+def test_how_far_off_a_result_may_be():
+    """The largest error twice eager's (four times with oneDNN's order of sums), other texts' five times."""
+    case = next(kernels.cases("add_layer_norm", encoder.shapes.TOY, torch.float32, CPU))
+    truth = torch.linspace(-1, 1, 960, dtype=torch.float64).view(20, 48)
+    noise = torch.randn(20, 48, generator=torch.Generator().manual_seed(0)).double() * 1e-4
+    plain = (truth + noise).float()
+    noise[noise.abs() == noise.abs().max()] *= 6
+    with pytest.raises(AssertionError, match="max error"):
+        kernels.hold(lambda: (truth + noise).float(), case, truth, plain)
+    assert encoder.largest_error(CPU) == (2 if encoder.cpu.why_not_onednn() else 4)
+    of_texts = engine.Truth([0], truth, plain, 2.0**-23)
+    found = truth.float().numpy()
+    largest = float((plain.double() - truth).norm(dim=1).max()) + 2.0**-23
+    for times, wrong in ((4, False), (10, True)):
+        other = found.copy()
+        other[7, 0] += times * largest
+        if wrong:
+            with pytest.raises(AssertionError, match="text 7 is off"):
+                of_texts.near(other, found)
+        else:
+            of_texts.near(other, found)
+
+
+def test_the_encoder_alone_beside_the_engine(monkeypatch):
+    monkeypatch.setattr(timing, "in_graph", lambda run, device, seconds: Timing([0.5]))
+    model = encoder.model_of(encoder.shapes.TOY.shape, CPU, torch.float32)
+    tokenizer = engine.tokenizer_for(["a few words", "to make a tokenizer of"], 60)
+    embedder = engine.Embedder(model, tokenizer, pooling="mean", normalize=True, max_length=64)
+    row = engine.of_tokens(embedder, 8, "fixed", 8 * 20 * 4)
+    assert row["encoder_tokens_per_s"] == pytest.approx(8 * 80 / 0.5)  # 80 texts of 8 tokens, which one batch holds
+
+
+def test_peak_memory_is_what_was_found(monkeypatch):
+    monkeypatch.setattr(encoder.Peak, "bytes", lambda self: 7)
+    monkeypatch.setattr(timing, "wall", lambda *a, **k: Timing([1.0]))
+    monkeypatch.setattr(encoder, "PROVIDERS", encoder.PROVIDERS[:1])
+    model = encoder.model_of(encoder.shapes.TOY.shape, CPU, torch.float32)
+    (row,) = encoder.measure(encoder.batch_of(model, "", [8, 4], 8), time.monotonic() + 60)
+    assert row["peak_bytes"] == 7
+
+
+class Benchmark:
+    """pytest-benchmark's, whose rounds take 10 ms whatever they do."""
+
+    def __init__(self):
+        self.extra_info, self.stats = {}, MagicMock()
+
+    def pedantic(self, run, setup, rounds):
+        for _ in range(rounds):
+            args, kwargs = setup() or ((), {})
+            run(*args, **kwargs)
+        self.stats.stats.data = [0.01] * rounds
+
+
+def test_ratios_are_of_the_peers_time_by_ours(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from benchmarks import bench_encode_cpu as suite
+
+    monkeypatch.setattr(suite, "check_texts", lambda *a: MagicMock())
+    embedder = MagicMock(encode=lambda texts: torch.ones(len(texts), 2).numpy())
+    embedder.tokenize = lambda texts: MagicMock(ids=[0] * 100)
+
+    def peer(texts=()):
+        time.sleep(0.03)
+        return torch.ones(len(texts), 2).numpy()
+
+    suite.compare(one := Benchmark(), embedder, [["a"] * 3] * 3, "somebody", peer, lambda: 0.5)
+    assert 2.9 < one.extra_info["ratio"] < 12 and one.extra_info["tokens_per_second"] == pytest.approx(10_000)
+    assert 800 < one.extra_info["peer_tokens_per_second"] < 3_400
+    suite._alternate(two := Benchmark(), lambda: torch.ones(2), lambda: time.sleep(0.03) or torch.ones(2), 3)
+    assert 2.9 < two.extra_info["ratio"] < 12
+
+
 # --- where results come from --------------------------------------------------------------------------------------
 
 
