@@ -317,9 +317,7 @@ class MultiHeadSelfAttention(nn.Module):
         head_mask: [heads] -> the same as hidden_states, and the probabilities or None"""
         x, mask = hidden_states, attention_mask
 
-        def split(
-            y: Tensor,
-        ) -> Tensor:  # [B, L, dim] -> [B, heads, L, head_size]; as many as there are, if some were cut
+        def split(y: Tensor) -> Tensor:  # [B, L, dim] -> [B, heads, L, head_size], heads as many as were not cut
             return y.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
 
         def project(linear: nn.Linear) -> Tensor:

@@ -587,10 +587,15 @@ class DistilBertTokenizer:
         """
         self._forget_settings()
         if text_target is not None:
-            same: Any = dict(padding=padding, truncation=truncation, max_length=max_length)
+            same: Any = dict(padding=padding, truncation=truncation, max_length=max_length, stride=stride)
             same |= dict(is_split_into_words=is_split_into_words, add_special_tokens=add_special_tokens)
-            same |= dict(return_tensors=return_tensors, pad_to_multiple_of=pad_to_multiple_of)
-            found = self(text, text_pair, **same)
+            same |= dict(
+                return_tensors=return_tensors, pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side
+            )
+            same |= dict(return_overflowing_tokens=return_overflowing_tokens)
+            more: Any = dict(return_attention_mask=return_attention_mask, return_token_type_ids=return_token_type_ids)
+            more |= dict(return_offsets_mapping=return_offsets_mapping, return_length=return_length)
+            found = self(text, text_pair, **same, **more, return_special_tokens_mask=return_special_tokens_mask)
             found["labels"] = self(text_target, **same)["input_ids"]
             return found
         single = _is_of_words(text) if is_split_into_words else isinstance(text, str)

@@ -834,8 +834,8 @@ def test_members_that_transformers_has(ours, theirs, tmp_path):
     }
     assert ours.init_kwargs["do_lower_case"] is theirs.init_kwargs["do_lower_case"] is True
     assert set(theirs.save_pretrained(tmp_path)) <= set(ours.save_pretrained(tmp_path, legacy_format=False))
-    found, expected = ours("a b", text_target="c d e"), theirs("a b", text_target="c d e")
-    assert dict(found) == dict(expected)
+    for more in ({}, dict(return_offsets_mapping=True, padding="max_length", max_length=9)):
+        assert dict(ours("a b", text_target="c d e", **more)) == dict(theirs("a b", text_target="c d e", **more))
     found, expected = ours(["a b", "c"]), theirs(["a b", "c"])
     assert found.data == expected.data and found.is_fast and expected.is_fast
     assert [one.tokens for one in found[0:2]] == [one.tokens for one in expected[0:2]]
