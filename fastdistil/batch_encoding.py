@@ -51,7 +51,7 @@ class BatchEncoding(dict):
 
     @property
     def data(self) -> dict[str, Any]:
-        return dict(self)
+        return self
 
     @property
     def is_fast(self) -> bool:

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -32,6 +33,7 @@ from fastdistil.model import (
     apply_linear,
     has_own_forward,
     mean_rows,
+    padding_asked,
     pick,
 )
 from fastdistil.outputs import (
@@ -251,11 +253,6 @@ _INPUTS = (
 )
 
 
-def _takes(function: Callable, name: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 class _Headed(PreTrainedModel):
     """An encoder, `distilbert`, and what stands on it."""
 
@@ -275,9 +272,9 @@ class _Headed(PreTrainedModel):
             return encoder.encode(*inputs, only=only, adapter_names=adapter_names, padding_too=padding_too)
         asked = dict(zip(_INPUTS, inputs, strict=True)) | {"adapter_names": adapter_names}
         named = {name: value for name, value in asked.items() if value is not None}
-        if padding_too and _takes(encoder.forward, "padding_too"):
-            named["padding_too"] = True
-        out: Any = encoder(**named, return_dict=True)
+        takes = padding_too and "padding_too" in inspect.signature(encoder.forward).parameters
+        with padding_asked(encoder) if padding_too and not takes else nullcontext():
+            out: Any = encoder(**named, return_dict=True, **({"padding_too": True} if takes else {}))
         hidden, mask = out.last_hidden_state, inputs[1]
         keep = None if mask is None or mask.dim() != 2 else (mask != 0).expand(hidden.shape[:2])
         states, attentions = (getattr(out, name, None) for name in ("hidden_states", "attentions"))

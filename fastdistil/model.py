@@ -8,8 +8,9 @@ training mode, attentions or a 4-D mask is asked for. Both give hidden states th
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -656,10 +657,21 @@ class TransformerBlock(nn.Module):
         return add_norm_through(self.output_adapters, adapters, ffn(x), x, add_norm(self.output_layer_norm), live)
 
 
-def _call(block: nn.Module, options: dict[str, Any], probabilities: bool, x: Tensor, mask: Tensor | None) -> tuple:
+def _call(
+    block: nn.Module, adapters: Sequence[str], probabilities: bool, x: Tensor, mask: Tensor | None, heads: Tensor | None
+) -> tuple:
     """-> [B, L, dim], and the attention's probabilities where they are wanted and told"""
     weights: list[Tensor] = []
-    return (block(x, mask, **options, **({"probabilities": weights} if probabilities else {})), *weights)
+    more = _given(head_mask=heads, adapters=adapters) | ({"probabilities": weights} if probabilities else {})
+    return (block(x, mask, **more), *weights)
+
+
+def _shown(x: Tensor, padded: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> (x with zeros at padding, x as it was, of which real positions come by way of the first, for its gradient)"""
+    if padded is None:
+        return x, x
+    shown = x.masked_fill(padded, 0)
+    return shown, torch.where(padded, x, shown)
 
 
 class Transformer(nn.Module):
@@ -680,26 +692,25 @@ class Transformer(nn.Module):
         adapters: Sequence[str] = (),
         padded: Tensor | None = None,
     ) -> BaseModelOutput:
-        """hidden_states: [B, L, dim]. attention_mask: 4-D, see `_masks`. padded: bool [B, L, 1], where each block's
-        result is to be 0. -> the last block's, as hidden_states the input's and each block's, and with `probabilities`
+        """hidden_states: [B, L, dim]. attention_mask: 4-D, see `_masks`. padded: bool [B, L, 1], where the states that
+        are told are 0. -> the last block's, as hidden_states the input's and each block's, and with `probabilities`
         each one's attention"""
-        x, mask = hidden_states, attention_mask
-        states, attentions = [x], []
+        mask, (shown, x) = attention_mask, _shown(hidden_states, padded)
+        states, attentions = [shown], []
         block: Any
         for i, block in enumerate(self.layer):
             heads = None if head_mask is None else head_mask[i]
-            call = partial(_call, block, _given(head_mask=heads, adapters=adapters), probabilities)
+            call = partial(_call, block, adapters, probabilities)
             if self.gradient_checkpointing and self.training and i % self.checkpointing_step == 0:
                 how = {"use_reentrant": False} | self.checkpointing_options
                 with save_on_cpu(pin_memory=x.is_cuda) if self.checkpoints_on_host else nullcontext():
-                    x, *weights = recompute(call, x, mask, **how)
+                    x, *weights = recompute(call, x, mask, heads, **how)
             else:
-                x, *weights = call(x, mask)
+                x, *weights = call(x, mask, heads)
             attentions += weights
-            if padded is not None:
-                x = x.masked_fill(padded, 0)
-            states.append(x)
-        return BaseModelOutput(x, tuple(states), tuple(attentions) or None)
+            shown, x = _shown(x, padded)
+            states.append(shown)
+        return BaseModelOutput(shown, tuple(states), tuple(attentions) or None)
 
     def packed(
         self,
@@ -1139,6 +1150,19 @@ class Encoded:
     attentions: tuple[Tensor, ...] | None
 
 
+_asked = threading.local()  # the encoder whose padding a head reads, below a forward that cannot be told so
+
+
+@contextmanager
+def padding_asked(encoder: nn.Module) -> Iterator[None]:
+    """Calls of the DistilBertModel in an encoder of somebody's own are with padding_too."""
+    _asked.encoder = next((m for m in encoder.modules() if isinstance(m, DistilBertModel)), None)
+    try:
+        yield
+    finally:
+        _asked.encoder = None
+
+
 class DistilBertModel(PreTrainedModel):
     """The DistilBERT encoder (Sanh et al., 2019, arXiv:1910.01108), equal to HF's `DistilBertModel` at real positions.
 
@@ -1221,6 +1245,7 @@ class DistilBertModel(PreTrainedModel):
         positions, which some losses read.
         """
         config = self.config
+        padding_too = padding_too or (not torch.compiler.is_compiling() and getattr(_asked, "encoder", None) is self)
         if input_ids is None and inputs_embeds is None and isinstance(head_mask, Tensor) and head_mask.dim() == 3:
             head_mask, inputs_embeds = None, head_mask  # which come third in transformers 5
         want_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
@@ -1257,7 +1282,7 @@ class DistilBertModel(PreTrainedModel):
         self, given: Inputs, want_attentions: bool = False, padding_too: bool = False, zeroed: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """-> hidden states n_layers + 1 times [B, L, dim], and attentions. At padded positions they are transformers'
-        with padding_too, 0 with zeroed, each what the next block reads, and else mean nothing."""
+        with padding_too, 0 with zeroed, and else mean nothing."""
         ids, embeds, keep, mask, positions, heads, adapters = given
         if ids is not None and keep is not None:  # what lies in the padding need not be in the vocabulary
             looked_up = keep
@@ -1272,16 +1297,15 @@ class DistilBertModel(PreTrainedModel):
         if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
             mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
         padded = ~keep.unsqueeze(-1) if zeroed and keep is not None else None  # [B, L, 1]
-        if padded is not None:
-            x = x.masked_fill(padded, 0)
         more = _given(head_mask=heads, probabilities=want_attentions, adapters=adapters)
         if ours := type(self.transformer) is Transformer:
             more["padded"] = padded
         out = self.transformer(hidden_states=x, attention_mask=mask, **more)
         *states, _ = getattr(out, "hidden_states", None) or (x, x)  # somebody's own may tell its last states alone
-        last = out if isinstance(out, Tensor) else out[0]
-        last = last if padded is None or ours else last.masked_fill(padded, 0)
-        return [*states, last], list(getattr(out, "attentions", None) or ())
+        states.append(out if isinstance(out, Tensor) else out[0])
+        if padded is not None and not ours:
+            states = [state.masked_fill(padded, 0) for state in states]
+        return states, list(getattr(out, "attentions", None) or ())
 
     def _packed(
         self, given: Inputs, every: bool = False, only: Tensor | str | None = None

@@ -79,15 +79,15 @@ class DistilBertTokenizer:
         truncation_side: str = "right",
         clean_up_tokenization_spaces: bool | None = None,
         model_input_names: Sequence[str] | None = None,
-        extra_special_tokens: Sequence[Any] = (),
-        additional_special_tokens: Sequence[Any] = (),
+        extra_special_tokens: Any = (),
+        additional_special_tokens: Any = (),
         tokenizer_object: Tokenizer | None = None,
         name_or_path: str = "",
         **special_tokens: Any,
     ):
         _check_names(special_tokens)
         special_tokens = {name: token for name, token in special_tokens.items() if name not in IGNORED}
-        ends = {name: token for name in ENDS if (token := special_tokens.pop(name, None)) is not None}
+        ends = {name: _content(token) for name in ENDS if (token := special_tokens.pop(name, None)) is not None}
         tokenizer = tokenizer_object if tokenizer is None else tokenizer
         if (vocab_file is None) == (tokenizer is None):
             raise ValueError("give exactly one of vocab_file (a vocab.txt) and tokenizer (a tokenizers.Tokenizer)")
@@ -128,9 +128,9 @@ class DistilBertTokenizer:
         self._before, self._after = self._template()
         stated = [self.cls_token_id, self.sep_token_id]
         if len(self._before) == len(self._after) == 1 and self._before + self._after != stated:
-            self._tokenizer.post_processor = self._around()
+            self._tokenizer.post_processor = _around(self._tokenizer, self.cls_token, self.sep_token)
             self._before, self._after = self._template()
-        if extra := [*extra_special_tokens, *additional_special_tokens]:
+        if extra := [*_listed(extra_special_tokens), *_listed(additional_special_tokens)]:
             self.add_special_tokens({"extra_special_tokens": extra})
 
     def _forget_settings(self) -> None:
@@ -144,16 +144,6 @@ class DistilBertTokenizer:
         """Let them be found in a text as they stand; what a file says of how that is done stays."""
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._tokenizer.add_special_tokens([token for token in tokens if token not in known])
-
-    def _around(self, tokenizer: Tokenizer | None = None) -> processors.TemplateProcessing:
-        """BERT's special tokens around a text, or between two; by default with the ids they have here."""
-        cls, sep = self.cls_token, self.sep_token
-        ids = [(token, (tokenizer or self._tokenizer).token_to_id(token)) for token in (cls, sep)]
-        return processors.TemplateProcessing(
-            single=[cls, "$A:0", sep],
-            pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
-            special_tokens=ids,
-        )
 
     def _from_vocab(self, path: Path) -> Tokenizer:
         if not path.is_file():
@@ -176,7 +166,7 @@ class DistilBertTokenizer:
         )
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._tokenizer = tokenizer
-        tokenizer.post_processor = self._around()
+        tokenizer.post_processor = _around(tokenizer, special["cls_token"], special["sep_token"])
         tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
         return tokenizer
 
@@ -324,24 +314,41 @@ class DistilBertTokenizer:
         return tuple(str(directory / name) for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt"))
 
     def train_new_from_iterator(
-        self, text_iterator: Any, vocab_size: int, length: int | None = None, **kwargs: Any
+        self,
+        text_iterator: Any,
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Sequence[Any] | None = None,
+        special_tokens_map: Mapping[str, str] | None = None,
+        **kwargs: Any,
     ) -> "DistilBertTokenizer":
         """A tokenizer of the same settings and special tokens, whose WordPiece vocabulary is made of texts.
 
-        text_iterator: of texts, or of lists of texts. length: how many there are, for a progress bar. kwargs: of
+        text_iterator: of texts, or of lists of texts. length: how many there are, for a progress bar.
+        new_special_tokens: more of them. special_tokens_map: other names for those there are. kwargs: of
         `tokenizers.trainers.WordPieceTrainer`.
         """
-        new = Tokenizer(models.WordPiece(unk_token=self.unk_token, max_input_chars_per_word=MAX_WORD))
+        renamed = dict(special_tokens_map or {})
+        given = self.init_kwargs
+        given |= {name: renamed.get(token, token) for name, token in self._special.items()}
+        extra = [renamed.get(token, token) for token in self.extra_special_tokens]
+        extra += [_content(token) for token in new_special_tokens or () if _content(token) not in extra]
+        new = Tokenizer(models.WordPiece(unk_token=given["unk_token"], max_input_chars_per_word=MAX_WORD))
         new.normalizer, new.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
         new.decoder = self._tokenizer.decoder
-        special = sorted(self.all_special_tokens, key=self.convert_tokens_to_ids)
+        special = [renamed.get(t, t) for t in sorted(self.all_special_tokens, key=self.convert_tokens_to_ids)]
+        special += [token for token in extra if token not in special]
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, **kwargs)
         new.train_from_iterator(text_iterator, trainer, length)
-        new.post_processor = self._around(new)
+        new.post_processor = _around(new, given["cls_token"], given["sep_token"])
+        cleans = True if self.says_to_clean_up else None if self.clean_up_tokenization_spaces else False
         return type(self)(
-            tokenizer=new, extra_special_tokens=self.extra_special_tokens, **self.init_kwargs,
-            clean_up_tokenization_spaces=self.says_to_clean_up if self.says_to_clean_up else None,
-        )  # fmt: skip
+            tokenizer=new,
+            model_input_names=self.model_input_names,
+            extra_special_tokens=extra,
+            clean_up_tokenization_spaces=cleans,
+            **given,
+        )
 
     def lowered(self) -> "DistilBertTokenizer":
         """A copy that lowers texts first, but for the special tokens in them; the same where it does so anyway.
@@ -479,10 +486,14 @@ class DistilBertTokenizer:
         """Raises ValueError for what cannot be kept to."""
         if name in ("padding_side", "truncation_side"):
             _check_side(name, value)
-        if name in SPECIAL or (name in ENDS and value is not None):
+        if name in ENDS and value is None:
+            self._special = {key: token for key, token in self._special.items() if key != name}
+            return
+        if name in (*SPECIAL, *ENDS):
             if not isinstance(value, str) or self._tokenizer.token_to_id(value) is None:
                 raise ValueError(f"{name} must be a token of the vocabulary, got {value!r}")
-            self._special = self._special | {name: value}
+            first = {key: token for key, token in (self._special | {name: value}).items() if key in ENDS}
+            self._special = first | self._special | {name: value}  # in transformers' order
             return
         object.__setattr__(self, name, value)
 
@@ -553,7 +564,7 @@ class DistilBertTokenizer:
 
     def __call__(
         self,
-        text: Text,
+        text: Text | None = None,
         text_pair: Text | None = None,
         *,
         padding: bool | str = False,
@@ -572,6 +583,7 @@ class DistilBertTokenizer:
         return_special_tokens_mask: bool = False,
         return_length: bool = False,
         text_target: Text | None = None,
+        text_pair_target: Text | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
         """Tokenise a text or a list of texts (or of pairs, by text_pair or as a list of twos), as transformers' do.
@@ -586,6 +598,8 @@ class DistilBertTokenizer:
         verbose changes nothing. Raises TypeError or ValueError naming the row.
         """
         self._forget_settings()
+        if text is None and text_target is None:
+            raise ValueError("You need to specify either `text` or `text_target`.")
         if text_target is not None:
             same: Any = dict(padding=padding, truncation=truncation, max_length=max_length, stride=stride)
             same |= dict(is_split_into_words=is_split_into_words, add_special_tokens=add_special_tokens)
@@ -595,9 +609,13 @@ class DistilBertTokenizer:
             same |= dict(return_overflowing_tokens=return_overflowing_tokens)
             more: Any = dict(return_attention_mask=return_attention_mask, return_token_type_ids=return_token_type_ids)
             more |= dict(return_offsets_mapping=return_offsets_mapping, return_length=return_length)
-            found = self(text, text_pair, **same, **more, return_special_tokens_mask=return_special_tokens_mask)
-            found["labels"] = self(text_target, **same)["input_ids"]
+            more |= dict(return_special_tokens_mask=return_special_tokens_mask)
+            if text is None:
+                return self(text_target, text_pair_target, **same, **more)
+            found = self(text, text_pair, **same, **more)
+            found["labels"] = self(text_target, text_pair_target, **same)["input_ids"]
             return found
+        assert text is not None
         single = _is_of_words(text) if is_split_into_words else isinstance(text, str)
         if single and (text_pair == "" if isinstance(text, str) else text_pair in ([], ())):
             text_pair = None  # as transformers does; in a list an empty second text stays one
@@ -965,6 +983,22 @@ def _has_rows(ids: Any) -> bool:
     if hasattr(ids, "ndim"):
         return ids.ndim == 2
     return isinstance(ids, (list, tuple)) and bool(ids) and (isinstance(ids[0], (list, tuple)) or np.ndim(ids[0]) == 1)
+
+
+def _around(tokenizer: Tokenizer, cls: str, sep: str) -> processors.TemplateProcessing:
+    """BERT's special tokens around a text, or between two."""
+    return processors.TemplateProcessing(
+        single=[cls, "$A:0", sep],
+        pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+    )
+
+
+def _listed(tokens: Any) -> list[Any]:
+    """Extra special tokens as they may be told: a list, a dictionary of names, or none."""
+    if isinstance(tokens, (str, AddedToken)):
+        raise TypeError(f"extra special tokens must be a list, got {tokens!r}")
+    return [*(tokens.values() if isinstance(tokens, Mapping) else tokens or ())]
 
 
 def _check_flags(settings: dict[str, Any]) -> None:

@@ -429,3 +429,59 @@ def test_embeddings_come_third_as_in_transformers():
     embeds = torch.randn(4, 21, 48)
     found, expected = ours(None, KEEP.long(), embeds)[0], theirs(None, KEEP.long(), embeds)[0]
     torch.testing.assert_close(found[KEEP], expected[KEEP], rtol=0, atol=1e-5)
+
+
+def test_attentions_are_the_same_beside_hidden_states():
+    """Of padded queries, too."""
+    ours, theirs = pair(attn="eager")
+    ids = IDS.where(KEEP, 0)
+    expected = theirs(ids, attention_mask=KEEP.long(), output_attentions=True).attentions
+    for states in (False, True):
+        found = ours(ids, KEEP, output_attentions=True, output_hidden_states=states).attentions
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_head_mask_that_is_learned_under_checkpointing(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = pair()[0].train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        gates = nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+        model(IDS, KEEP, head_mask=gates.sigmoid())[0].pow(3).sum().backward()
+        gradients.append(gates.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_states_of_a_subclass_are_zero_at_padding():
+    ours = pair()[0]
+    ours.transformer.__class__ = type("Own", (ours_module.Transformer,), {})
+    states = ours(IDS, KEEP, output_hidden_states=True).hidden_states
+    assert len(states) == 3 and all((state[~KEEP] == 0).all() for state in states)
+
+
+class Narrow(DistilBertModel):
+    """With a forward of transformers' arguments alone."""
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, return_dict=None):
+        return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, return_dict=return_dict)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_loss_over_padding_below_a_forward_of_ones_own(wrap):
+    ours, theirs = pair("DistilBertForMaskedLM")
+    inner = Narrow(ours.config)
+    inner.load_state_dict(ours.distilbert.state_dict())
+    ours.distilbert = inner.eval()
+    if wrap:
+        wrapped(ours), wrapped(theirs)
+    labels = torch.randint(0, 99, IDS.shape, generator=torch.Generator().manual_seed(2))
+    losses = [model(IDS, attention_mask=KEEP.long(), labels=labels).loss for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+    assert (ours.distilbert.inner if wrap else ours.distilbert)(IDS, KEEP)[0][~KEEP].abs().max() == 0  # as ever

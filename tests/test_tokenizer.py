@@ -855,3 +855,45 @@ def test_a_vocabulary_of_ones_own_texts(ours, tmp_path):
     made.save_pretrained(tmp_path)
     again = transformers.DistilBertTokenizer.from_pretrained(tmp_path)
     assert again("made of words")["input_ids"] == ids and made.decode(ids, skip_special_tokens=True) == "made of words"
+
+
+def test_special_tokens_in_every_form(ours, theirs, tmp_path):
+    ours.save_pretrained(tmp_path)
+    made = DistilBertTokenizer.from_pretrained(tmp_path, bos_token=transformers.AddedToken("<s>"))
+    assert made.bos_token == "<s>" and made.all_special_tokens[0] == "<s>"
+    made.bos_token = None
+    assert (made.bos_token, made.bos_token_id) == (None, None) and "<s>" not in made.all_special_tokens
+    assert made.add_special_tokens({"bos_token": "<s>"}) == 0 and made.bos_token == "<s>"
+    assert next(iter(made.special_tokens_map)) == "bos_token"
+    for told in ({"image_token": "[X]"}, ["[X]"], ("[X]",)):
+        one = DistilBertTokenizer.from_pretrained(tmp_path, extra_special_tokens=told, additional_special_tokens=None)
+        assert one.extra_special_tokens == ["[X]"] and one("[X]").tokens() == ["[CLS]", "[X]", "[SEP]"]
+    with pytest.raises(TypeError, match="must be a list"):
+        DistilBertTokenizer.from_pretrained(tmp_path, extra_special_tokens="[X]")
+
+
+def test_targets_take_the_calls_options(ours, theirs):
+    calls = [
+        dict(text=["hello", "hello hello"], text_target=["the cat", "a"], padding=True, padding_side="left"),
+        dict(text=["hello"], text_target=["a"], return_length=True, return_special_tokens_mask=True),
+        dict(text_target="hello"),
+        dict(text="a", text_target="b", text_pair_target="c"),
+    ]
+    for call in calls:
+        assert dict(ours(**call)) == dict(theirs(**call))
+    with pytest.raises(ValueError, match="specify either `text` or `text_target`"):
+        ours()
+    encoding = ours("a b")
+    encoding.data["labels"] = 1
+    assert encoding["labels"] == 1
+
+
+def test_a_new_vocabulary_with_other_special_tokens(ours, tmp_path):
+    base = DistilBertTokenizer(
+        tokenizer=ours.backend, model_input_names=["input_ids"], clean_up_tokenization_spaces=False
+    )
+    renamed = {"[MASK]": "<m>", "[CLS]": "<c>"}
+    made = base.train_new_from_iterator(["some words"] * 9, 60, new_special_tokens=["[X]"], special_tokens_map=renamed)
+    assert (made.mask_token, made.cls_token, made.extra_special_tokens) == ("<m>", "<c>", ["[X]"])
+    assert made("some [X]").tokens()[0] == "<c>" and "[X]" in made("some [X]").tokens() and "[MASK]" not in made.vocab
+    assert list(made("some")) == ["input_ids"] and made.clean_up_tokenization_spaces is False
