@@ -48,7 +48,7 @@ WRONG = 3  # a stage's exit status when something measured was wrong; Python's o
 EVERY = 5.0  # seconds between two writes of what a stage has so far
 WRITING = 3.0  # seconds that a stage has to write what it has, when it is stopped
 RECENT = 1800.0  # seconds after which a ceiling is measured again
-TELLING = 8.0  # seconds that pytest has to say what failed, when it is stopped
+TELLING = 14.0  # seconds that pytest has to say what failed, when it is stopped: xdist waits 10 for who is busy
 HANGS = 150  # seconds after which a test has hung; torch.compile's takes the longest
 GRACE = 60.0  # seconds at most that a stage may go on beyond its share, for a provider that is being measured
 
@@ -150,18 +150,18 @@ def _pytest(tests: list[str], processes: int, seconds: float, dry: bool) -> dict
         command += [f"--timeout={HANGS}", "--timeout-method=thread"]
     command += [str(record.ROOT / "tests" / name) for name in tests]
     with tempfile.TemporaryFile("w+") as log:
-        done = subprocess.Popen(command, cwd=record.ROOT, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+        done = subprocess.Popen(command, cwd=record.ROOT, stdout=log, stderr=subprocess.STDOUT)  # in the stage's group
+        telling = min(TELLING, seconds / 3)
         try:
-            code = done.wait(max(1.0, seconds - TELLING))
+            code = done.wait(seconds - telling)
             ended = "" if code in (0, 1, 5) else f"pytest ended with status {code}"
         except subprocess.TimeoutExpired:
             ended = NO_TIME
             done.send_signal(signal.SIGINT)  # it says why tests have failed, and ends
             with suppress(subprocess.TimeoutExpired):
-                done.wait(TELLING)
+                done.wait(telling)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(done.pid, signal.SIGKILL)
+            done.kill()
             done.wait()
         log.seek(0)
         output = log.read()
@@ -327,8 +327,8 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> int:
                 process.wait(WRITING)
         except (KeyboardInterrupt, SystemExit):
             states[name] = "STOPPED from outside"
-            os.killpg(process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):
+                os.killpg(process.pid, signal.SIGTERM)
                 process.wait(WRITING)
             break
         finally:

@@ -364,7 +364,9 @@ def run(
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     around = record.environment() | {"stage": "tune", "dry": card is None}
     arch = _configs.architecture(device) if device.type == "cuda" else 90
-    about = {"of": made_of()} | {name: around[name] for name in ("commit", "date", "torch", "triton")}
+    about = {"of": made_of(), "sources": sources()} | {
+        name: around[name] for name in ("commit", "date", "torch", "triton")
+    }
     # what other kernels, candidates or compilers gave here holds no more
     rows = [row for row in rows if (row["arch"], row.get("gpu")) != (arch, card) or row.get("of") == about["of"]]
     processors = _configs.processors(device) if device.type == "cuda" else 132
@@ -390,7 +392,12 @@ def run(
 def made_of() -> str:
     """A digest of what a search rests on: the kernels and all that chooses their configurations but what is recorded,
     the search itself, the compiler and torch."""
-    told = [triton.__version__, torch.__version__, Path(__file__).read_text("utf-8")]
+    return hashlib.sha256("\n".join([triton.__version__, torch.__version__, sources()]).encode()).hexdigest()
+
+
+def sources() -> str:
+    """Of that without the compiler and torch, which another machine may have."""
+    told = [Path(__file__).read_text("utf-8")]
     for path in sorted(CONFIGS.parent.glob("*.py")):
         source = path.read_text("utf-8")
         start, end = _recorded(source) if path == CONFIGS else (0, 0)
@@ -408,9 +415,13 @@ def _first(most: int) -> Any:
     return few
 
 
+def _called(row: dict[str, Any]) -> str:
+    return f"sm_{row['arch']} {row['op']} {row['class']}"
+
+
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
-        name = f"sm_{row['arch']} {row['op']} {row['class']}: {row['fit']} of {row['compiled']} fit"
+        name = f"{_called(row)}: {row['fit']} of {row['compiled']} fit"
         if row.get("best"):
             best = row["best"][0]
             recorded = [name for name in (row["winner"], row.get("whole")) if name]
@@ -441,13 +452,14 @@ def main(argv: list[str] | None = None) -> int:
         if found.get("dry"):
             raise record.WrongUse(f"--out {args.out} is of a rehearsal: nothing in it was timed")
         rows = found.get("rows", [])
-        if not rows or any("class" not in row or "of" not in row for row in rows):
+        if not rows or any("class" not in row or "sources" not in row for row in rows):
             raise record.WrongUse(f"--out {args.out} is no result of the tuner")
-        if stale := [f"{row['op']} {row['class']}" for row in rows if row["of"] != made_of()]:
-            raise record.WrongUse(
-                f"--out {args.out}: {', '.join(stale[:3])} and what is beside them were found with other kernels, "
-                "compiler or search; tune again, which goes on with what still holds"
-            )
+        stale = [row for row in rows if row["sources"] != sources()]
+        rows = [row for row in rows if row not in stale]
+        for row in stale:
+            print(f"left out, for it was found with other kernels or another search: {_called(row)}", file=sys.stderr)
+        if not rows:
+            raise record.WrongUse(f"--out {args.out} was found with other kernels or another search; tune again")
         CONFIGS.write_text(apply(rows, CONFIGS.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         if not torch.cuda.is_available():

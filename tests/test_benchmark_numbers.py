@@ -502,20 +502,29 @@ def test_turns_there_and_back():
 
 
 def test_winners_of_another_search_are_not_recorded(tmp_path, monkeypatch, capsys):
-    written = []
-    monkeypatch.setattr(
-        tune, "CONFIGS", MagicMock(write_text=lambda *a, **k: written.append(a), parent=tune.CONFIGS.parent)
+    """Of other sources, whatever torch and Triton are; those beside them are."""
+    applied = []
+    monkeypatch.setattr(tune, "apply", lambda rows, text: applied.append(rows) or text)
+    path, configs = tmp_path / "r.json", tmp_path / "_configs.py"
+    configs.write_bytes(tune.CONFIGS.read_bytes())
+    monkeypatch.setattr(tune, "CONFIGS", configs)
+    row = {"arch": 90, "op": "linear", "class": "half/many", "winner": None, "fit": 1, "compiled": 1}
+    stale, fresh = (
+        row | {"sources": "000"},
+        row | {"class": "half/few", "sources": tune.sources(), "torch": "2.11+cu130"},
     )
-    row = {"arch": 90, "op": "linear", "class": "half/many", "winner": None, "of": "000", "fit": 1, "compiled": 1}
     for rows, message in (
-        ([row], "were found with other kernels"),
+        ([stale], "another search; tune again"),
         (OPS, "is no result of the tuner"),
         ([], "is no result"),
     ):
-        record.write(tmp_path / "r.json", {"rows": rows})
-        monkeypatch.setattr(tune, "made_of", lambda: "111")
-        assert tune.main(["--out", str(tmp_path / "r.json"), "--apply"]) == 2
-        assert message in capsys.readouterr().err and not written
+        record.write(path, {"rows": rows})
+        assert tune.main(["--out", str(path), "--apply"]) == 2
+        assert message in capsys.readouterr().err and not applied
+    record.write(path, {"rows": [stale, fresh]})
+    assert tune.main(["--out", str(path), "--apply"]) == 0 and [len(rows) for rows in applied] == [1]
+    assert "left out, for it was found with other kernels" in capsys.readouterr().err
+    assert tune.made_of() != tune.sources()
 
 
 def test_an_out_that_cannot_be_written_is_refused_before(tmp_path, monkeypatch, capsys):
@@ -587,6 +596,27 @@ def test_a_stage_that_is_ended_from_outside_may_write(monkeypatch, tmp_path):
     assert sent == ["SIGTERM", "wait", "SIGKILL", "wait"]
 
 
+def test_a_stage_that_is_ending_when_it_is_stopped(monkeypatch, tmp_path, capsys):
+    """Popen.wait may have reaped it already."""
+
+    class Process:
+        pid = 7
+
+        def __init__(self, *args, **kwargs):
+            self.waits = 0
+
+        def wait(self, timeout=None):
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            return 0
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    monkeypatch.setattr(gpu.os, "killpg", lambda *a: (_ for _ in ()).throw(ProcessLookupError()))
+    assert gpu.run_all(["kernels"], tmp_path, 1.0, True) == 1
+    assert "kernels: STOPPED from outside" in capsys.readouterr().out
+
+
 def test_tests_that_hang_are_ended(monkeypatch):
     """Where there is pytest-timeout; a thread ends what waits within CUDA."""
     given = []
@@ -599,6 +629,9 @@ def test_tests_that_hang_are_ended(monkeypatch):
 
         def wait(self, timeout=None):
             return 0
+
+        def kill(self):
+            pass
 
     monkeypatch.setattr(gpu.subprocess, "Popen", Process)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name == "pytest_timeout")

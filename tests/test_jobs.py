@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import chain
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -1825,7 +1826,7 @@ def test_answers_are_kept_small_until_they_are_written(heads, tmp_path, form, mo
     monkeypatch.setattr(predict.Prediction, "write", write)
     assert main([*base, "--output", str(tmp_path / "o"), "--format", form, "--on-error", "null"]) == 3
     assert len(kept) == 3
-    inner = [one for chunk in kept for one in (chunk if form == "jsonl" else chunk.values())]
+    inner = [one for chunk in kept for one in (chunk if form == "jsonl" else chain(*chunk.values()))]
     assert all(isinstance(one, str if form == "jsonl" else pyarrow.Array) for one in inner)
     pipe = fastdistil.pipeline(task, heads[task], device="cpu")
     expected = [None if row["text"] is None else pipe(row["text"], aggregation_strategy="simple") for row in rows]
@@ -1942,12 +1943,14 @@ def test_inputs_that_are_no_texts(tmp_path):
             list(read_rows([tmp_path / name], Columns()))
     (tmp_path / "empty.txt").write_bytes(b"")
     assert list(read_rows([tmp_path / "empty.txt"], Columns())) == []
-    for encoding in ("utf-16-le", "utf-16-be"):
-        (tmp_path / "a.txt").write_bytes("some text\nmore\n".encode(encoding))
-        with pytest.raises(ValueError, match="looks like UTF-16 without a mark; convert it"):
-            list(read_rows([tmp_path / "a.txt"], Columns()))
-    (tmp_path / "a.txt").write_bytes(b"a\0b text\nmore\n")
-    assert len(list(read_rows([tmp_path / "a.txt"], Columns()))) == 2
+    for encoding in ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"):
+        for text in ("some text\nmore\n", "\nsome text\n", "é\nü\n"):
+            (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+            with pytest.raises(ValueError, match=f"looks like {encoding} without a mark.* iconv -f {encoding}"):
+                list(read_rows([tmp_path / "a.txt"], Columns()))
+    for content in (b"a\0b text\nmore\n", b"a\0\nabc\n", b"\0\nabc\n"):
+        (tmp_path / "a.txt").write_bytes(content)
+        assert len(list(read_rows([tmp_path / "a.txt"], Columns()))) == 2
 
 
 def test_answers_that_nobody_could_read_are_refused(heads, tmp_path):
@@ -1956,3 +1959,41 @@ def test_answers_that_nobody_could_read_are_refused(heads, tmp_path):
     command += ["--model", heads["text-classification"], "--device", "cpu", "--input", str(path)]
     found = subprocess.run(["bash", "-c", '"$@" >&-', "-", *command], capture_output=True, text=True, check=False)
     assert found.returncode == 2 and "standard output is closed; give --output" in found.stderr
+
+
+def test_answers_that_no_array_holds_together(monkeypatch):
+    """Arrow's arrays of text end at 2 GiB: pieces are never joined, whoever is left out."""
+    from fastdistil.jobs import predict
+
+    kind = pyarrow.list_(pyarrow.string())
+    pieces = [pyarrow.array(rows, kind) for rows in ([["a"], ["b"]], [], [["c"], None], [["d"]])]
+    monkeypatch.setattr(pyarrow, "concat_arrays", lambda *_: pytest.fail("joined"))
+    for at, expected in (
+        ([0, 1, 2, 3, 4], [["a"], ["b"], ["c"], None, ["d"]]),
+        ([None, 0, None, 2, None, 4, None], [None, ["a"], None, ["c"], None, ["d"], None]),
+        ([1, 4], [["b"], ["d"]]),
+        ([None], [None]),
+        ([], []),
+    ):
+        assert predict._placed(pieces, at, kind).to_pylist() == expected
+    assert predict._placed([], [None, None], kind).to_pylist() == [None, None]
+    several = pyarrow.chunked_array(pieces[2:])
+    made = predict.Prediction(None, "text-classification", "parquet", {})
+    monkeypatch.setattr(pyarrow, "array", lambda *_: several)
+    assert made._packed([])["label"] == several.chunks
+
+
+def test_an_empty_job_whose_output_was_replaced_touches_nothing(checkpoint, tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [])
+    run = module.Embedding.run
+
+    def replaced(self, parts):
+        yield from run(self, parts)
+        (tmp_path / "o").rename(tmp_path / "away")
+        (tmp_path / "o").mkdir()
+        (tmp_path / "o" / "part-00000.npy").write_bytes(b"another's")
+
+    monkeypatch.setattr(module.Embedding, "run", replaced)
+    with pytest.raises(OSError, match="was moved or replaced"):
+        module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
+    assert files(tmp_path / "o") == {"part-00000.npy": b"another's"}

@@ -41,7 +41,7 @@ SAMPLE = 2**16  # bytes of either end of an input
 @dataclass
 class Part:
     """files: with their sizes in bytes. first: the number of its first input row, of which it took `read`. budget: of
-    tokens a batch at its end, which a want of memory may have made smaller; 0 where there is none."""
+    tokens a batch at its end, where a want of memory made it smaller, else 0 and not in the file."""
 
     number: int
     first: int
@@ -109,7 +109,12 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    write_text(directory / MANIFEST, json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
+    values = asdict(manifest) | {"parts": [_as_dict(part) for part in manifest.parts]}
+    write_text(directory / MANIFEST, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _as_dict(part: Part) -> dict[str, Any]:
+    return {name: value for name, value in asdict(part).items() if value or name != "budget"}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,7 +145,7 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def commit(directory: Path, part: Part) -> None:
     """From here on the part is finished."""
-    write_text(directory / f"{part.name}.done.json", json.dumps(asdict(part), sort_keys=True) + "\n")
+    write_text(directory / f"{part.name}.done.json", json.dumps(_as_dict(part), sort_keys=True) + "\n")
 
 
 def is_whole(directory: Path, part: Part) -> bool:

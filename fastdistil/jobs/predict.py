@@ -130,22 +130,39 @@ class Prediction:
             lines = list(chain.from_iterable(part.answers))
             nothing = json.dumps(dict.fromkeys(self.kinds))
             return write_lines(directory, name, ids, (nothing if i is None else lines[i] for i in at))
-        import pyarrow
-
-        columns: dict[str, Any] = {}
-        for key, kind in self.kinds.items():
-            found = pyarrow.chunked_array([chunk[key] for chunk in part.answers], arrow_type(kind))
-            columns[key] = found if at == list(range(len(found))) else found.take(pyarrow.array(at, pyarrow.int64()))
+        columns = {
+            key: _placed([piece for call in part.answers for piece in call[key]], at, arrow_type(kind))
+            for key, kind in self.kinds.items()
+        }
         return write_columns(directory, name, self.form, ids, columns, part.named, self.kinds)
 
     def _packed(self, answers: list[Any]) -> Any:
-        """JSON objects as text, or a dictionary of Arrow arrays; null where there is no answer."""
+        """JSON objects as text, or a dictionary of lists of Arrow arrays; null where there is no answer."""
         rows = [None if answer is None else self.values(answer) for answer in answers]
         if self.form != "parquet":
             return [json.dumps(row, default=float) for row in rows]
         import pyarrow
 
-        return {
-            key: pyarrow.array([None if row is None else row[key] for row in rows], arrow_type(kind))
-            for key, kind in self.kinds.items()
-        }
+        columns = {}
+        for key, kind in self.kinds.items():
+            found = pyarrow.array([None if row is None else row[key] for row in rows], arrow_type(kind))
+            # of more text than an array holds, Arrow makes several
+            columns[key] = found.chunks if isinstance(found, pyarrow.ChunkedArray) else [found]
+        return columns
+
+
+def _placed(pieces: list[Any], at: list[int | None], kind: Any) -> Any:
+    """A chunked Arrow array of the values at rising places `at` of the pieces' together, null where that is None; piece
+    by piece, for all of them may be more than one array holds."""
+    import pyarrow
+
+    made, first, row = [], 0, 0
+    for piece in pieces:
+        rows: list[int | None] = []
+        while row < len(at) and ((place := at[row]) is None or place < first + len(piece)):
+            rows.append(None if place is None else place - first)
+            row += 1
+        whole = rows == list(range(len(piece)))
+        made.append(piece if whole else piece.take(pyarrow.array(rows, pyarrow.int64())))
+        first += len(piece)
+    return pyarrow.chunked_array([*made, pyarrow.nulls(len(at) - row, kind)], kind)

@@ -558,6 +558,7 @@ def _chain(head: list[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
 
 def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
     """Lines as bytes, unpacked. Raises OSError naming the file for one that ends too early, ValueError for UTF-16."""
+    begun = b""
     for i, line in enumerate(_all_lines(name, progress)):
         if i == 0 and (found := next((kind for mark, kind in MARKS.items() if line.startswith(mark)), None)):
             raise ValueError(f"{_named(name)} is {found}; convert it, as with: iconv -f {found} -t UTF-8")
@@ -565,11 +566,25 @@ def _raw_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
             raise ValueError(
                 f"{_named(name)} is packed by {packer}; unpack it first, or give it as a file of that suffix"
             )
-        if i == 0 and any(len(half) and half.count(0) > 0.7 * len(half) for half in (line[0::2], line[1::2])):
-            raise ValueError(
-                f"{_named(name)} looks like UTF-16 without a mark; convert it, as with: iconv -f UTF-16LE -t UTF-8"
-            )
+        if i == 0 or len(begun) < 4:  # a first line may be empty
+            begun += line
+            if found := _wide(begun):
+                raise ValueError(
+                    f"{_named(name)} looks like {found} without a mark; convert it, as with: iconv -f {found} -t UTF-8"
+                )
         yield line
+
+
+def _wide(begun: bytes) -> str:
+    """The encoding of more than a byte a letter, of which a text's first bytes look to be; most letters are Latin."""
+    if len(begun) < 4:
+        return ""
+    even, odd = (half.count(0) / len(half) for half in (begun[0::2], begun[1::2]))
+    if odd > 0.7:
+        return "UTF-32LE" if even > 0.25 else "UTF-16LE"
+    if even > 0.7:
+        return "UTF-32BE" if odd > 0.25 else "UTF-16BE"
+    return ""
 
 
 def _all_lines(name: str, progress: Progress | None) -> Iterator[bytes]:

@@ -91,7 +91,7 @@ class Rows:
     usable: list[int] = field(default_factory=list)  # positions of the rows that can be answered
     answers: Any = None
     left: int = 0  # of the usable ones, still to be answered
-    budget: int = 0  # of tokens a batch, once all are answered
+    budget: int = 0  # of tokens a batch, where a want of memory made it smaller
 
 
 class Work(Protocol):
@@ -153,9 +153,9 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
             raise reading.failure
         if (changed := _changed(manifest, inputs)) is not None:
             raise ValueError(changed)
+        lock.check()
         if not parts:
             start_over(directory, manifest, [])
-        lock.check()
         _finish(directory, manifest, parts)
         log.done(manifest)
         return manifest
@@ -358,6 +358,7 @@ class Embedding:
         self.embedder, self.form, self.truncate, self.dtype = embedder, form, truncate, np.dtype(dtype)
         self.of_tokens = of_tokens
         self.engine: Engine = embedder.engine(max_batch_tokens)
+        self.asked = self.engine.budget
         self.source: TextWindows = embedder.text_windows(tokenizer_processes)
         if not truncate:
             self.source.max_length = None
@@ -405,7 +406,7 @@ class Embedding:
 
     def _whole(self, part: Rows) -> Rows:
         self._rows += len(part.rows) - len(part.usable)  # which needed no answer
-        part.budget = self.engine.budget
+        part.budget = self.engine.budget if self.engine.budget < self.asked else 0
         return part
 
     def _put(self, part: Rows, at: np.ndarray, found: np.ndarray) -> None:
