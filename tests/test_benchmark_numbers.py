@@ -574,23 +574,25 @@ def test_tests_that_are_stopped_say_why_others_failed(tmp_path, monkeypatch):
     assert "the reason why" in found["output"] and found["failed_tests"]
 
 
+class Interrupted:
+    """A stage's process, whose run is stopped from outside while it is waited for."""
+
+    pid = 7
+
+    def __init__(self, *args, **kwargs):
+        self.waits = 0
+
+    def wait(self, timeout=None):
+        self.waits += 1
+        if self.waits == 1:
+            raise KeyboardInterrupt
+        return 0
+
+
 def test_a_stage_that_is_ended_from_outside_may_write(monkeypatch, tmp_path):
-    sent = []
-
-    class Process:
-        pid = 7
-
-        def __init__(self, *args, **kwargs):
-            self.waits = 0
-
-        def wait(self, timeout=None):
-            self.waits += 1
-            if self.waits == 1:
-                raise KeyboardInterrupt
-            sent.append("wait")
-            return 0
-
-    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    sent, wait = [], Interrupted.wait
+    monkeypatch.setattr(Interrupted, "wait", lambda self, timeout=None: (wait(self), sent.append("wait"))[0])
+    monkeypatch.setattr(gpu.subprocess, "Popen", Interrupted)
     monkeypatch.setattr(gpu.os, "killpg", lambda pid, number: sent.append(signal.Signals(number).name))
     gpu.run_all(["kernels"], tmp_path, 1.0, True)
     assert sent == ["SIGTERM", "wait", "SIGKILL", "wait"]
@@ -598,20 +600,7 @@ def test_a_stage_that_is_ended_from_outside_may_write(monkeypatch, tmp_path):
 
 def test_a_stage_that_is_ending_when_it_is_stopped(monkeypatch, tmp_path, capsys):
     """Popen.wait may have reaped it already."""
-
-    class Process:
-        pid = 7
-
-        def __init__(self, *args, **kwargs):
-            self.waits = 0
-
-        def wait(self, timeout=None):
-            self.waits += 1
-            if self.waits == 1:
-                raise KeyboardInterrupt
-            return 0
-
-    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    monkeypatch.setattr(gpu.subprocess, "Popen", Interrupted)
     monkeypatch.setattr(gpu.os, "killpg", lambda *a: (_ for _ in ()).throw(ProcessLookupError()))
     assert gpu.run_all(["kernels"], tmp_path, 1.0, True) == 1
     assert "kernels: STOPPED from outside" in capsys.readouterr().out
