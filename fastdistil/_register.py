@@ -7,7 +7,7 @@ may look at values.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ def can_look(device: torch.device) -> bool:
 def is_transformed() -> bool:
     """Whether the call is within a transform of torch.func."""
     return peek_interpreter_stack() is not None
+
+
+def is_one_of(shape: Sequence[int], *allowed: Sequence[int]) -> bool:
+    """Whether a shape is one of those, number by number: to Dynamo a tuple of symbols is never one of numbers."""
+    return any(len(shape) == len(one) and all(a == b for a, b in zip(shape, one, strict=True)) for one in allowed)
 
 
 def is_exported_to_onnx() -> bool:

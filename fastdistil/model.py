@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
 from fastdistil import cpu, graphs, int8, ops
-from fastdistil._register import can_look, is_exported_to_onnx, is_transformed
+from fastdistil._register import can_look, is_exported_to_onnx, is_one_of, is_transformed
 from fastdistil.adapters import (
     Adapters,
     LoRA,
@@ -1564,7 +1564,8 @@ class DistilBertModel(PreTrainedModel):
         weight = self._words()
         if weight is not None and given.device != weight.device and self._has_own_embeddings():  # else it may be moved
             raise ValueError(f"the input is on {given.device}, the model on {weight.device}; move one of them")
-        if token_type_ids is not None and token_type_ids.shape not in (given.shape[:2], (1, given.shape[1])):
+        places = given.shape[:2], (1, given.shape[1])
+        if token_type_ids is not None and not is_one_of(token_type_ids.shape, *places):
             raise ValueError(f"token_type_ids must be {list(given.shape[:2])}, got {list(token_type_ids.shape)}")
         if token_type_ids is not None and getattr(self.config, "token_types_folded", False):  # noqa: SIM102
             if can_look(given.device) and bool(token_type_ids.any()):
@@ -1604,7 +1605,7 @@ class DistilBertModel(PreTrainedModel):
                 raise ValueError(self._too_long(length))
             return torch.arange(length, device=device)[None]  # [1, L]
         position_ids = torch.atleast_2d(position_ids)
-        if position_ids.shape not in ((1, length), (batch, length)) or (position_ids.dtype not in INTEGERS):
+        if not is_one_of(position_ids.shape, (1, length), (batch, length)) or position_ids.dtype not in INTEGERS:
             raise ValueError(
                 f"position_ids must be integers [{length}], [1, {length}] or [{batch}, {length}], got "
                 f"{position_ids.dtype} {list(position_ids.shape)}"
@@ -1623,7 +1624,7 @@ class DistilBertModel(PreTrainedModel):
         shape = head_mask.shape
         if head_mask.dim() == 5:  # transformers' own broadcast form, [layers, 1, heads, 1, 1]
             shape = torch.Size((shape[0], shape[2])) if shape[1:2] + shape[3:] == (1, 1, 1) else shape
-        if shape not in ((heads,), (layers, heads)):
+        if not is_one_of(shape, (heads,), (layers, heads)):
             raise ValueError(f"head_mask must be [{heads}] or [{layers}, {heads}], got {list(head_mask.shape)}")
         return head_mask.reshape(shape).expand(layers, heads)
 
@@ -1648,7 +1649,8 @@ def _masks(
         if shape[2] == 1 and length > 1:  # every query's alike
             attention_mask = attention_mask.expand(-1, -1, length, -1)
             shape = tuple(attention_mask.shape)
-        if shape[2:] != (length, length) or shape[0] not in (1, batch) or shape[1] not in (1, heads):
+        forms = [(b, h, length, length) for b in (1, batch) for h in (1, heads)]
+        if not is_one_of(shape, *forms):
             raise ValueError(f"a 4-D attention_mask must be [{batch}, 1, {length}, {length}], got {list(shape)}")
         # as in the padding's case, a query that may attend to nothing attends to everything
         if attention_mask.is_floating_point():
@@ -1657,7 +1659,7 @@ def _masks(
             return None, attention_mask.masked_fill(nothing, 0)
         allowed = attention_mask != 0
         return None, allowed | ~allowed.any(-1, keepdim=True)
-    if shape not in ((batch, length), (1, length)):
+    if not is_one_of(shape, (batch, length), (1, length)):
         raise ValueError(f"attention_mask must be [{batch}, {length}], got {list(shape)}")
     return (attention_mask != 0).expand(batch, length), None
 

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _every_module
 
 from fastdistil import cpu, reference
-from fastdistil._register import by_autocast, can_look, is_exported_to_onnx, is_transformed, register
+from fastdistil._register import by_autocast, can_look, is_exported_to_onnx, is_one_of, is_transformed, register
 from fastdistil.kernels import _configs, _target
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -217,7 +217,7 @@ def pack(
         if given is None:
             continue
         _check_tensors(**{name: given})
-        if tuple(given.shape) not in fits or given.dtype not in (torch.int64, torch.int32):
+        if not is_one_of(given.shape, *fits) or given.dtype not in (torch.int64, torch.int32):
             wanted = " or ".join(str(list(shape)) for shape in fits)
             raise ValueError(f"{name} must be int32 or int64 {wanted}, got {given.dtype} {list(given.shape)}")
         if given.device != keep.device:

@@ -1075,3 +1075,28 @@ if (child := os.fork()) == 0:
 assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_compiled_model_takes_what_comes_with_a_later_call():
+    """Sizes that changed are symbols by then, those of what is new are numbers."""
+    torch._dynamo.reset()
+    ours, _ = pair()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    ids, keep = inputs()
+    whole = keep[:, None, None].expand(4, 1, 21, 21)
+    calls = [
+        dict(input_ids=ids[:2, :5]),
+        dict(input_ids=ids, attention_mask=keep),
+        dict(input_ids=ids, attention_mask=keep[:1]),
+        dict(input_ids=ids, position_ids=torch.arange(21).flip(0)[None]),
+        dict(input_ids=ids, token_type_ids=torch.zeros_like(ids)),
+        dict(inputs_embeds=torch.randn(4, 21, 48), attention_mask=keep),
+        dict(input_ids=ids, attention_mask=whole),
+        dict(input_ids=ids, head_mask=torch.ones(2, 3)),
+    ]
+    with torch.no_grad():
+        for call in calls:
+            torch.testing.assert_close(compiled(**call)[0], ours(**call)[0])
+        with pytest.raises(Exception, match="attention_mask must be"):
+            compiled(ids, keep[:, :7])
+    torch._dynamo.reset()
