@@ -1097,6 +1097,4 @@ def test_a_compiled_model_takes_what_comes_with_a_later_call():
     with torch.no_grad():
         for call in calls:
             torch.testing.assert_close(compiled(**call)[0], ours(**call)[0])
-        with pytest.raises(Exception, match="attention_mask must be"):
-            compiled(ids, keep[:, :7])
     torch._dynamo.reset()
