@@ -13,7 +13,7 @@ from fastdistil.jobs.writers import arrow_type, write_columns, write_lines
 
 AT_ONCE = 4_096  # rows a call
 A_TOKEN = ("token-classification", "fill-mask")  # tasks whose answers may be as many as the tokens
-A_TOKENS_CHARACTERS = 2**24  # of a part's texts there: each character takes some 20 bytes of answers
+A_TOKENS_CHARACTERS = 2**24  # of a part's texts there, an eighth of others': the answers are longer than the texts
 # what a pipeline's errors name, and what the caller of a job knows it as
 OF_A_JOB = {
     "pass truncation=True": "leave --no-truncate out",
@@ -87,7 +87,7 @@ class Prediction:
 
     def run(self, parts: Iterable[Rows]) -> Iterator[Rows]:
         for part in parts:
-            part.answers = []  # of each call, packed: a part's objects would take ten times the memory
+            part.answers = []  # of each call, packed: as objects a whole part's would take far more memory
             for first in range(0, len(part.usable), AT_ONCE):
                 positions = part.usable[first : first + AT_ONCE]
                 part.answers.append(self._packed(self._answers(part, positions)))
