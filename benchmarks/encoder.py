@@ -453,7 +453,7 @@ def measure(
     late: bool | None = None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take. late: only
+    """A row a provider: what is missing or wrong, or its times, from turns that all of them take. late: only
     those that compile for long, or only the others. keep: gets the rows so far after each provider."""
     about = _about(batch.name, batch.lengths, batch.ids.shape[1], batch.model.dtype)
     tokens = about["tokens"]

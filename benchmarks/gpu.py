@@ -49,7 +49,7 @@ EVERY = 5.0  # seconds between two writes of what a stage has so far
 WRITING = 3.0  # seconds that a stage has to write what it has, when it is stopped
 RECENT = 1800.0  # seconds after which a ceiling is measured again
 TELLING = 14.0  # seconds that pytest has to say what failed, when it is stopped: xdist waits 10 for who is busy
-HANGS = 150  # seconds after which a test has hung; torch.compile's takes the longest
+HANGS = 150  # seconds after which a test has hung; torch.compile's takes the longest, by estimate
 GRACE = 60.0  # seconds at most that a stage may go on beyond its share, for a provider that is being measured
 
 

@@ -408,7 +408,7 @@ def measure(
     late: bool | None = None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """A row a provider: what is missing or wrong, or its times, on CPU from turns that all of them take. late: only
+    """A row a provider: what is missing or wrong, or its times, from turns that all of them take. late: only
     those that compile for long, or only the others. keep: gets the rows so far after each provider."""
     about: dict[str, Any] = {"op": case.op, "shape": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
     kind = "tf32" if about["dtype"] == "float32" and _configs.matmul_precision() == "tf32" else about["dtype"]
