@@ -3,14 +3,13 @@
 from fastdistil import ops
 from fastdistil.config import DistilBertConfig
 from fastdistil.engine import Embedder
+from fastdistil.flexible_heads import DistilBertAdapterModel, DistilBertModelWithHeads
 from fastdistil.heads import (
-    DistilBertAdapterModel,
     DistilBertForMaskedLM,
     DistilBertForMultipleChoice,
     DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification,
     DistilBertForTokenClassification,
-    DistilBertModelWithHeads,
 )
 from fastdistil.integrations import accelerate, restore
 from fastdistil.model import DistilBertModel

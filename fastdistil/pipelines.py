@@ -21,18 +21,20 @@ from torch import Tensor
 from fastdistil.checkpoint import find, read_config
 from fastdistil.engine.runner import Engine, Stages, budget_for
 from fastdistil.engine.scheduler import Window, flatten
+from fastdistil.flexible_heads import DistilBertModelWithHeads
+from fastdistil.flexible_heads import model_class as class_named_in
 from fastdistil.heads import (
     HEADS,
     DistilBertForMaskedLM,
     DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification,
     DistilBertForTokenClassification,
-    DistilBertModelWithHeads,
     is_row_wise,
     score,
 )
-from fastdistil.heads import model_class as class_named_in
-from fastdistil.model import DistilBertModel, as_device, one_device, to_eval
+from fastdistil.model import DistilBertModel
+from fastdistil.plain import to_eval
+from fastdistil.pretrained import as_device, one_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")

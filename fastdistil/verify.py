@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistil.checkpoint import Weights, find, read_config
-from fastdistil.heads import DistilBertModelWithHeads, model_class
-from fastdistil.model import DistilBertModel, as_device, one_device
+from fastdistil.flexible_heads import DistilBertModelWithHeads, model_class
+from fastdistil.model import DistilBertModel
+from fastdistil.pretrained import as_device, one_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 TEXTS = (

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdistil import DistilBertConfig, DistilBertForMaskedLM, DistilBertModel, DistilBertTokenizer, pipeline
 from fastdistil.checkpoint import HUB_FILES, LoadReport, Weights, find, load_weights
-from fastdistil.model import PreTrainedModel
+from fastdistil.pretrained import PreTrainedModel
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=2, max_position_embeddings=40)

@@ -9,8 +9,8 @@ import torch
 
 import fastdistil
 from fastdistil import DistilBertConfig, cpu
-from fastdistil.heads import complete
-from fastdistil.model import FFN
+from fastdistil.flexible_heads import complete
+from fastdistil.layers import FFN
 
 transformers = pytest.importorskip("transformers")
 
@@ -201,7 +201,7 @@ def test_left_padding_reads_the_first_real_token(name):
 @pytest.mark.parametrize("packed", [True, False])
 def test_logits_at_no_token_are_not_a_neighbours(packed, monkeypatch):
     """Where values are not looked at, as on CUDA."""
-    for module in ("model", "packing"):
+    for module in ("inputs", "packing"):
         monkeypatch.setattr(f"fastdistil.{module}.can_look", lambda device: False)
     ours, _ = pair("DistilBertForMaskedLM", **TINY)
     ids, keep = torch.randint(1, 60, (2, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])

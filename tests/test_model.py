@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertModel
-from fastdistil.model import sinusoidal_positions
+from fastdistil.pretrained import sinusoidal_positions
 
 transformers = pytest.importorskip("transformers")
 

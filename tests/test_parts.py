@@ -8,7 +8,7 @@ from torch import nn
 
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel
-from fastdistil import model as ours_module
+from fastdistil import layers as ours_module
 from fastdistil.outputs import BaseModelOutput
 
 transformers = pytest.importorskip("transformers")

@@ -28,20 +28,35 @@ ALLOWED = {
     "ops": {"_register", "kernels", "cpu", "reference"},
     "checkpoint": {"config", "cpu"},
     "adapters": {"checkpoint", "ops"},
+    "plain": {"int8"},
+    "side_by_side": {"cpu", "plain"},
+    "layers": {"adapters", "config", "cpu", "int8", "ops", "outputs", "packing", "plain", "side_by_side"},
+    "pretrained": {"adapters", "checkpoint", "config", "int8", "layers"},
+    "inputs": {"_register", "ops"},
     "model": {
-        *("adapters", "int8", "ops", "cpu", "reference", "packing", "graphs", "config", "outputs", "checkpoint"),
-        "_register",
+        *("_register", "config", "cpu", "graphs", "inputs", "layers", "ops", "outputs", "packing", "plain"),
+        "pretrained",
     },
-    "heads": {"_register", "adapters", "model", "config", "outputs", "checkpoint"},
-    "integrations": {"integrations", "ops", "config", "model", "packing", "_register"},
-    "verify": {"heads", "model", "tokenizer", "checkpoint"},
+    "heads": {
+        *("_register", "adapters", "checkpoint", "config", "inputs", "layers", "model", "outputs", "plain"),
+        "pretrained",
+    },
+    "flexible_heads": {
+        *("adapters", "checkpoint", "config", "heads", "inputs", "model", "outputs", "pretrained"),
+    },
+    "integrations": {"_register", "config", "integrations", "layers", "ops", "packing", "plain"},
+    "verify": {"checkpoint", "flexible_heads", "model", "pretrained", "tokenizer"},
     "tokenizer": {"batch_encoding", "checkpoint"},
-    "pipelines": {"heads", "model", "tokenizer", "checkpoint", "engine"},
-    "engine": {"cpu", "engine", "model", "tokenizer", "checkpoint", "graphs", "ops", "_register"},
+    "pipelines": {"checkpoint", "engine", "flexible_heads", "heads", "model", "plain", "pretrained", "tokenizer"},
+    "engine": {
+        *("_register", "checkpoint", "cpu", "engine", "graphs", "model", "ops", "plain", "pretrained", "tokenizer"),
+    },
     "jobs": {"jobs", "engine", ""},
     "cli": {"jobs", "engine", "cpu", "checkpoint", "kernels", "pipelines", "verify", "_register", "ops", ""},
     "__main__": {"cli"},
-    "__init__": {"config", "engine", "heads", "integrations", "model", "ops", "pipelines", "tokenizer"},
+    "__init__": {
+        *("config", "engine", "flexible_heads", "heads", "integrations", "model", "ops", "pipelines", "tokenizer"),
+    },
 }
 
 

@@ -77,7 +77,7 @@ def test_every_second_block_is_computed_again(monkeypatch):
     model, given = model_of("Model", n_layers=3, dropout=0.2).train(), batch(3, 9)
     seen, grads, offloaded = [], [], []
     real = save_on_cpu
-    monkeypatch.setattr("fastdistil.model.save_on_cpu", lambda **how: offloaded.append(how) or real(**how))
+    monkeypatch.setattr("fastdistil.layers.save_on_cpu", lambda **how: offloaded.append(how) or real(**how))
     for block in model.transformer.layer:
         block.forward = (lambda real, n: lambda *args: seen.append(n) or real(*args))(block.forward, len(grads))
         grads.append(None)

@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, cpu, ops
-from fastdistil.model import TransformerBlock, to_eval
+from fastdistil.layers import TransformerBlock
 from fastdistil.packing import find_rows
+from fastdistil.plain import to_eval
 from fastdistil.testing import cu_seqlens
 
 TINY = dict(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=3, max_position_embeddings=40)

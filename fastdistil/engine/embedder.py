@@ -21,7 +21,9 @@ from fastdistil.engine.runner import Done, Engine, GraphCache, budget_for
 from fastdistil.engine.scheduler import Window, cuts
 from fastdistil.engine.sentence import SIMILARITIES, Normalize, read_settings
 from fastdistil.engine.tokens import TextWindows, ahead, of_column
-from fastdistil.model import DistilBertModel, as_device, one_device, to_eval
+from fastdistil.model import DistilBertModel
+from fastdistil.plain import to_eval
+from fastdistil.pretrained import as_device, one_device
 from fastdistil.tokenizer import DistilBertTokenizer
 
 logger = logging.getLogger("fastdistil")

@@ -28,17 +28,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastdistil import ops
 from fastdistil._register import is_transformed
 from fastdistil.config import ACTIVATION_ALIASES
-from fastdistil.model import (
-    ACTIVATIONS,
-    FFN,
-    MultiHeadSelfAttention,
-    TransformerBlock,
-    apply_add_norm,
-    is_of_rows,
-    is_packed_otherwise,
-    is_plain,
-)
+from fastdistil.layers import FFN, MultiHeadSelfAttention, TransformerBlock, apply_add_norm
 from fastdistil.packing import Packing, find_tokens
+from fastdistil.plain import ACTIVATIONS, is_of_rows, is_packed_otherwise, is_plain
 
 # heads that read each sequence's first token alone, by the end of their names
 READ_COLUMN_0 = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
