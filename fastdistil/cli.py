@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         log.fail(str(error))
         wrong_use = isinstance(error, WrongUse) or (isinstance(error, Failed) and error.status == WRONG_USE)
         return WRONG_USE if wrong_use else FAILED
+    except Exception as error:  # a defect
+        log.crash(error)
+        return FAILED
     except KeyboardInterrupt as error:
         if not with_others:  # else the one that started this says so
             log.fail(f"{str(error) or 'interrupted'}{_what_stays(arguments)}")
@@ -120,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("embed", help="embed texts into a directory of numbered parts, which can be searched")
     one.set_defaults(command=embed)
     _job(one, EMBEDDINGS, "npy")
-    one.add_argument("--output", required=True, type=Path, help="directory for the parts and their manifest")
+    one.add_argument("--output", required=True, type=to_directory, help="directory for the parts and their manifest")
     one.add_argument("--tokens-column", help="parquet column of token ids, special ones included, instead of texts")
     one.add_argument("--output-dtype", choices=("float32", "float16"), default="float32", help="of the embeddings")
     one.add_argument("--pooling", choices=fastdistil.ops.POOLING, help="default: the checkpoint's, else mean")
@@ -148,7 +151,9 @@ def parser() -> argparse.ArgumentParser:
     four.set_defaults(command=predict)
     four.add_argument("--task", required=True, choices=[*TASKS, *ALIASES])
     _job(four, ANSWERS, "jsonl")
-    four.add_argument("--output", type=Path, help="directory for the parts (default: JSON lines on standard output)")
+    four.add_argument(
+        "--output", type=to_directory, help="directory for the parts (default: JSON lines on standard output)"
+    )
     four.add_argument("--question", help="question-answering: what to ask of every text")
     four.add_argument("--question-column", help="question-answering: column of each text's question")
     four.add_argument("--top-k", type=positive, help="so many answers a text")
@@ -158,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     seven = commands.add_parser("merge", help="join the shards of a job")
     seven.set_defaults(command=join)
     seven.add_argument("shards", nargs="+", type=Path, help="their directories, or the one they lie in")
-    seven.add_argument("--output", required=True, type=Path)
+    seven.add_argument("--output", required=True, type=to_directory)
     seven.add_argument("--overwrite", action="store_true", help="replace what a job wrote there")
     seven.add_argument("--quiet", action="store_true", help="nothing on standard error but errors")
 
@@ -197,6 +202,12 @@ def positive(text: str) -> int:
     return value
 
 
+def to_directory(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; is a variable unset?")
+    return Path(text)
+
+
 def natural(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -227,8 +238,12 @@ def _job(command: argparse.ArgumentParser, formats: tuple[str, ...], default: st
     existing = command.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on behind the parts that are finished")
     existing.add_argument("--overwrite", action="store_true", help="replace what a job wrote there")
-    command.add_argument("--num-shards", type=positive, help="divide the input (default: WORLD_SIZE, else 1)")
-    command.add_argument("--shard-index", type=natural, help="which of them this is (default: RANK, else 0)")
+    command.add_argument(
+        "--num-shards", type=positive, help="divide the input (default: WORLD_SIZE where RANK is set, else 1)"
+    )
+    command.add_argument(
+        "--shard-index", type=natural, help="which of them this is (default: RANK where WORLD_SIZE is set)"
+    )
     command.add_argument("--json-logs", action="store_true", help="JSON objects on standard error")
 
 
@@ -356,19 +371,23 @@ def _status(manifest: Manifest) -> int:
 
 
 def _shard(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Which part of the input this process takes: (number, of how many)."""
-    environment = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    """Which part of the input this process takes: (number, of how many). RANK and WORLD_SIZE stand in for the options;
+    then each process has a directory of its own below the output."""
     shard, shards = arguments.shard_index, arguments.num_shards
-    if shard is None and shards is None and None not in environment:
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if shard is None and rank and world:
         try:
-            shard, shards = int(str(environment[0])), int(str(environment[1]))
+            shard, processes = int(rank), int(world)
         except ValueError:
-            raise WrongUse(f"RANK and WORLD_SIZE are {environment[0]!r} and {environment[1]!r}") from None
+            raise WrongUse(f"RANK and WORLD_SIZE are {rank!r} and {world!r}, not integers") from None
+        if shards not in (None, processes):
+            raise WrongUse(f"--num-shards is {shards}, but WORLD_SIZE {processes}; give --shard-index, too")
+        shards = processes
         arguments.output = shard_directory(arguments.output, shard, shards) if shards > 1 else arguments.output
-    if (shard is None) is not (shards is None):
-        raise WrongUse("--num-shards and --shard-index go together")
-    if shard is None or shards is None:
+    if shard is None and shards in (None, 1):
         return 0, 1
+    if shard is None or shards is None:
+        raise WrongUse("--num-shards and --shard-index go together, or RANK and WORLD_SIZE")
     if not 0 <= shard < shards:
         raise WrongUse(f"shard {shard} is none of {shards}; they are numbered from 0")
     return shard, shards

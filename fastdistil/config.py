@@ -383,7 +383,7 @@ def _labels(id2label: Any) -> dict[int, str]:
     if not isinstance(id2label, dict):
         raise TypeError(f"config.id2label must map numbers to names, got {id2label!r}")
     try:
-        return {int(i): label for i, label in id2label.items()}
+        return {int(i): str(label) for i, label in id2label.items()}
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.id2label has a key that is no number: {error}") from error
 

@@ -97,7 +97,10 @@ class Pipeline:
 
     @property
     def labels(self) -> dict[int, str]:
-        return self.model.task()[2] if self.kinds else {}
+        labels = self.model.task()[2] if self.kinds else {}
+        if labels.keys() != set(range(len(labels))):
+            raise ValueError(f"the model's id2label names {sorted(labels)}; number its labels from 0 on")
+        return labels
 
     def run(
         self,
@@ -410,12 +413,12 @@ class TextClassificationPipeline(Pipeline):
         best_only = top_k == ""
         if not best_only and top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k is {top_k!r}; it must be 1 or more, or None for every label")
-        apply = self._function(function_to_apply)
+        apply, labels = self._function(function_to_apply), self.labels
         rows = self.tokenize(texts, truncation, max_length)
         out: list[Any] = [None] * len(rows)
         for row, logits in self.run(rows, [[0]] * len(rows)):
             scores = apply(logits[0].cpu().numpy())
-            found = [{"label": self.labels[i], "score": value} for i, value in enumerate(scores.tolist())]
+            found = [{"label": labels[i], "score": value} for i, value in enumerate(scores.tolist())]
             found.sort(key=lambda item: item["score"], reverse=True)
             out[row] = found[0] if best_only else found[:top_k]  # type: ignore[index]
         if not single:
@@ -484,7 +487,7 @@ class TokenClassificationPipeline(Pipeline):
             if (is_split_into_words and words is not text) or not all(isinstance(word, str) for word in words):
                 wanted = "a list of words" if is_split_into_words else "a string"
                 raise TypeError(f"inputs[{row}] must be {wanted}, got {text!r:.80}")
-        limit = self._limit()
+        limit, labels = self._limit(), self.labels
         starts: list[list[int] | None] = [None] * len(texts)  # of words, where they are given
         windows: list[tuple[int, Encoding]] = []
         if stride is not None and aggregation_strategy == "none":
@@ -511,7 +514,7 @@ class TokenClassificationPipeline(Pipeline):
         for i, logits in self.run([encoding.ids for _, encoding in windows], owners=[row for row, _ in windows]):
             row, encoding = windows[i]
             tokens = self._tokens(texts[row], encoding, _softmax(logits.cpu().numpy()), starts[row])
-            parts[i] = self._aggregated(tokens, aggregation_strategy)
+            parts[i] = self._aggregated(tokens, aggregation_strategy, labels)
         for (row, _), part in zip(windows, parts, strict=True):
             ignored = set(ignore_labels)
             found[row].append([e for e in part if e.get("entity", e.get("entity_group")) not in ignored])
@@ -543,10 +546,10 @@ class TokenClassificationPipeline(Pipeline):
             )
         return tokens
 
-    def _aggregated(self, tokens: list[dict[str, Any]], strategy: str) -> list[dict[str, Any]]:
+    def _aggregated(self, tokens: list[dict[str, Any]], strategy: str, labels: dict[int, str]) -> list[dict[str, Any]]:
         if strategy in ("none", "simple"):
             entities = [
-                {"entity": self.labels[int(t["scores"].argmax())], "score": t["scores"].max()}
+                {"entity": labels[int(t["scores"].argmax())], "score": t["scores"].max()}
                 | {key: t[key] for key in ("index", "word", "start", "end")}
                 for t in tokens
             ]
@@ -557,9 +560,9 @@ class TokenClassificationPipeline(Pipeline):
                 words[-1].append(token)
             else:
                 words.append([token])
-        return self._grouped([self._word(word, strategy) for word in words])
+        return self._grouped([self._word(word, strategy, labels) for word in words])
 
-    def _word(self, tokens: list[dict[str, Any]], strategy: str) -> dict[str, Any]:
+    def _word(self, tokens: list[dict[str, Any]], strategy: str, labels: dict[int, str]) -> dict[str, Any]:
         if strategy == "first":
             scores = tokens[0]["scores"]
         elif strategy == "max":
@@ -567,7 +570,7 @@ class TokenClassificationPipeline(Pipeline):
         else:
             scores = np.nanmean([token["scores"] for token in tokens], axis=0)
         return {
-            "entity": self.labels[int(scores.argmax())],
+            "entity": labels[int(scores.argmax())],
             "score": scores.max(),
             "word": _joined([token["word"] for token in tokens]),
             "start": tokens[0]["start"],

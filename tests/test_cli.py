@@ -280,6 +280,8 @@ def test_missing_things_and_wrong_use(minilm, jsonl, tmp_path, capsys):
         (lambda m: m.update(finished=False), "its job did not finish"),
         (lambda m: m.pop("settings"), "is not a manifest"),
         (lambda m: m.update(parts=[3]), "is not a manifest"),
+        (lambda m: m["settings"].update(inputs=5), "is not a manifest of finished work: settings.inputs is 5"),
+        (lambda m: m["settings"].update(inputs=[["a"]]), "settings.inputs is [['a']]"),
     ],
 )
 def test_bad_indexes(change, message, minilm, jsonl, tmp_path, capsys):

@@ -57,6 +57,7 @@ def test_labels():
     config = DistilBertConfig(num_labels=3)
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"} and config.label2id["LABEL_2"] == 2
     assert DistilBertConfig(id2label={"0": "no", "1": "yes"}).id2label == {0: "no", 1: "yes"}
+    assert DistilBertConfig(id2label={"0": 0, "1": None}).id2label == {0: "0", 1: "None"}  # names are text
     config.num_labels = 3
     assert config.num_labels == 3
 

@@ -114,8 +114,10 @@ def test_each_distinct_text_is_tokenised_once(embedder, monkeypatch):
         "encode_ids",
         lambda self, texts, *a, **k: seen.extend(texts) or encode(self, texts, *a, **k),
     )
-    embedder.encode(TEXTS)
-    assert seen == [*dict.fromkeys(TEXTS)]
+    for texts in (TEXTS, np.array(TEXTS), np.array(TEXTS, dtype=object)):
+        embedder.encode(texts)
+        assert seen == [*dict.fromkeys(TEXTS)]
+        seen.clear()
 
 
 def test_options(checkpoint):

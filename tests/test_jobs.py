@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import fastdistil
-from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder
+from fastdistil import DistilBertConfig, DistilBertTokenizer, Embedder, cli
 from fastdistil.cli import main
 from fastdistil.engine.runner import Engine
 from fastdistil.jobs import manifest as manifests
@@ -157,6 +157,11 @@ BAD = {
          "line 6: column 'text' is not UTF-8 (byte 0xe9)"],
     ),
     "in.txt": (b"a\n\xff\nb\n", ["line 2: not UTF-8"]),
+    "mark.jsonl": (
+        b'\xef\xbb\xbf\n{"text": "a", "id": 1}\n\xbf\xbf\xef\n\xef\xbb\n \t\r\n{"text": "b", "id": 2}\n',
+        ["line 3: not UTF-8", "line 4: not UTF-8"],
+    ),
+    "mac.csv": (b"id,text\n1,a\rb\n2,c\n", ["line 2: not a table's row (a carriage return within a line; convert"]),
 }  # fmt: skip
 
 
@@ -269,7 +274,7 @@ def test_columns_that_are_not_there(checkpoint, tmp_path, capsys):
 def test_tables_that_are_none(checkpoint, tmp_path, capsys):
     for content, message in [
         (b"", "has no line of column names"),
-        (b"text\ra\rb\r", "in.csv: the line of column names cannot be read (new-line character seen in unquoted field"),
+        (b"text\ra\rb\r", "in.csv: the line of column names cannot be read (a carriage return within a line"),
         (b"text,text\na,b\n", "has 2 columns 'text'"),
         (b'id,text\n1,a\n2,"b\n3,c\n4,d\n', "unexpected end of data; it takes lines 3 to 5"),
     ]:
@@ -483,7 +488,7 @@ def test_killed_at_any_moment_and_resumed(checkpoint, tmp_path):
     assert [name for name in whole if whole[name] != resumed[name]] == []
 
 
-class Stop(Exception):
+class Stop(BaseException):
     pass
 
 
@@ -1197,14 +1202,44 @@ def test_shards_and_their_merging(checkpoint, embedder, tmp_path, capsys, monkey
     assert "is missing or damaged" in capsys.readouterr().err and files(tmp_path / "m") == before
 
 
-def test_wrong_shards(checkpoint, tmp_path, capsys):
+def test_wrong_shards(checkpoint, tmp_path, capsys, monkeypatch):
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
-    for args, message in [
-        (["--num-shards", 2], "--num-shards and --shard-index go together"),
-        (["--num-shards", 2, "--shard-index", 2], "shard 2 is none of 2; they are numbered from 0"),
+    for rank, world, args, message in [
+        ("", "", ["--num-shards", 2], "--num-shards and --shard-index go together"),
+        ("", "2", ["--shard-index", 1], "--num-shards and --shard-index go together"),
+        ("1", "", ["--num-shards", 2], "--num-shards and --shard-index go together"),
+        ("", "", ["--num-shards", 2, "--shard-index", 2], "shard 2 is none of 2; they are numbered from 0"),
+        ("0", "4", ["--num-shards", 2], "--num-shards is 2, but WORLD_SIZE 4; give --shard-index, too"),
+        ("a", "2", [], "RANK and WORLD_SIZE are 'a' and '2', not integers"),
     ]:
+        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", world)
         assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *args) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "args", "shard"),
+    [
+        ("1", "2", [], (1, 2, "o/shard-00001-of-00002")),
+        ("1", "2", ["--num-shards", "2"], (1, 2, "o/shard-00001-of-00002")),
+        ("1", "2", ["--num-shards", "3", "--shard-index", "2"], (2, 3, "o")),
+        ("0", "1", [], (0, 1, "o")),
+        ("", "", [], (0, 1, "o")),
+        ("", "", ["--num-shards", "1"], (0, 1, "o")),
+        ("1", "", [], (0, 1, "o")),
+        ("x", "y", ["--num-shards", "2", "--shard-index", "1"], (1, 2, "o")),
+    ],
+)
+def test_which_shard_a_process_takes(rank, world, args, shard, monkeypatch):
+    monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", world)
+    arguments = cli.parser().parse_args(["embed", "--model", "m", "--input", "i", "--output", "o", *args])
+    assert (*cli._shard(arguments), str(arguments.output)) == shard
+
+
+def test_an_output_without_a_name(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        embed(checkpoint, "--input", jsonl(tmp_path / "in.jsonl", [{"text": "a"}]), "--output", "")
+    assert "--output: it is empty; is a variable unset?" in capsys.readouterr().err
 
 
 def test_errors_as_json(checkpoint, tmp_path, capsys):
@@ -1212,6 +1247,44 @@ def test_errors_as_json(checkpoint, tmp_path, capsys):
     assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", "--json-logs") == 1
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert last["event"] == "error" and "in.jsonl, line 2" in last["text"]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_defect_is_told_with_its_trace(as_json, checkpoint, tmp_path, capsys, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(cli, "run_job", Mock(side_effect=KeyError("x")))
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *["--json-logs"] * as_json) == 1
+    lines = capsys.readouterr().err.splitlines()
+    if as_json:
+        last = json.loads(lines[-1])
+        assert last["event"] == "error" and last["text"] == "KeyError: 'x'" and "in embed" in last["traceback"]
+    else:
+        assert lines[-1] == "fastdistil: KeyError: 'x'; this is a defect, please report it" and "Traceback" in lines[0]
+
+
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.EDQUOT])
+def test_a_part_is_told_of_when_it_is_written(code, checkpoint, tmp_path, capsys, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i}"} for i in range(30)])
+    monkeypatch.setattr(module.Job, "__init__", _with(module.Job.__init__, part_rows=10))
+    commit = module.commit
+
+    def second_fails(directory, part):
+        if part.number == 1:
+            raise OSError(code, os.strerror(code))
+        commit(directory, part)
+
+    monkeypatch.setattr(module, "commit", second_fails)
+    given = ["--input", path, "--output", tmp_path / "o", "--json-logs"]
+    assert embed(checkpoint, *given) == 1
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [event["number"] for event in events if event["event"] == "part"] == [0]
+    assert ("no space is left" in events[-1]["text"]) is (code == errno.EDQUOT)
+    monkeypatch.setattr(module, "commit", commit)
+    for parts in (2, 0):  # the second time nothing is left
+        assert embed(checkpoint, *given, "--resume") == 0
+        events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        assert [event["event"] for event in events].count("part") == parts
+        assert events[-1]["event"] == "done" and (events[-1]["rows"], events[-1]["parts"]) == (30, 3)
 
 
 def test_progress_without_a_terminal(checkpoint, embedder, tmp_path, monkeypatch, capsys):

@@ -274,6 +274,14 @@ def test_token_classification(strategy, labels, tokenizer, their_tokenizer):
     same(ours(TEXTS, ignore_labels=[], **options), theirs(TEXTS, ignore_labels=[], **options))
 
 
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_labels_that_are_not_counted_from_0(task, tokenizer, their_tokenizer):
+    name = {"text": "DistilBertForSequenceClassification", "token": "DistilBertForTokenClassification"}
+    ours, _ = pair(task, name[task.split("-")[0]], tokenizer, their_tokenizer, id2label={1: "a", 2: "b"})
+    with pytest.raises(ValueError, match=r"id2label names \[1, 2\]; number its labels from 0 on"):
+        ours("text")
+
+
 @pytest.mark.parametrize("strategy", ["none", "simple", "first"])
 def test_words_that_are_split_already(strategy, tokenizer, their_tokenizer):
     settings = {"id2label": NER, "label2id": {v: k for k, v in NER.items()}}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from unittest.mock import Mock
 
@@ -97,12 +98,27 @@ def test_sigterm_stays_whose_it_was(reached, checkpoint, monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_actors_that_a_cluster_cannot_hold_are_refused(checkpoint, monkeypatch):
+def test_a_cluster_where_nobody_listens(checkpoint, monkeypatch):
+    """Ray goes on trying for minutes."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", Mock(side_effect=AssertionError("asked")))
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))  # and does not listen
+        for address in (f"127.0.0.1:{own.getsockname()[1]}", f"ray://127.0.0.1:{own.getsockname()[1]}"):
+            with pytest.raises(ConnectionError, match=f"there is no Ray cluster at {address}"):
+                module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy", address=address)
+        own.listen()
+        with pytest.raises(AssertionError, match="asked"):
+            module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy", address=address)
+
+
+@pytest.mark.parametrize("address", [None, "local"])
+def test_actors_that_a_cluster_cannot_hold_are_refused(address, checkpoint, monkeypatch):
     for name, stub in (("is_initialized", lambda: False), ("init", Mock()), ("shutdown", Mock())):
         monkeypatch.setattr(ray, name, stub)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(ValueError, match="6 actors take one each of a cluster's 2 CPUs; ask for fewer"):
-        module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy", actors=6)
+        module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy", actors=6, address=address)
 
 
 @pytest.mark.parametrize(("asked", "made"), [("auto", torch.float16), ("float32", torch.float32)])

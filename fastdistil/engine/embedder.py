@@ -265,8 +265,9 @@ class Embedder:
             raise TypeError(
                 f"texts must be one column of strings, got {dimensions} dimensions in a {type(texts).__name__}"
             )
-        if not isinstance(texts, (list, tuple)):  # an Arrow column knows how
-            texts = texts.to_pylist() if hasattr(texts, "to_pylist") else list(texts)
+        if not isinstance(texts, (list, tuple)):  # an Arrow column and an array know how
+            as_list = getattr(texts, "to_pylist", None) or getattr(texts, "tolist", None)
+            texts = list(texts) if as_list is None else as_list()
         engine = self.engine(max_batch_tokens)
         source = self.text_windows(tokenizer_processes, self._prompt(prompt, prompt_name))
         try:

@@ -87,6 +87,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise TypeError(f"its version is {values.get('version')!r}, this one reads {VERSION}")
         manifest = Manifest(**(values | {"parts": [Part(**part) for part in values.get("parts", [])]}))
         _check_types(manifest)
+        _check_inputs(manifest.settings.get("inputs", []))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest of finished work: {error}") from error
     for part in manifest.parts:
@@ -106,6 +107,12 @@ def _check_types(manifest: Manifest) -> None:
             allowed = (int, type(None)) if item.name == "dim" else (kinds[name],)
             if type(value) not in allowed or (kinds.get(name) is int and value is not None and value < 0):
                 raise TypeError(f"{item.name} is {value!r}")
+
+
+def _check_inputs(inputs: Any) -> None:
+    """What `fingerprint_of_files` gave."""
+    if not isinstance(inputs, list) or not all(isinstance(one, list) and len(one) == 4 for one in inputs):
+        raise TypeError(f"settings.inputs is {inputs!r:.80}")
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

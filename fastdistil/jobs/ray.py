@@ -5,6 +5,7 @@ Source: Ray (Moritz et al., 2018, arXiv:1712.05889) and Ray Data.
 
 import os
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -78,6 +79,16 @@ class _Worker:
         return self.embedder._encode(texts, self.max_batch_tokens, False, None, None, 0, errors), errors
 
 
+def _reach(address: str) -> None:
+    """ConnectionError where nobody listens at host:port: Ray itself goes on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"there is no Ray cluster at {address}: {error}") from error
+
+
 class RayEmbedding(Embedding):
     """The work of an embedding job, done by actors of a cluster; reading and writing stay in this process.
 
@@ -105,9 +116,11 @@ class RayEmbedding(Embedding):
         except ImportError as error:
             raise ValueError("the Ray engine needs ray; install fastdistil[ray]") from error
         self.ray = ray
-        self.started, self.alone = not ray.is_initialized(), not (address or os.environ.get("RAY_ADDRESS"))
+        where = address or os.environ.get("RAY_ADDRESS")
+        self.started, self.alone = not ray.is_initialized(), where in (None, "", "local")
         if self.started:
-            options = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
+            _reach(where or "")
+            options = {"num_cpus": num_cpus, "include_dashboard": False} if self.alone else {}
             before = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(address=address, log_to_driver=False, configure_logging=False, **options)

@@ -303,7 +303,7 @@ class Lines(Source):
             self._lines = _chain(head, self._lines)
         for raw in self._lines:
             self.line += 1
-            if not self.is_json or raw.strip(b" \t\r\n\xef\xbb\xbf"):
+            if not self.is_json or raw.removeprefix(codecs.BOM_UTF8).strip(b" \t\r\n"):
                 yield raw
 
     def skip(self, rows: int) -> int:
@@ -360,6 +360,8 @@ class Table(Source):
                     raise ValueError(f"{self.where} has no line of column names") from None
                 return
             except csv.Error as error:
+                if "new-line character" in str(error):
+                    error = csv.Error("a carriage return within a line; convert line ends of old Macs")
                 if self._reader.line_num > before + 1:  # a quote that is not closed takes what follows along
                     error = csv.Error(f"{error}; it takes lines {before + 1} to {self._reader.line_num}")
                 if self._names is None:

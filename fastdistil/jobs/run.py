@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -136,6 +137,12 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
         rows = read_files(inputs, job.columns, skip=done, progress=progress)
         reading = _Reading(rows, job, done, last, len(parts), [part.read for part in manifest.parts[len(parts) :]])
         log.start(progress, work, sum(part.read for part in parts), None if last == sys.maxsize else last - done)
+
+        def write(part: Rows) -> Part:
+            written = _write(job, lock, manifest, work, part)
+            log.part(part)
+            return written
+
         with ThreadPoolExecutor(1) as writer:
             writing: Future | None = None
             for part in work.run(reading):
@@ -145,8 +152,7 @@ def run_job(job: Job, work: Work, log: "Log") -> Manifest:
                     break
                 if writing is not None:
                     parts.append(writing.result())
-                writing = writer.submit(_write, job, lock, manifest, work, part)
-                log.part(part)
+                writing = writer.submit(write, part)
             if writing is not None:
                 parts.append(writing.result())
         if reading.failure is not None:
@@ -233,7 +239,7 @@ def _start(job: Job, directory: Path, manifest: Manifest, log: "Log") -> list[Pa
     if old.finished and len(parts) == len(old.parts):
         for path in directory.glob("part-*.done.json"):
             path.unlink()
-        log.say(f"{directory} is finished: {old.rows:,} rows in {len(old.parts)} parts")
+        log.finished(directory, old)
         return None
     manifest.parts = old.parts
     if parts:
@@ -322,9 +328,9 @@ def _write(job: Job, lock: Lock, manifest: Manifest, work: Work, part: Rows) -> 
         done = Part(part.number, part.first, len(part.rows), len(keep), sizes, len(part.errors), part.budget)
         commit(directory, done)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
-                errno.ENOSPC, f"no space is left for {directory / name}; make room and go on with --resume"
+                error.errno, f"no space is left for {directory / name}; make room and go on with --resume"
             ) from error
         raise
     return done
@@ -489,6 +495,14 @@ class Log:
         else:
             _line(f"fastdistil: {text}")
 
+    def crash(self, error: Exception) -> None:
+        """A defect, with what whoever mends it needs."""
+        text, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+        if self.as_json:
+            self._json("error", text=text, traceback=trace)
+        else:
+            _line(f"{trace.rstrip()}\nfastdistil: {text}; this is a defect, please report it")
+
     @contextmanager
     def warnings(self) -> Iterator[None]:
         """Within, what the library warns of is said here, with `as_json`."""
@@ -549,6 +563,12 @@ class Log:
     def part(self, part: Rows) -> None:
         if self.as_json:
             self._json("part", number=part.number, rows=len(part.rows), rejected=len(part.errors))
+
+    def finished(self, directory: Path, manifest: Manifest) -> None:
+        """Nothing is left to do."""
+        self.say(f"{directory} is finished: {manifest.rows:,} rows in {len(manifest.parts)} parts")
+        if self.as_json:
+            self._json("done", parts=len(manifest.parts), rejected=manifest.rejected, rows=manifest.rows)
 
     def done(self, manifest: Manifest) -> None:
         found = self.figures()
