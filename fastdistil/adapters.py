@@ -385,7 +385,7 @@ class WithAdapters(nn.Module):
                 for matrix in settings["attn_matrices"]:
                     linear = getattr(block.attention, MATRICES[matrix])
                     if not hasattr(linear, "loras"):
-                        linear.loras = nn.ModuleDict()
+                        linear.loras = nn.ModuleDict().train(self.training)
                     linear.loras[name] = placed(LoRA(dim, settings))
                 continue
             for on, slot in (
@@ -394,7 +394,7 @@ class WithAdapters(nn.Module):
             ):
                 if on:
                     if getattr(block, slot) is None:
-                        setattr(block, slot, Adapters())
+                        setattr(block, slot, Adapters().train(self.training))
                     getattr(block, slot).adapters[name] = placed(Bottleneck(dim, settings))
 
     def _dicts(self) -> Iterator[nn.ModuleDict]:

@@ -641,7 +641,7 @@ class DistilBertForMultipleChoice(WithHead):
         return self._answer(encoded, read(self.layers(), encoded).view(-1, choices), labels, return_dict)
 
 
-# --- flexible heads -------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
 

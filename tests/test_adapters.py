@@ -573,3 +573,28 @@ def test_a_head_of_another_class_or_shape(tmp_path, caplog):
         static("SequenceClassification", 1).load_adapter(tmp_path)
     model.save_adapter(tmp_path / "bare", "task", with_head=False)
     assert not (tmp_path / "bare" / "head_config.json").exists()
+
+
+def test_a_new_adapter_is_like_its_model():
+    model = DistilBertModel(DistilBertConfig(**TINY)).double().eval()
+    model.add_adapter("a", "lora[dropout=0.5]")
+    model.add_adapter("b", "seq_bn")
+    assert not any(module.training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    model.train().add_adapter("c", "lora")
+    assert all(module.training for module in model.modules())
+
+
+def test_switches_as_shells_write_them():
+    model = DistilBertModel(DistilBertConfig(**TINY))
+    model.add_adapter("a", "seq_bn[mh_adapter=true,output_adapter=FALSE]")
+    assert model.adapters_config["a"]["mh_adapter"] is True and model.adapters_config["a"]["output_adapter"] is False
+
+
+def test_nothing_is_left_of_an_adapter_that_is_replaced():
+    model = DistilBertModel(DistilBertConfig(**TINY))
+    model.add_adapter("a", "double_seq_bn")
+    before = {name for name in model.state_dict() if "adapters.a." in name}
+    model.add_adapter("a", "lora", overwrite_ok=True)
+    after = {name for name in model.state_dict() if ".a." in name}
+    assert before and after and all(".loras.a." in name for name in after)

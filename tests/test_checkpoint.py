@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+import fastdistil
 from fastdistil import DistilBertConfig, DistilBertForMaskedLM, DistilBertModel, DistilBertTokenizer, pipeline
 from fastdistil.checkpoint import HUB_FILES, LoadReport, Weights, find, load_weights
 from fastdistil.pretrained import PreTrainedModel
@@ -441,3 +442,43 @@ def test_the_hub_is_asked_for_every_file_of_a_sentence_transformer():
     ]
     others = ["2_Dense/pytorch_model.bin", "pytorch_model.bin", "onnx/model.onnx", "README.md"]
     assert list(filter_repo_objects([*names, *others], allow_patterns=HUB_FILES)) == names
+
+
+@pytest.mark.parametrize("prefix", ["bert.", "distilbert.", ""])
+def test_token_types_below_a_prefix(prefix, tmp_path):
+    """They are part of every position, wherever the file has them."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(**TINY)
+    config.token_types_folded = True
+    model = fastdistil.DistilBertModel(config)
+    types = torch.randn(2, config.dim)
+    theirs = transformers.BertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        intermediate_size=config.hidden_dim,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+    bert = transformers.BertModel(theirs)
+    with torch.no_grad():
+        bert.embeddings.token_type_embeddings.weight.copy_(types)
+    state = {prefix + name: value.contiguous() for name, value in bert.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs.save_pretrained(tmp_path)
+    for cls in (fastdistil.DistilBertModel, fastdistil.DistilBertForTokenClassification):
+        found = cls.from_pretrained(tmp_path).base_model.embeddings.position_embeddings.weight
+        torch.testing.assert_close(found, bert.embeddings.position_embeddings.weight + types[0])
+    assert model.config.token_types_folded
+
+
+def test_the_dtype_of_a_file_of_several():
+    """The first floating-point tensor's, where the configuration states none."""
+    config = DistilBertConfig(**TINY)
+    state = fastdistil.DistilBertModel(config).state_dict()
+    names = list(state)
+    for first, rest in ((torch.float16, torch.float32), (torch.float32, torch.float16)):
+        given = {"seen": torch.zeros(1, dtype=torch.int64)}
+        given |= {name: state[name].to(first if name == names[0] else rest) for name in names}
+        found = fastdistil.DistilBertModel.from_pretrained(None, config=config, state_dict=given)
+        assert found.dtype is first

@@ -181,3 +181,15 @@ def test_what_transformers_callers_ask_of_a_configuration(tmp_path):
     assert not {name for name in written if "name_or_path" in name or "implementation" in name or "decoder" in name}
     again = DistilBertConfig.from_pretrained(tmp_path)
     assert again == config and again.name_or_path == str(tmp_path) and again._attn_implementation is None
+
+
+def test_what_little_is_said_of():
+    config = DistilBertConfig(dropout=1.0, attention_dropout=1)
+    config._validate()
+    told = config.to_dict()
+    told["id2label"][0] = "x"
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert DistilBertConfig() == DistilBertConfig() != DistilBertConfig(dim=24)
+    assert DistilBertConfig() != 5
+    with pytest.raises(ValueError, match="add_cross_attention is true: only BERT encoders can be converted"):
+        DistilBertConfig.from_dict({"model_type": "bert", "add_cross_attention": True})

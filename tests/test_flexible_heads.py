@@ -409,3 +409,100 @@ def test_bad_files(tmp_path):
         model.load_head(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file"):
         model.save_head(config, "sentiment")
+
+
+def left_padded():
+    """Texts with padding before them, and what of it is real."""
+    ids = torch.randint(1, 60, (3, 9))
+    return ids, torch.arange(9) >= torch.tensor([0, 4, 8])[:, None]
+
+
+@pytest.mark.parametrize("how", ["packed", "states", "attentions", "watched", "gradient"])
+def test_a_text_is_classified_by_its_first_token_beside_other_heads(how):
+    model = model_with_heads(initializer_range=0.3)
+    model.active_head = ["sentiment", "tags"]
+    ids, keep = left_padded()
+    if how == "watched":
+        model.distilbert.transformer.register_forward_hook(lambda *a: None)
+    options = {"states": {"output_hidden_states": True}, "attentions": {"output_attentions": True}}.get(how, {})
+    with torch.set_grad_enabled(how == "gradient"):
+        both = model(ids, keep, position_ids=(keep.cumsum(1) - 1).clamp(min=0), **options)
+        for row, real in enumerate(keep):
+            alone = model(ids[row, real][None], head="sentiment").logits
+            torch.testing.assert_close(both[0].logits[row], alone[0], rtol=0, atol=TOLERANCE)
+
+
+def test_one_tensor_of_labels_is_no_loss_of_several_heads():
+    model = model_with_heads()
+    model.add_classification_head("other", num_labels=3)
+    ids, keep = inputs(3)
+    labels = torch.tensor([0, 1, 2])
+    out = model(ids, keep, head=["sentiment", "other"], labels=labels)
+    assert out.loss is None and out[0].loss is not None and out[1].loss is not None
+    out = model(ids, keep, head=["sentiment", "other"], labels={"sentiment": labels, "other": labels})
+    assert torch.equal(out.loss, out[0].loss + out[1].loss)
+
+
+def test_what_a_static_class_gets_of_a_head():
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    kinds = {"answer": model.add_qa_head, "mood": model.add_classification_head}
+    for name, dropout in (("answer", 0.37), ("mood", 0.21)):
+        kinds[name](name, layers=1 if name == "answer" else 2, activation_function="relu")
+        settings = model.heads_config[name] | {"dropout_prob": dropout}
+        if name == "mood":
+            settings |= {"id2label": {0: "bad", 1: "good"}}
+            settings.pop("label2id")
+        model.add_prediction_head_from_config(name, settings, overwrite_ok=True)
+    model.add_tagging_head("tags", num_labels=4, id2label=dict(enumerate("abcd")))
+    static = model.to_static("mood")
+    assert static.config.id2label == {0: "bad", 1: "good"} and static.config.label2id == {"bad": 0, "good": 1}
+    assert static.dropout.p == 0.21 and model.to_static("answer").dropout.p == 0.37
+
+
+def test_labels_by_their_number():
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    model.add_classification_head("a", num_labels=3, id2label={"2": "c", "0": "a", "1": "b"})  # as JSON has them
+    assert model.get_labels("a") == ["a", "b", "c"] and model.get_labels_dict("a") == {0: "a", 1: "b", 2: "c"}
+    model.add_tagging_head("t", num_labels=2, id2label={1: "y", 0: "x"})
+    assert model.get_labels() == ["x", "y"] and model.config.id2label == {0: "x", 1: "y"}
+
+
+def test_which_layers_of_a_head_have_a_bias():
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    settings = {"head_type": "classification", "layers": 2, "activation_function": "tanh", "bias": False}
+    model.add_prediction_head_from_config("a", settings)
+    first, last = (m for m in model.heads["a"] if isinstance(m, torch.nn.Linear))
+    assert first.bias is not None and last.bias is None
+
+
+def test_a_frozen_projector_stays_frozen():
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY, tie_word_embeddings=False))
+    model.add_masked_lm_head("words")
+    model.heads["words"][-1].weight.requires_grad_(False)
+    model.resize_token_embeddings(70)
+    assert model.heads["words"][-1].weight.shape == (70, 24)
+    assert not model.heads["words"][-1].weight.requires_grad
+
+
+def test_a_tagging_head_that_looks_along_the_text():
+    """It gets transformers' states at padded positions, and beside a loss, too."""
+    model = model_with_heads(initializer_range=0.3)
+    seen = []
+    model.heads["tags"].insert(0, Along(seen))
+    ids, keep = inputs(3)
+    labels = torch.randint(0, 5, (3, 9))
+    with torch.inference_mode():
+        whole = model.distilbert(ids, keep, padding_too=True)[0]
+        for given in ({}, {"labels": labels}):
+            model(ids, keep, head="tags", **given)
+            torch.testing.assert_close(seen.pop(), whole, rtol=0, atol=TOLERANCE)
+
+
+class Along(torch.nn.Module):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x):
+        self.seen.append(x)
+        return x.cumsum(-2)

@@ -1,6 +1,7 @@
 """The heads against transformers, on random models, inputs and labels, and what is our own about them."""
 
 import copy
+import json
 import pickle
 import random
 
@@ -669,3 +670,56 @@ def test_heads_of_bert(name, eps, tmp_path):
             ours, report = cls.from_pretrained(tmp_path, output_loading_info=True)
             assert not report["missing_keys"]
             torch.testing.assert_close(ours(ids)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_watched_before_its_call():
+    """Its hook sees padded states, and what it changes counts."""
+    ours, theirs = pair("DistilBertForTokenClassification", **TINY, initializer_range=0.3)
+    seen = []
+    for model in (ours, theirs):
+        model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape) or (args[0] * 2,))
+    ids, keep = torch.randint(1, 60, (3, 9)), torch.arange(9) < torch.tensor([9, 4, 1])[:, None]
+    with torch.inference_mode():
+        found, expected = ours(ids, keep).logits, theirs(ids, attention_mask=keep.long()).logits
+    assert seen == [(3, 9, 24)] * 2
+    torch.testing.assert_close(found[keep], expected[keep], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["DistilBertForTokenClassification", "DistilBertForQuestionAnswering"])
+def test_logits_at_padding_are_those_of_zeros(name):
+    ours, _ = pair(name, **TINY)
+    layer = ours.classifier if name.endswith("TokenClassification") else ours.qa_outputs
+    with torch.no_grad():
+        layer.bias.normal_()
+    ids, keep = torch.randint(1, 60, (3, 9)), torch.arange(9) < torch.tensor([9, 4, 1])[:, None]
+    with torch.inference_mode():
+        out = ours(ids, keep).to_tuple()
+    logits = torch.stack(out, -1) if len(out) == 2 else out[0]
+    assert (logits[~keep] == layer.bias).all()
+
+
+def test_a_mask_for_every_pair_of_tokens_of_choices():
+    ours, _ = pair("DistilBertForMultipleChoice", **TINY, initializer_range=0.3)
+    ids, keep = torch.randint(1, 60, (2, 3, 9)), torch.arange(9) < torch.tensor([[9, 4, 2], [1, 5, 8]])[..., None]
+    pairs = keep.flatten(0, 1)[:, None, None].expand(6, 1, 9, 9)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids, pairs).logits, ours(ids, keep).logits, rtol=0, atol=TOLERANCE)
+
+
+def test_a_mask_of_another_batch_beside_labels():
+    ours, _ = pair("DistilBertForTokenClassification", **TINY)
+    labels = torch.zeros(3, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[3, 5\], got \[2, 5\]"):
+        ours(torch.ones(3, 5, dtype=torch.long), torch.ones(2, 5), labels=labels)
+
+
+def test_a_saved_head_with_other_labels(tmp_path):
+    """One more than the model has: its weights load, the names do not."""
+    ours, _ = pair("DistilBertForSequenceClassification", **TINY)
+    ours.add_adapter("a", "lora")
+    ours.save_adapter(tmp_path, "a")
+    told = json.loads((tmp_path / "head_config.json").read_text())
+    for label2id, expected in (({"x": 0, "y": 1}, {0: "x", 1: "y"}), ({"x": 0, "y": 1, "z": 2}, {0: "x", 1: "y"})):
+        (tmp_path / "head_config.json").write_text(json.dumps(told | {"label2id": label2id}))
+        ours.load_adapter(tmp_path)
+        assert ours.config.id2label == expected

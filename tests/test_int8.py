@@ -14,7 +14,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import nn
 
 import fastdistil
-from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, Embedder, cli, cpu
+from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, Embedder, cli, cpu, int8
 from fastdistil.int8 import BLOCK, Int8Linear, apply
 
 TEXTS = ["a cat sat", "temporary directory", "", "word " * 400, "it's 3.14, isn't it?", "the weather is lovely today"]
@@ -287,3 +287,13 @@ def test_a_traced_layer_takes_any_number_of_rows():
     layer = Int8Linear(nn.Linear(24, 16))
     traced, x = torch.jit.trace(layer, torch.randn(3, 24)), torch.randn(BLOCK + 40, 24)
     torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_a_linear_of_somebodys_own_stays():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    block = nn.ModuleDict({"own": Own(8, 8), "plain": nn.Linear(8, 8)})
+    int8.convert(block, [block])
+    assert type(block["own"]) is Own and type(block["plain"]) is Int8Linear

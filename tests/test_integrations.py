@@ -14,7 +14,7 @@ import torch
 
 import fastdistil
 from fastdistil import accelerate, cpu, restore
-from fastdistil.integrations import live
+from fastdistil.integrations import attention, live
 
 transformers = pytest.importorskip("transformers")
 
@@ -474,7 +474,7 @@ def test_a_call_from_within_another():
     """From a parametrization, which reading a weight runs, and from a signal's handler, at any moment."""
     code = """
 import signal, torch, transformers, fastdistil
-from fastdistil.integrations import live
+from fastdistil.integrations import attention, live
 torch.set_num_threads(1)
 config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_heads=2, hidden_dim=8, n_layers=1)
 model = fastdistil.accelerate(transformers.DistilBertModel(config).eval().requires_grad_(False))
@@ -502,7 +502,7 @@ def test_a_forked_process_is_not_kept_waiting():
     """By a lock that a thread of its parent held."""
     code = """
 import os, threading, torch, transformers, fastdistil
-from fastdistil.integrations import live
+from fastdistil.integrations import attention, live
 torch.set_num_threads(1)
 config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_heads=2, hidden_dim=8, n_layers=1)
 model = fastdistil.accelerate(transformers.DistilBertModel(config).eval())
@@ -756,3 +756,121 @@ def test_labels_of_one_thread_are_not_those_of_another():
             inside[1].set()
             found = found.result()
     assert found == expected
+
+
+# --- the attention alone ----------------------------------------------------------------------------------------------
+
+
+def attended(mask=None, heads=2, training=False, **options):
+    """Ours on [3, heads, 9, 4] -> [3, 9, heads, 4], and its arguments."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, heads, 9, 4).unbind()
+    module = torch.nn.Module().train(training)
+    return attention.attention(module, q, k, v, mask, **options)[0], (q, k, v)
+
+
+def test_a_scaling_of_the_callers(packed):
+    for mask in (None, (torch.arange(9) < torch.tensor([9, 4, 1])[:, None]).long()):
+        found, (q, k, v) = attended(mask, scaling=0.3, is_causal=False)
+        seen = None if mask is None else mask.bool()[:, None, None]
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3).transpose(1, 2)
+        real = slice(None) if mask is None else mask.bool()
+        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=TOLERANCE)
+    assert len(packed) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"s_aux": torch.zeros(2)}], ids=str)
+def test_dropout_of_the_attention_without_a_gradient(options):
+    with torch.no_grad():
+        whole = attended(is_causal=False, training=True, **options)[0]
+        dropped = attended(is_causal=False, training=True, dropout=0.9, **options)[0]
+        assert not torch.allclose(whole, dropped, atol=1e-2)
+        if options:  # by ourselves: in eval mode nothing is dropped
+            torch.testing.assert_close(attended(is_causal=False, dropout=0.9, **options)[0], whole)
+
+
+def test_sinks_without_a_mask(packed):
+    found, (q, k, v) = attended(is_causal=False, s_aux=torch.zeros(2))
+    weights = torch.cat([q @ k.mT / 2, torch.zeros(3, 2, 9, 1)], -1).softmax(-1)[..., :9]
+    torch.testing.assert_close(found, (weights @ v).transpose(1, 2), rtol=0, atol=TOLERANCE)
+    assert not packed
+
+
+def test_a_mask_of_more_keys_than_there_are():
+    """As of a cache that is not full yet."""
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1])[:, None])[:, None, None].expand(3, 1, 9, 9)
+    exact = attended(mask, softcap=5.0, is_causal=False)[0]
+    longer = torch.cat([mask, torch.ones(3, 1, 9, 4, dtype=torch.bool)], -1)
+    torch.testing.assert_close(attended(longer, softcap=5.0, is_causal=False)[0], exact)
+
+
+def test_a_traced_attention_holds_for_other_masks():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 2, 9, 4).unbind()
+
+    class Attend(torch.nn.Module):
+        def forward(self, mask):
+            return attention.attention(self, q, k, v, mask, is_causal=False)[0]
+
+    masks = [(torch.arange(9) < torch.tensor(lengths)[:, None]).long() for lengths in ([9, 4, 1], [2, 9, 7])]
+    with torch.no_grad():
+        traced = torch.jit.trace(Attend().eval(), masks[0])
+        for mask in masks:
+            torch.testing.assert_close(traced(mask)[mask.bool()], Attend()(mask)[mask.bool()], rtol=0, atol=TOLERANCE)
+
+
+# --- what only transformers' code answers -----------------------------------------------------------------------------
+
+
+def test_an_activation_of_another_function(packed):
+    """Of the class that the configuration names, but it computes something else."""
+    model = make("DistilBertModel", activation="gelu_new" if live.OLD else "gelu")
+    given, keep = inputs("DistilBertModel")
+    for block in model.transformer.layer:
+        made = type(block.ffn.activation)
+        if not hasattr(block.ffn.activation, "act"):
+            pytest.skip(f"{made.__name__} has no function inside")
+        block.ffn.activation.act = torch.tanh
+    with torch.inference_mode():
+        expected = model(**given)
+        same(accelerate(model)(**given), expected, keep)
+    assert not packed
+
+
+@pytest.mark.parametrize("field", ["is_decoder", "add_cross_attention"])
+def test_a_decoder_is_refused(field):
+    model = make("BertModel")
+    setattr(model.config, field, True)
+    with pytest.raises(ValueError, match="a decoder is not supported"):
+        accelerate(model)
+
+
+def test_a_head_size_of_ones_own(packed):
+    model = accelerate(make("DistilBertModel"))
+    given, _ = inputs("DistilBertModel")
+    with torch.inference_mode():
+        model(**given)
+        before = len(packed)
+        attention_of = model.transformer.layer[0].attention
+        attention_of.attention_head_size = 4  # of 12: six heads, which its own forward then makes of them
+        model(**given)
+    assert before == len(packed) == 2  # layers
+
+
+def test_an_argument_that_is_unknown_goes_to_transformers():
+    model = accelerate(make("BertModel"))
+    given, _ = inputs("BertModel")
+    with torch.inference_mode(), mock.patch.object(transformers.BertModel, "forward", mock.Mock()) as theirs:
+        model(**given, encoder_hidden_states=torch.zeros(3, 9, 24))
+    assert theirs.call_args.kwargs["encoder_hidden_states"].shape == (3, 9, 24)
+
+
+def test_what_is_kept_of_a_call_is_the_models_own():
+    model = accelerate(make("DistilBertModel"))
+    given, _ = inputs("DistilBertModel")
+    with torch.inference_mode():
+        model(**given)
+    assert "_fast" in model.__dict__
+    assert "_fast" not in copy.deepcopy(model).__dict__ and "_fast" not in pickle.loads(pickle.dumps(model)).__dict__
+    assert "_fast" not in model._replicate_for_data_parallel().__dict__
+    assert "_fast" not in restore(model).__dict__

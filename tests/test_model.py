@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertModel
-from fastdistil.pretrained import sinusoidal_positions
+from fastdistil.pretrained import mean_rows, one_device, sinusoidal_positions
 
 transformers = pytest.importorskip("transformers")
 
@@ -1098,3 +1098,144 @@ def test_a_compiled_model_takes_what_comes_with_a_later_call():
         for call in calls:
             torch.testing.assert_close(compiled(**call)[0], ours(**call)[0])
     torch._dynamo.reset()
+
+
+# --- what hardly anybody asks for -------------------------------------------------------------------------------------
+
+
+def test_a_watched_model_keeps_its_adapter():
+    model, _ = pair(initializer_range=0.2)
+    model.add_adapter("a", "lora")
+    model.set_active_adapters("a")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "loras" in name:
+                p.normal_()
+    ids, cu_seqlens = torch.randint(1, 99, (9,)), torch.tensor([0, 5, 9], dtype=torch.int32)
+    with torch.inference_mode():
+        plain = model.forward_packed(ids, cu_seqlens, 5)
+        seen = []
+        model.transformer.layer[0].register_forward_hook(lambda *a: seen.append(1))
+        close(model.forward_packed(ids, cu_seqlens, 5), plain)
+        model.set_active_adapters(None)
+        assert seen and not torch.allclose(model.forward_packed(ids, cu_seqlens, 5), plain, atol=1e-2)
+
+
+def test_hidden_states_that_the_configuration_asks_for():
+    model, _ = pair(output_hidden_states=True)
+    with torch.inference_mode():
+        assert len(model(inputs()[0]).hidden_states) == 3
+        assert model(inputs()[0], output_hidden_states=False).hidden_states is None
+
+
+def test_a_scaling_of_ones_own_step_by_step():
+    ids, keep = inputs()
+    model, _ = pair(initializer_range=0.2)
+    with torch.no_grad():
+        usual = model(ids, keep)[0]
+        for block in model.transformer.layer:
+            block.attention.scaling *= 3
+        fused, stepped = model(ids, keep)[0], model(ids, keep, output_attentions=True)[0]
+        close(fused, stepped)
+        assert not torch.allclose(fused, usual, atol=1e-3)
+
+
+def test_the_projection_passes_a_gradient_on():
+    attention = pair()[0].transformer.layer[0].attention
+    attention.project(torch.randn(5, 48), None).sum().backward()
+    for part in (attention.q_lin, attention.k_lin, attention.v_lin):
+        assert part.weight.grad is not None and part.bias.grad is not None
+
+
+def test_a_watched_activation_is_called():
+    ffn, seen = pair()[0].transformer.layer[0].ffn, []
+    ffn.activation.register_forward_hook(lambda module, args, out: seen.append(out.shape) or out * 2)
+    x = torch.randn(5, 48)
+    with torch.inference_mode():
+        close(ffn.packed(x, None), ffn(x))
+    assert seen == [(5, 80)] * 2
+
+
+@pytest.mark.parametrize("table", ["word_embeddings", "position_embeddings"])
+def test_a_table_that_is_watched_before_its_call(table):
+    model, theirs = pair()
+    for one in (model, theirs):
+        getattr(one.embeddings, table).register_forward_pre_hook(lambda module, args: (args[0] * 0 + 3,))
+    ids, keep = inputs()
+    with torch.inference_mode():
+        close(model(ids, keep)[0], theirs(ids, attention_mask=keep.long())[0], keep)
+
+
+def test_new_rows_are_drawn_with_the_old_rows_covariance():
+    torch.manual_seed(0)
+    rows = torch.randn(400, 6) @ torch.randn(6, 6)
+    drawn = mean_rows(rows, 200_000) - rows.mean(0)
+    found, wanted = drawn.T.cov() * 1e9, (rows - rows.mean(0)).T.cov(correction=0)
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+
+
+def test_missing_sinusoidal_positions_are_computed(tmp_path):
+    model = DistilBertModel(DistilBertConfig(**TINY, sinusoidal_pos_embds=True))
+    state = {k: v for k, v in model.state_dict().items() if "position_embeddings" not in k}
+    found = DistilBertModel.from_pretrained(None, config=model.config, state_dict=state)
+    assert torch.equal(found.embeddings.position_embeddings.weight, sinusoidal_positions(40, 48))
+
+
+def test_a_padding_token_counted_from_the_end():
+    assert DistilBertModel(DistilBertConfig(**TINY, pad_token_id=-1)).embeddings.word_embeddings.padding_idx == 98
+
+
+def test_a_column_before_the_first_is_none():
+    model = fastdistil.DistilBertForMaskedLM(DistilBertConfig(**TINY)).eval()
+    for at in ([1, -1], [-1, 1], [1, 5], [3, 0]):
+        with pytest.raises(ValueError, match=r"positions hold \(-?\d, -?\d\), outside the batch of \[3, 5\]"):
+            model(torch.ones(3, 5, dtype=torch.long), logits_at=torch.tensor([at]))
+
+
+def test_dead_rows_behind_the_longest_text():
+    model, _ = pair()
+    ids, cu_seqlens = torch.randint(1, 99, (60,)), torch.tensor([0, 4, 44], dtype=torch.int32)
+    with torch.inference_mode():
+        found = model.forward_packed(ids, cu_seqlens, 40)
+        close(found[:44], model.forward_packed(ids[:44], cu_seqlens, 40))
+
+
+def test_ids_of_no_token_in_padding_that_is_asked_for():
+    model, _ = pair()
+    ids, keep = inputs()
+    with torch.inference_mode():
+        whole = model(ids.where(keep, 0), keep, padding_too=True)[0]
+        for wrong in (-1, 99, 10**6):
+            close(model(ids.where(keep, wrong), keep, padding_too=True)[0], whole)
+
+
+def test_no_layers_at_all():
+    model = DistilBertModel(DistilBertConfig(**(TINY | {"n_layers": 0}))).eval()
+    ids, cu_seqlens = torch.randint(1, 99, (9,)), torch.tensor([0, 5, 9], dtype=torch.int32)
+    with torch.inference_mode():
+        whole = model.forward_packed(ids, cu_seqlens, 5)
+        close(model.forward_packed(ids, cu_seqlens, 5, only=torch.tensor([8, 0])), whole[[8, 0]])
+
+
+def test_checkpointing_that_is_switched_off():
+    model, _ = pair()
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing and model.transformer.gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing and not model.transformer.gradient_checkpointing
+
+
+def test_which_device_a_map_names():
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("auto", "balanced", "sequential"):
+        assert one_device(name) == here
+    assert one_device({"": "cpu"}) == "cpu" and one_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="spreads a model over devices"):
+        one_device({"a": 0, "b": 1})
+
+
+def test_a_device_is_more_than_a_map(tmp_path):
+    model, _ = pair()
+    model.save_pretrained(tmp_path)
+    found = DistilBertModel.from_pretrained(tmp_path, device="cpu", device_map={"a": 0, "b": 1})
+    assert found.device.type == "cpu"

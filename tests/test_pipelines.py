@@ -617,3 +617,37 @@ def test_arguments_of_transformers_pipeline(tmp_path, tokenizer):
     )  # fmt: skip
     assert (pipe.task, pipe.device, pipe.model.dtype) == ("text-classification", torch.device("cpu"), torch.float64)
     assert pipe.tokenizer.truncation_side == "left" and pipe("one")[0]["label"] in ("no", "yes")
+
+
+def test_labels_with_more_than_one_dash(tokenizer, their_tokenizer):
+    labels = {0: "O", 1: "B-LOC-CITY", 2: "I-LOC-CITY", 3: "X-PER", 4: "I-LOC"}
+    settings = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+    ours, theirs = pair(
+        "token-classification", "DistilBertForTokenClassification", tokenizer, their_tokenizer, **settings
+    )
+    found = ours(TEXTS, aggregation_strategy="simple", ignore_labels=[])
+    same(found, theirs(TEXTS, aggregation_strategy="simple", ignore_labels=[]))
+    assert {"LOC-CITY", "PER"} & {entity["entity_group"] for text in found for entity in text}
+
+
+def test_a_flexible_regression_is_not_squashed(tokenizer):
+    torch.manual_seed(0)
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY)).eval()
+    settings = {"head_type": "classification", "num_labels": 2, "problem_type": "regression"}
+    model.add_prediction_head_from_config("a", settings)
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokenizer.encode("text")])).logits[0]
+    found = {
+        one["label"]: one["score"] for one in pipeline("text-classification", model, tokenizer)("text", top_k=None)
+    }
+    assert found == pytest.approx({f"LABEL_{i}": value for i, value in enumerate(logits.tolist())}, abs=1e-6)
+
+
+def test_labels_that_are_all_forbidden(tokenizer, their_tokenizer):
+    ours, _ = pair("text-classification", "DistilBertForSequenceClassification", tokenizer, their_tokenizer)
+    with torch.no_grad():
+        ours.model.classifier.bias[0] = -torch.inf
+        assert ours("text")[0]["label"] == "LABEL_1"
+        ours.model.classifier.bias[1] = -torch.inf
+    with pytest.raises(ValueError, match=r"inputs\[0\]: the model's answer is not finite"):
+        ours("text")

@@ -156,3 +156,18 @@ def test_decisions_are_counted_as_they_are_taken(saved, monkeypatch):
 def test_a_missing_checkpoint(capsys):
     assert main(["verify", "./nowhere"]) == 1
     assert "there is no directory" in capsys.readouterr().err
+
+
+def test_decisions_that_differ_are_counted(saved, monkeypatch):
+    report = verify(saved("DistilBertForMaskedLM"), device="cpu")
+    assert report.flips is not None and report.flips[0] == 0 < report.flips[1]
+    monkeypatch.setattr(cpu, "bias_gelu", lambda x, weight, *rest: 1e3 * torch.randn(len(x), len(weight)))
+    wrong = verify(saved("DistilBertForMaskedLM"), device="cpu")
+    assert not wrong.holds and wrong.flips[0] > 0 and wrong.flips[1] == report.flips[1]
+
+
+def test_a_regression_decides_nothing(saved):
+    def regression(model):
+        model.config.problem_type = "regression"
+
+    assert verify(saved("DistilBertForSequenceClassification", regression), device="cpu").flips is None
