@@ -442,3 +442,93 @@ def test_the_longest_text_can_be_set(checkpoint):
         embedder.max_seq_length = 100_000
     with pytest.raises(ValueError, match="output_value=None is not supported"):
         embedder.encode(text, output_value=None)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_token_ids_of_several_windows(embedder, monkeypatch):
+    monkeypatch.setattr(scheduler, "HEAD", 3)
+    monkeypatch.setattr(scheduler, "WINDOW", 4)
+    texts = [f"{i} {'word ' * (i % 5)}" for i in range(12)]
+    ids = embedder.tokenizer(texts)["input_ids"]
+    expected = np.stack([embedder.encode(text) for text in texts])
+    np.testing.assert_allclose(embedder.encode_tokens(ids), expected, atol=2e-6)
+    ends = np.cumsum([0, *map(len, ids)])
+    np.testing.assert_allclose(embedder.encode_tokens(np.concatenate(ids), ends), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("ends", [[1, 3], [0, 2], [0, 2, 1, 3], [0, 4], []])
+def test_where_texts_begin_is_checked(ends, embedder):
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 3 input_ids"):
+        embedder.encode_tokens(np.array([1, 2, 3]), np.array(ends, dtype=np.int64))
+
+
+def test_fewer_numbers_of_length_1(embedder):
+    found = embedder.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(
+        found, (cut := embedder.encode(TEXTS)[:, :8]) / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-6
+    )
+
+
+def test_a_vector_of_zeros_has_no_direction(checkpoint):
+    own = Embedder.from_pretrained(checkpoint, device="cpu", normalize=False)
+    norm = own.model.transformer.layer[-1].output_layer_norm
+    with torch.no_grad():
+        norm.weight.zero_(), norm.bias.zero_()
+    assert (own.encode(["a"], normalize_embeddings=True) == 0).all()
+
+
+def test_similarity_of_half_precision(embedder):
+    one, other = (embedder.encode(TEXTS[:n]).astype(np.float16) for n in (3, 2))
+    found = embedder.similarity(one, other)
+    wide = embedder.similarity(one.astype(np.float32), other.astype(np.float32))
+    assert found.dtype is torch.float32 and found.shape == (3, 2) and torch.equal(found, wide)
+
+
+def test_one_id_too_many(embedder):
+    tokenizer = embedder.tokenizer
+    largest = max(tokenizer.get_vocab().values())
+    sizes = dict(dim=16, n_heads=2, hidden_dim=24, n_layers=1)
+    for most in (largest, largest - 5):
+        with pytest.raises(ValueError, match=f"the tokenizer has ids up to {largest}, the model {most} embeddings"):
+            Embedder(DistilBertModel(DistilBertConfig(vocab_size=most, **sizes)), tokenizer)
+    Embedder(DistilBertModel(DistilBertConfig(vocab_size=largest + 1, **sizes)), tokenizer)
+
+
+def test_no_more_tokens_than_the_tokenizer_or_the_model_has_room_for(minilm):
+    tokenizer = DistilBertTokenizer.from_pretrained(minilm, model_max_length=40)
+    sizes = dict(dim=16, n_heads=2, hidden_dim=24, n_layers=1)
+    for positions, most in ((32, 32), (64, 40)):
+        config = DistilBertConfig(max_position_embeddings=positions, **sizes)
+        assert Embedder(DistilBertModel(config), tokenizer).max_length == most
+
+
+@pytest.mark.parametrize("name", ["tokenizer_args", "processor_kwargs", "processing_kwargs"])
+def test_settings_of_sentence_transformers_that_are_not_known(name, checkpoint):
+    path = checkpoint / "sentence_bert_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: {"x": 1}}))
+    with pytest.raises(ValueError, match=f"{name} is .* which is not supported"):
+        Embedder.from_pretrained(checkpoint, device="cpu")
+
+
+def test_a_dense_layer_has_a_bias_unless_told(checkpoint):
+    (checkpoint / "2_Dense").mkdir()
+    modules = json.loads((checkpoint / "modules.json").read_text())
+    modules = [m for m in modules if not m["type"].endswith("Normalize")]
+    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    told = {"in_features": 16, "out_features": 4, "activation_function": "torch.nn.modules.linear.Identity"}
+    (checkpoint / "2_Dense" / "config.json").write_text(json.dumps(told))
+    weights = {"linear.weight": torch.zeros(4, 16), "linear.bias": torch.arange(4.0)}
+    save_file(weights, checkpoint / "2_Dense" / "model.safetensors")
+    own = Embedder.from_pretrained(checkpoint, device="cpu", normalize=False)
+    assert own.encode("a").tolist() == [0, 1, 2, 3]
+
+
+def test_which_text_is_wrong_with_processes(embedder):
+    texts = ["a"] * 1_500 + ["\ud800"] + ["b"]
+    for processes in (0, 1):
+        with pytest.raises(ValueError, match=r"texts\[1500\] holds a lone surrogate"):
+            embedder.encode(texts, tokenizer_processes=processes)

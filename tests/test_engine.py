@@ -1,5 +1,6 @@
 """The scheduler's batches, and the engine: all cores, staged copies, graphs, and memory that runs out."""
 
+import collections
 import importlib.util
 import io
 import pickle
@@ -609,3 +610,27 @@ def test_memory_that_runs_out_on_cuda(embedder, texts):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert engine.budget < 1_000
     np.testing.assert_allclose(out, alone(embedder, texts), atol=1e-4)
+
+
+def test_no_more_graphs_than_are_allowed(embedder, texts, captured, monkeypatch):
+    monkeypatch.setattr(runner, "MOST_GRAPHS", 2)
+    engine = Engine(torch.device("cpu"), 256, graphs=(graphs := GraphCache()))
+    np.testing.assert_allclose(staged(embedder, engine, texts[:60]), alone(embedder, texts[:60]), atol=2e-6)
+    assert len(graphs._graphs) == 2 == len(captured)
+
+
+@pytest.mark.parametrize(
+    "message", ["[enforce fail] DefaultCPUAllocator: not enough memory", "can't allocate memory", "CUDA out of memory"]
+)
+def test_what_a_want_of_memory_is_called(message):
+    assert runner._is_out_of_memory(RuntimeError(message)) and not runner._is_out_of_memory(RuntimeError("other"))
+
+
+def test_a_budget_never_rises_again():
+    """Where a batch of more tokens, planned before, runs out of memory, too."""
+    engine, window = Engine(torch.device("cpu"), 100), Window(np.zeros(120, np.int32), np.full(12, 10))
+    pending = collections.deque()
+    engine.budget = 20
+    assert engine._make_room(window, np.arange(12), pending) is None
+    assert engine.budget == 20 and [len(rows) for rows in pending] == [2] * 6
+    assert engine._make_room(window, np.arange(2), pending) is None and engine.budget == 10

@@ -601,7 +601,7 @@ def test_a_finished_job_that_lost_files(harm, checkpoint, tmp_path):
 def test_an_overwriting_job_that_is_killed_leaves_nothing_to_be_mistaken(stopped, checkpoint, tmp_path, monkeypatch):
     """Its parts have the names of the earlier job's."""
     _path, output = stopped
-    other = jsonl(tmp_path / "other.jsonl", [{"text": t.upper()} for t in TEXTS])
+    other = jsonl(tmp_path / "other.jsonl", [{"text": f"{t} x"} for t in TEXTS])
     unlink, left = Path.unlink, [0]
 
     def dying(self, **kwargs):
@@ -1934,6 +1934,7 @@ CHANGES = {
     "tokenizers": (lambda m, p: m.setattr(importlib.metadata, "version", lambda name: "9"), "tokenizers was"),
     "the parts": (lambda m, p: m.setattr(fastdistil.cli, "PART_CHARACTERS", 5), "part_characters was"),
     "the dimensions": (["--truncate-dim", "8"], "truncate_dim was None, now 8"),
+    "the ids": (["--id-column", "other"], "columns was"),
 }
 
 
@@ -1965,13 +1966,14 @@ def test_no_job_goes_on_as_another(change, checkpoint, tmp_path, monkeypatch, ca
         ("question-answering", ["--question", "who?"], ["--question", "what?"], "question was 'who?', now 'what?'"),
         ("question-answering", ["--question", "who?"], ["--question", "who?", "--top-k", "2"], "options was"),
         ("text-classification", [], ["--top-k", "2"], "options was"),
+        ("question-answering", ["--question-column", "text"], ["--question-column", "other"], "columns was"),
         ("token-classification", [], ["--aggregation-strategy", "first"], "options was"),
         ("text-classification", [], ["--max-batch-tokens", "77"], "max_batch_tokens was"),
         ("text-classification", [], ["--no-truncate"], "options was"),
     ],
 )
 def test_no_prediction_goes_on_as_another(task, first, then, message, heads, tmp_path, capsys):
-    path = jsonl(tmp_path / "in.jsonl", [{"text": "a text"}])
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a text", "other": "a text"}])
     base = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--quiet", "--input", str(path)]
     base += ["--output", str(tmp_path / "o"), "--resume"]
     assert main([*base, *first]) == 0
@@ -2070,3 +2072,157 @@ def test_an_empty_job_whose_output_was_replaced_touches_nothing(checkpoint, tmp_
     with pytest.raises(OSError, match="was moved or replaced"):
         module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
     assert files(tmp_path / "o") == {"part-00000.npy": b"another's"}
+
+
+# --- whose answer is whose --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """A part of eight rows has three of them."""
+    monkeypatch.setattr("fastdistil.engine.scheduler.HEAD", 3)
+    monkeypatch.setattr("fastdistil.engine.scheduler.WINDOW", 4)
+
+
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_parts_of_several_windows(of_tokens, small_windows, checkpoint, embedder, tmp_path):
+    """More than the 4,096 rows of a first one, as parts usually are."""
+    path, more = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS]), []
+    if of_tokens:
+        ids = embedder.tokenizer.encode_ids(TEXTS, 64)
+        path, more = tmp_path / "in.parquet", ["--tokens-column", "input_ids"]
+        parquet.write_table(pyarrow.table({"input_ids": ids}), path)
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *more) == 0
+    found = np.load(tmp_path / "o" / "part-00000.npy")
+    np.testing.assert_allclose(found, [embedder.encode(t) for t in TEXTS], atol=1e-6)
+
+
+def test_a_text_without_memory_is_rejected_alone(small_windows, checkpoint, embedder, tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in [1, "a", "b", "word " * 50, "c", "d", "word " * 40, "e"]])
+    compute = Embedder._compute
+
+    def limited(self, ids, *rest):
+        if len(ids) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, ids, *rest)
+
+    monkeypatch.setattr(Embedder, "_compute", limited)
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", "--on-error", "skip") == 3
+    rejects = [json.loads(line) for line in (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()]
+    assert [(r["row"], "no memory" in r["reason"]) for r in rejects] == [(0, False), (3, True), (6, True)]
+    found = np.load(tmp_path / "o" / "part-00000.npy")
+    np.testing.assert_allclose(found, [embedder.encode(t) for t in "abcde"], atol=1e-6)
+
+
+def test_answers_of_halves_that_are_tried_by_themselves(heads, tmp_path, monkeypatch):
+    """Where the pipeline says of one row that there is no memory for it."""
+    texts = ["one", "two", "bad", "three", "four"]
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in texts])
+
+    def answer(self, inputs, **options):
+        if "bad" in inputs:
+            raise MemoryError(f"inputs[{inputs.index('bad')}]: there is no memory for it")
+        return [{"label": text, "score": 1.0} for text in inputs]
+
+    monkeypatch.setattr("fastdistil.pipelines.TextClassificationPipeline.__call__", answer)
+    command = ["predict", "--task", "text-classification", "--model", heads["text-classification"], "--device", "cpu"]
+    command += ["--quiet", "--input", str(path), "--output", str(tmp_path / "o"), "--on-error", "skip"]
+    assert main([*command, "--format", "jsonl"]) == 3
+    rows = [json.loads(line) for line in (tmp_path / "o" / "part-00000.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["label"]) for row in rows] == [(0, "one"), (1, "two"), (3, "three"), (4, "four")]
+    (reject,) = (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["row"] == 2 and "no memory" in json.loads(reject)["reason"]
+
+
+def test_a_job_goes_on_behind_a_part_that_left_rows_out(checkpoint, tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in ["a", "b", "c", 4, "e", "f", "g"]])
+    module.run_job(*make_job(checkpoint, path, tmp_path / "whole", on_error="skip"), module.Log(True))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stop):
+            module.run_job(*make_job(checkpoint, path, tmp_path / "o", on_error="skip"), module.Log(True))
+    module.run_job(*make_job(checkpoint, path, tmp_path / "o", on_error="skip"), module.Log(True))
+    assert files(tmp_path / "o") == files(tmp_path / "whole")
+    assert [row for ids, _ in Index(tmp_path / "o").parts() for row in ids] == [0, 1, 2, 4, 5, 6]
+
+
+def test_a_question_is_embedded_as_the_index_was(checkpoint, tmp_path, capsys):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    how = ["--pooling", "cls", "--no-normalize", "--max-length", "8", "--truncate-dim", "7"]
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *how) == 0
+    query = "a long question of more than eight tokens about a cat that sat"
+    assert main(["search", "--index", str(tmp_path / "o"), "--json", "--quiet", "--top-k", "8", query]) == 0
+    own = Embedder.from_pretrained(checkpoint, "cpu", pooling="cls", normalize=False, max_length=8, truncate_dim=7)
+    scores = own.encode(TEXTS) @ own.encode(query)
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert {hit["id"]: hit["score"] for hit in hits} == pytest.approx(dict(enumerate(scores.tolist())), abs=1e-5)
+
+
+def test_an_index_is_searched_from_elsewhere(checkpoint, tmp_path, monkeypatch, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    monkeypatch.chdir(tmp_path)
+    assert embed("model", "--input", path, "--output", tmp_path / "o") == 0
+    monkeypatch.chdir("/")
+    assert main(["search", "--index", str(tmp_path / "o"), "--quiet", "a"]) == 0
+    assert "  0" in capsys.readouterr().out
+
+
+def test_an_input_that_changes_while_the_last_part_is_written(checkpoint, tmp_path, monkeypatch):
+    path, write_ = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS]), module._write
+
+    def changing(job, lock, manifest, work, part):
+        if part.number == 3:
+            with open(path, "a") as file:
+                file.write('{"text": "more"}\n')
+        return write_(job, lock, manifest, work, part)
+
+    monkeypatch.setattr(module, "_write", changing)
+    with pytest.raises(ValueError, match=r"the input in.jsonl changed while it was read"):
+        module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
+    assert not read_manifest(tmp_path / "o").finished
+
+
+def test_nothing_is_left_of_a_job_that_an_empty_one_replaces(checkpoint, tmp_path):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    module.run_job(*make_job(checkpoint, path, tmp_path / "o"), module.Log(True))
+    empty = jsonl(tmp_path / "empty.jsonl", [])
+    module.run_job(*make_job(checkpoint, empty, tmp_path / "o", resume=False, overwrite=True), module.Log(True))
+    assert list(files(tmp_path / "o")) == ["manifest.json"]
+
+
+def test_a_local_rank_has_a_gpu_of_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cli, "embed", lambda arguments: seen.append(arguments.device))
+    for device, found in (([], "cuda:1"), (["--device", "cpu"], "cpu")):
+        assert main(["embed", "--model", "m", "--input", "i", "--output", "o", *device]) == 0
+        assert seen.pop() == found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["embed", "--model", "m", "--input", "i", "--output", "o"]) == 0 and seen == [None]
+
+
+def test_processes_have_ended_when_one_has_failed(tmp_path):
+    """So that what they write is not written behind the message."""
+    marks = [tmp_path / "a", tmp_path / "b"]
+    slow = (
+        "import os, sys, time\ntry: os.read(int(os.environ['%s']), 1)\nfinally: time.sleep(1); open(sys.argv[1], 'w')"
+    )
+    code = [slow % processes.LIFELINE, "import sys, time; time.sleep(0.5); open(sys.argv[1], 'w'); sys.exit(1)"]
+    commands = [[sys.executable, "-c", text, str(mark)] for text, mark in zip(code, marks, strict=True)]
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(processes.Failed, match="the process on two ended with status 1"):
+        processes._together(["one", "two"], commands, dict(os.environ), [], [])
+    assert all(mark.exists() for mark in marks)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_ids_that_are_no_text_in_every_format(checkpoint, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"id": "\\ud800", "text": "a"}\n')
+    for form in ("npy", "safetensors", "parquet", "jsonl"):
+        given = ["--input", path, "--output", tmp_path / form, "--format", form, "--id-column", "id"]
+        assert embed(checkpoint, *given) == 0
+        ((ids, _),) = Index(tmp_path / form).parts()
+        assert ids == ["\\ud800" if form == "parquet" else "\ud800"]

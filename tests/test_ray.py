@@ -1,5 +1,6 @@
 """Ray: the actor class of `map_batches`, and a job whose actors die, on a local cluster of two actors."""
 
+import json
 import os
 import signal
 import socket
@@ -209,13 +210,52 @@ def test_a_text_without_memory_fails_alone(checkpoint, tmp_path, monkeypatch, po
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     work = module.RayEmbedding(embedder, "npy")
     work.ray = Mock(get=lambda found: found)
-    (tmp_path / "in.txt").write_text("".join(f"{'word ' * (60 if i == 6 else 3)}\n" for i in range(10)))
-    job = Job([str(tmp_path / "in.txt")], tmp_path / "o", "embed", checkpoint, "npy", {}, on_error=policy)
+    rows = [f"{'word ' * (60 if i == 6 else 3)}" for i in range(10)]
+    if policy == "skip":  # an unreadable row before it
+        rows[1] = None
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    job = Job([str(tmp_path / "in.jsonl")], tmp_path / "o", "embed", checkpoint, "npy", {}, on_error=policy)
     if policy == "fail":
-        with pytest.raises(ValueError, match=r"in.txt, line 7: there is no memory for a text of 62 tokens"):
+        with pytest.raises(ValueError, match=r"in.jsonl, line 7: there is no memory for a text of 62 tokens"):
             run_job(job, work, Log(quiet=True))
         return
-    assert run_job(job, work, Log(quiet=True)).rejected == 1
-    rejects = (tmp_path / "o" / "part-00000.rejects.jsonl").read_text()
-    assert "line 7" in rejects and "no memory for a text of 62 tokens" in rejects
-    assert np.load(tmp_path / "o" / "part-00000.npy").shape == (9, 32)
+    assert run_job(job, work, Log(quiet=True)).rejected == 2
+    rejects = [json.loads(line) for line in (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rejects] == [1, 6] and "no memory for a text of 62 tokens" in rejects[1]["reason"]
+    expected = embedder.encode([text for i, text in enumerate(rows) if i not in (1, 6)])
+    np.testing.assert_allclose(np.load(tmp_path / "o" / "part-00000.npy"), expected, atol=1e-6)
+
+
+def test_actors_put_the_prompt_before_texts(checkpoint):
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu", prompt="query: ")
+    worker = object.__new__(module._Worker)
+    worker.embedder, worker.max_batch_tokens = embedder, None
+    found, errors = worker.encode(["a", "b c"])
+    np.testing.assert_allclose(found, embedder.encode(["a", "b c"]), atol=1e-6)
+    assert not errors and not np.allclose(found, embedder.encode(["a", "b c"], prompt=""), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("resources", "dtype", "actors", "message"),
+    [
+        ({"CPU": 4.0, "GPU": 2.0}, "float32", 3, "3 actors take one each of a cluster's 2 GPUs and 4 CPUs"),
+        ({"CPU": 1.0, "GPU": 2.0}, "float32", 2, "2 actors take one each of a cluster's 2 GPUs and 1 CPUs"),
+        ({"CPU": 4.0, "GPU": 2.0}, "int8", None, "dtype int8 is for CPU, and the cluster has GPUs"),
+    ],
+)
+def test_what_actors_on_gpus_cannot_do(resources, dtype, actors, message, checkpoint, monkeypatch):
+    for name, stub in (("is_initialized", lambda: False), ("init", Mock()), ("shutdown", Mock())):
+        monkeypatch.setattr(ray, name, stub)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    with pytest.raises(ValueError, match=message):
+        module.RayEmbedding(Embedder.from_pretrained(checkpoint, "cpu", dtype), "npy", actors=actors)
+
+
+def test_a_model_in_bfloat16_stays_so_on_gpus(checkpoint, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda cls: Mock(remote=lambda *given: seen.append(given)))
+    module.RayEmbedding(Embedder.from_pretrained(checkpoint, "cpu", "bfloat16"), "npy")
+    assert seen[0][2] is torch.bfloat16

@@ -897,3 +897,91 @@ def test_a_new_vocabulary_with_other_special_tokens(ours, tmp_path):
     assert (made.mask_token, made.cls_token, made.extra_special_tokens) == ("<m>", "<c>", ["[X]"])
     assert made("some [X]").tokens()[0] == "<c>" and "[X]" in made("some [X]").tokens() and "[MASK]" not in made.vocab
     assert list(made("some")) == ["input_ids"] and made.clean_up_tokenization_spaces is False
+
+
+# --- settings of files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{"strip_accents": False}, {"tokenize_chinese_chars": False}, {"do_lower_case": False}]
+)
+@pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.txt"])
+def test_the_normaliser_is_as_the_configuration_says(settings, kept, ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    for name in {"tokenizer.json", "vocab.txt"} - {kept}:
+        (tmp_path / name).unlink()
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    text = "Naïve café 中文 ABC"
+    found = DistilBertTokenizer.from_pretrained(tmp_path).encode(text)
+    assert found != ours.encode(text)
+    if kept == "vocab.txt" or "do_lower_case" not in settings:  # transformers 5 heeds the file alone there
+        assert found == transformers.BertTokenizer.from_pretrained(tmp_path).encode(text)
+
+
+def vocabulary(directory, *words):
+    (directory / "vocab.txt").write_text(
+        "".join(f"{t}\n" for t in ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    )
+
+
+def test_added_tokens_come_in_the_order_of_their_numbers(tmp_path):
+    vocabulary(tmp_path, "a", "b", "c", "d")
+    added = {str(i): {"content": f"new{i}"} for i in (10, 9, 11)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    found = DistilBertTokenizer.from_pretrained(tmp_path)
+    assert found.convert_tokens_to_ids(["new9", "new10", "new11"]) == [9, 10, 11]
+
+
+@pytest.mark.parametrize(("whole", "expected"), [(True, ["[UNK]", "new"]), (False, ["con", "new", "new"])])
+def test_how_an_added_token_is_found(whole, expected, tmp_path):
+    vocabulary(tmp_path, "con", "##cat", "cat", "dog")
+    added = {"9": {"content": "new", "single_word": whole}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert DistilBertTokenizer.from_pretrained(tmp_path).tokenize("connew new") == expected
+
+
+def test_a_token_that_the_file_lacks_is_added(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    path, size = tmp_path / "tokenizer_config.json", len(ours)
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": {str(size): {"content": "qqnew"}}})
+    )
+    found = DistilBertTokenizer.from_pretrained(tmp_path)
+    assert found.tokenize("a qqnew") == ["a", "qqnew"] and found.convert_tokens_to_ids("qqnew") == size
+
+
+@pytest.mark.parametrize("side", ["padding_side", "truncation_side"])
+def test_sides_are_saved(side, ours, tmp_path):
+    DistilBertTokenizer(tokenizer=ours.backend, **{side: "left"}).save_pretrained(tmp_path)
+    found = DistilBertTokenizer.from_pretrained(tmp_path)
+    assert getattr(found, side) == "left" == getattr(transformers.AutoTokenizer.from_pretrained(tmp_path), side)
+
+
+def test_padding_is_special(ours):
+    rows = [ours(text, return_special_tokens_mask=True) for text in ("a", "a b c d")]
+    mask = ours.pad(rows)["special_tokens_mask"]
+    assert mask == [[1, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 1]]
+
+
+def test_a_long_added_token_where_a_text_is_cut(ours):
+    """No space is near: what is cut there may be part of the token."""
+    own = DistilBertTokenizer(tokenizer=ours.backend)
+    own.add_tokens(["q" * 300])
+    for before in range(560, 600, 3):
+        text = "中" * before + "q" * 300 + "中" * 5_000
+        for most in (64, before + 2, before + 3, before + 4):
+            whole = own(text)["input_ids"]
+            assert own.encode_ids([text], most)[0] == [*whole[: most - 1], own.sep_token_id]
+
+
+def test_a_tokenizer_that_splits_otherwise_is_not_cut(ours):
+    """Where one word may be a whole text."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    other = Tokenizer.from_str(ours.backend.to_str())
+    other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own = DistilBertTokenizer(tokenizer=other)
+    for text in ("a" * 50_000, "word, " * 9_000):
+        whole = own(text)["input_ids"]
+        assert own.encode_ids([text], 16)[0] == ([*whole[:15], own.sep_token_id] if len(whole) > 16 else whole)
