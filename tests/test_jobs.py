@@ -2148,11 +2148,11 @@ def test_a_job_goes_on_behind_a_part_that_left_rows_out(checkpoint, tmp_path, mo
 
 def test_a_question_is_embedded_as_the_index_was(checkpoint, tmp_path, capsys):
     path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
-    how = ["--pooling", "cls", "--no-normalize", "--max-length", "8", "--truncate-dim", "7"]
+    how = ["--pooling", "cls", "--normalize", "--max-length", "8", "--truncate-dim", "7"]
     assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *how) == 0
     query = "a long question of more than eight tokens about a cat that sat"
     assert main(["search", "--index", str(tmp_path / "o"), "--json", "--quiet", "--top-k", "8", query]) == 0
-    own = Embedder.from_pretrained(checkpoint, "cpu", pooling="cls", normalize=False, max_length=8, truncate_dim=7)
+    own = Embedder.from_pretrained(checkpoint, "cpu", pooling="cls", normalize=True, max_length=8, truncate_dim=7)
     scores = own.encode(TEXTS) @ own.encode(query)
     hits = json.loads(capsys.readouterr().out)["hits"]
     assert {hit["id"]: hit["score"] for hit in hits} == pytest.approx(dict(enumerate(scores.tolist())), abs=1e-5)
