@@ -2146,13 +2146,19 @@ def test_a_job_goes_on_behind_a_part_that_left_rows_out(checkpoint, tmp_path, mo
     assert [row for ids, _ in Index(tmp_path / "o").parts() for row in ids] == [0, 1, 2, 4, 5, 6]
 
 
-def test_a_question_is_embedded_as_the_index_was(checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        (["--pooling", "cls", "--normalize"], {"pooling": "cls", "normalize": True}),
+        (["--max-length", "8", "--truncate-dim", "7"], {"max_length": 8, "truncate_dim": 7}),
+    ],
+)
+def test_a_question_is_embedded_as_the_index_was(how, options, checkpoint, tmp_path, capsys):
     path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
-    how = ["--pooling", "cls", "--normalize", "--max-length", "8", "--truncate-dim", "7"]
     assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", *how) == 0
     query = "a long question of more than eight tokens about a cat that sat"
     assert main(["search", "--index", str(tmp_path / "o"), "--json", "--quiet", "--top-k", "8", query]) == 0
-    own = Embedder.from_pretrained(checkpoint, "cpu", pooling="cls", normalize=True, max_length=8, truncate_dim=7)
+    own = Embedder.from_pretrained(checkpoint, "cpu", **options)
     scores = own.encode(TEXTS) @ own.encode(query)
     hits = json.loads(capsys.readouterr().out)["hits"]
     assert {hit["id"]: hit["score"] for hit in hits} == pytest.approx(dict(enumerate(scores.tolist())), abs=1e-5)
