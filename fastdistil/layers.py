@@ -289,7 +289,7 @@ def _attends_whole(attention: Any) -> bool:
     return wide and attention.scaling == size**-0.5
 
 
-def asked(**options: Any) -> dict[str, Any]:
+def given_options(**options: Any) -> dict[str, Any]:
     """Of a part's keywords those that ask for something: a user's own part need not know the others."""
     return {name: value for name, value in options.items() if isinstance(value, Tensor) or value}
 
@@ -337,7 +337,7 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """hidden_states: [B, L, dim] -> the same; `probabilities` gets the attention's, [B, heads, L, L]"""
         x = hidden_states
-        more = asked(head_mask=head_mask, probabilities=probabilities is not None, adapters=adapters)
+        more = given_options(head_mask=head_mask, probabilities=probabilities is not None, adapters=adapters)
         context, weights = self.attention(x, attention_mask=attention_mask, **more)
         if probabilities is not None and weights is not None:
             probabilities.append(weights)
@@ -423,7 +423,7 @@ def _call(
 ) -> tuple:
     """-> [B, L, dim], and the attention's probabilities where they are wanted and told"""
     weights: list[Tensor] = []
-    more = asked(head_mask=heads, adapters=adapters) | ({"probabilities": weights} if probabilities else {})
+    more = given_options(head_mask=heads, adapters=adapters) | ({"probabilities": weights} if probabilities else {})
     return (block(x, mask, **more), *weights)
 
 

@@ -18,7 +18,7 @@ from fastdistil import cpu, graphs, inputs, ops
 from fastdistil._register import can_look, is_exported_to_onnx, is_transformed
 from fastdistil.config import DistilBertConfig
 from fastdistil.inputs import INTEGERS, Inputs, check_chosen, flat_positions, pick
-from fastdistil.layers import Embeddings, Transformer, TransformerBlock, asked, rows_of
+from fastdistil.layers import Embeddings, Transformer, TransformerBlock, given_options, rows_of
 from fastdistil.outputs import BaseModelOutput
 from fastdistil.packing import Packing, find_tokens
 from fastdistil.plain import AS_WRITTEN, is_hooked, is_ours, is_touched
@@ -186,7 +186,7 @@ class DistilBertModel(PreTrainedModel):
         if keep is not None:  # a row without a real token attends to everything, and is zeroed with the padding
             mask = (keep | ~keep.any(-1, keepdim=True))[:, None, None]  # [B, 1, 1, L]
         padded = ~keep.unsqueeze(-1) if zeroed and keep is not None else None  # [B, L, 1]
-        more = asked(head_mask=heads, probabilities=want_attentions, adapters=adapters)
+        more = given_options(head_mask=heads, probabilities=want_attentions, adapters=adapters)
         if ours := type(self.transformer) is Transformer:
             more["padded"] = padded
         out = self.transformer(hidden_states=x, attention_mask=mask, **more)
