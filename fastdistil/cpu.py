@@ -184,7 +184,7 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `_onednn` computes this product; torch.backends.mkldnn.flags(enabled=False) says no."""
     if x.dtype is not torch.float32 or why_not_onednn() or not torch.backends.mkldnn.enabled:
         return False
-    rows, terms = x.shape
+    rows, terms = x.shape[0], weight.shape[1]
     return (
         rows >= (SOME_ROWS if terms <= CHAIN else MANY_ROWS)
         and terms > 0
@@ -223,11 +223,16 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", a
     x, bias = _widened(x), bias.contiguous()
     if terms <= CHAIN:
         return product(x, weight, bias, activation, [], algorithm)[:rows]
-    part = -(-terms // (16 * -(-terms // CHAIN))) * 16  # equal parts of whole vectors
+    part = _part(terms)
     y = product(x[:, :part], weight[:, :part].contiguous(), bias, "none", [], "")
     for k in range(part, terms, part):
         y = product.binary(x[:, k : k + part], y, weight[:, k : k + part].contiguous(), None, "add")
     return y[:rows]
+
+
+def _part(terms: int) -> int:
+    """How many terms a product that is cut adds at a time: equal parts of whole vectors."""
+    return -(-terms // (16 * -(-terms // CHAIN))) * 16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -252,6 +257,24 @@ def bias_gelu(
     if by_onednn(x, weight) and x.shape[1] <= CHAIN:
         return _onednn(x, weight, bias, *ONEDNN_ACTIVATIONS[activation])
     return activate_(linear(x, weight, bias), activation)
+
+
+def feed_forward(x: Tensor, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor, activation: str) -> Tensor:
+    """linear(bias_gelu(x, w_1, b_1), w_2, b_2) with the same bits: [rows, dim] -> [rows, dim].
+
+    Where the second product is cut, see `CHAIN`, so is the first: columns of its whole result would be copied.
+    """
+    hidden = w_1.shape[0]
+    if hidden <= CHAIN or w_1.shape[1] > CHAIN or not (by_onednn(x, w_1) and by_onednn(x, w_2)):
+        return linear(bias_gelu(x, w_1, b_1, activation), w_2, b_2)
+    product, rows, part = torch.ops.mkldnn._linear_pointwise, x.shape[0], _part(hidden)
+    x, y, (name, algorithm) = _widened(x), None, ONEDNN_ACTIVATIONS[activation]
+    for k in range(0, hidden, part):
+        h = product(x, w_1[k : k + part], b_1[k : k + part], name, [], algorithm)  # [rows, part]
+        w = w_2[:, k : k + part].contiguous()
+        y = product(h, w, b_2.contiguous(), "none", [], "") if y is None else product.binary(h, y, w, None, "add")
+    assert y is not None
+    return y[:rows]
 
 
 def activate_(h: Tensor, activation: str) -> Tensor:

@@ -402,8 +402,8 @@ class TransformerBlock(nn.Module):
             context, x = context[only], x[only]
         x = cpu.add_layer_norm(cpu.linear(context, w_out, b_out), x, w_norm, b_norm, own["sa_layer_norm"].eps)
         activation: Any = activation_of(own["ffn"].activation)
-        hidden = cpu.bias_gelu(x, w_1, b_1, activation)  # [rows, hidden_dim]
-        return cpu.add_layer_norm(cpu.linear(hidden, w_2, b_2), x, w_last, b_last, own["output_layer_norm"].eps)
+        y = cpu.feed_forward(x, w_1, b_1, w_2, b_2, activation)  # [rows, dim]
+        return cpu.add_layer_norm(y, x, w_last, b_last, own["output_layer_norm"].eps)
 
     def _through(
         self, adapters: Sequence[str], context: Tensor, x: Tensor, ffn: Callable, live: Tensor | None
