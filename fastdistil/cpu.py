@@ -4,8 +4,10 @@ import ctypes
 import functools
 import os
 import platform
-from collections.abc import Callable
-from itertools import pairwise
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ FEW_ROWS, FEW_ON_INTEL, BLOCKS = range(1, 257), range(4, 16), 8
 # error is at most MKL's and a half, its largest was up to 3.5 times MKL's in results of 1,000 elements and more. A cut
 # copies part of the weights, so it pays from MANY_ROWS rows on; up to SOME_ROWS rows MKL is as quick.
 CHAIN, SOME_ROWS, MANY_ROWS = 1_024, 8, 24
+LAID_OUT_FOR = 2_048  # rows, which makes no difference to others
 ONEDNN_ACTIVATIONS = {
     "gelu": ("gelu", "none"),
     "gelu_new": ("gelu", "tanh"),
@@ -40,6 +43,9 @@ MALLOC_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": (-1, 2**27),
     "MALLOC_TOP_PAD_": (-2, 2**26),
 }
+
+
+Prepared = dict[tuple[int, ...], tuple[Tensor, Tensor]]  # see `prepare`
 
 
 def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., Tensor]:
@@ -217,12 +223,11 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", algorithm: str = "") -> Tensor:
-    """activation(x @ weight.T + bias); [rows, in], [out, in], [out] -> [rows, out]. The weights stay as they are: to
-    keep them in oneDNN's own layout gains 2 to 5 % from 64 rows on and would miss what is written through `.data`."""
+    """activation(x @ weight.T + bias); [rows, in], [out, in], [out] -> [rows, out]"""
     product, rows, terms = torch.ops.mkldnn._linear_pointwise, *x.shape
     x, bias = _widened(x), bias.contiguous()
     if terms <= CHAIN:
-        return product(x, weight, bias, activation, [], algorithm)[:rows]
+        return product(x, _laid_out(weight), bias, activation, [], algorithm)[:rows]
     part = _part(terms)
     y = product(x[:, :part], weight[:, :part].contiguous(), bias, "none", [], "")
     for k in range(part, terms, part):
@@ -267,14 +272,58 @@ def feed_forward(x: Tensor, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor, 
     hidden = w_1.shape[0]
     if hidden <= CHAIN or w_1.shape[1] > CHAIN or not (by_onednn(x, w_1) and by_onednn(x, w_2)):
         return linear(bias_gelu(x, w_1, b_1, activation), w_2, b_2)
-    product, rows, part = torch.ops.mkldnn._linear_pointwise, x.shape[0], _part(hidden)
+    product, rows = torch.ops.mkldnn._linear_pointwise, x.shape[0]
     x, y, (name, algorithm) = _widened(x), None, ONEDNN_ACTIVATIONS[activation]
-    for k in range(0, hidden, part):
-        h = product(x, w_1[k : k + part], b_1[k : k + part], name, [], algorithm)  # [rows, part]
-        w = w_2[:, k : k + part].contiguous()
+    for first, second, bias in zip(*_pieces(w_1, w_2), b_1.split(_part(hidden)), strict=True):
+        h = product(x, _laid_out(first), bias, name, [], algorithm)  # [rows, part]
+        w = _laid_out(second)
         y = product(h, w, b_2.contiguous(), "none", [], "") if y is None else product.binary(h, y, w, None, "add")
     assert y is not None
     return y[:rows]
+
+
+def _pieces(w_1: Tensor, w_2: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """[hidden, dim], [dim, hidden] -> the parts that `feed_forward` multiplies with, [part, dim] and [dim, part]"""
+    part = _part(w_1.shape[0])
+    return w_1.split(part), w_2.split(part, dim=1)
+
+
+# Weights in oneDNN's own layout: 1.03 to 1.06 times as quick from 512 rows on, with the same bits, and as much memory
+# again. They would miss what is written to the weights, so they are made anew for each run of many tokens, and only the
+# threads of that run have them.
+_run = threading.local()
+
+
+def prepare(blocks: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Prepared:
+    """For `using`. blocks: float32 (w_qkv, w_out, w_1, w_2) each. Nothing where oneDNN does not multiply."""
+    found: Prepared = {}
+    if why_not_onednn() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return found
+    for w_qkv, w_out, w_1, w_2 in blocks:
+        cut = w_1.shape[0] > CHAIN
+        for weight in (w_qkv, w_out, *chain(*_pieces(w_1, w_2))) if cut else (w_qkv, w_out, w_1, w_2):
+            if 0 < weight.shape[1] <= CHAIN and weight.shape[0]:
+                # with the weight, or another could come to lie where it was
+                laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), LAID_OUT_FOR)
+                found[weight.data_ptr(), *weight.shape] = laid_out, weight
+    return found
+
+
+@contextmanager
+def using(prepared: Prepared) -> Iterator[None]:
+    """Products of this thread take these weights where they are asked for the ones that they were made of."""
+    before = getattr(_run, "prepared", None)
+    _run.prepared = prepared
+    try:
+        yield
+    finally:
+        _run.prepared = before
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    prepared = getattr(_run, "prepared", None)
+    found = prepared.get((weight.data_ptr(), *weight.shape)) if prepared else None
+    return weight.contiguous() if found is None else found[0]
 
 
 def activate_(h: Tensor, activation: str) -> Tensor:

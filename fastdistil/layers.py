@@ -391,6 +391,13 @@ class TransformerBlock(nn.Module):
             else None
         )
 
+    def products(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """The weights that `_unseen` multiplies with: w_qkv, w_out, w_1, w_2."""
+        if (leaves := self._leaves(x)) is None:
+            return None
+        (w_qkv, _), (w_out, _), _, (w_1, _), (w_2, _), _ = leaves
+        return w_qkv, w_out, w_1, w_2
+
     def _unseen(
         self, x: Tensor, starts: list[int], only: Tensor | None, leaves: tuple[tuple[Tensor, Tensor], ...]
     ) -> Tensor:

@@ -345,6 +345,16 @@ class DistilBertModel(PreTrainedModel):
         out[row.where(keep, len(input_ids))] = hidden
         return out[:-1] if only is None else out[only]
 
+    @torch.no_grad()
+    def prepare(self) -> cpu.Prepared:
+        """The blocks' weights for `cpu.using`, where the model is one in float32 on CPU whose parts are just ours."""
+        ours = self.dtype is torch.float32 and ops.is_unseen(self.device) and self._can_pack()
+        if self.device.type != "cpu" or not ours:
+            return {}
+        blocks: Any = self.transformer.layer
+        like = torch.empty(0, self.config.dim, device="cpu")
+        return cpu.prepare(found for block in blocks if (found := block.products(like)) is not None)
+
     def _adapters(self, names: str | Sequence[str] | None) -> Sequence[str]:
         active = self.__dict__.get("_active_adapters", ()) if names is None else names
         return self.adapter_stack(active) if active else ()

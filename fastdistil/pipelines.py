@@ -146,7 +146,7 @@ class Pipeline:
             return finish(torch.cat(pieces))
 
         wrong: dict[int, str] = {}
-        for done in self._engine().run([window], compute):
+        for done in self._engine().run([window], compute, prepare=self.encoder.prepare):
             if done.error is not None:
                 raise MemoryError(f"inputs[{owner[done.rows[0]]}]: {done.error}")
             if done.result is None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder
+from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder, cpu
 from fastdistil.engine import runner, scheduler
 
 TEXTS = ["a cat sat", "temporary directory", "", "word " * 400, "a cat sat", "it's 3.14, isn't it?"] * 9
@@ -532,3 +532,69 @@ def test_which_text_is_wrong_with_processes(embedder):
     for processes in (0, 1):
         with pytest.raises(ValueError, match=r"texts\[1500\] holds a lone surrogate"):
             embedder.encode(texts, tokenizer_processes=processes)
+
+
+# --- weights laid out for a run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    """How many weights each run laid out, where oneDNN multiplies; else as if it did."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
+    seen, prepare = [], cpu.prepare
+    monkeypatch.setattr(cpu, "why_not_onednn", lambda: "")
+    monkeypatch.setattr(cpu, "prepare", lambda blocks: seen.append(prepare(blocks)) or seen[-1])
+    monkeypatch.setattr(runner, "WORTH_PREPARING", 100)
+    return seen
+
+
+@pytest.mark.parametrize("worker", [1, 10**6])
+def test_weights_are_laid_out_for_each_run(worker, checkpoint, laid_out, monkeypatch):
+    """So that what is written to them between runs counts, by whatever way; a few texts are not worth it."""
+    monkeypatch.setattr(runner, "WORTH_A_WORKER", worker)
+    own = Embedder.from_pretrained(checkpoint, device="cpu", normalize=False)
+    own.encode(TEXTS[:1])
+    assert laid_out == []
+    for change in range(3):
+        found = own.encode(TEXTS)
+        assert len(laid_out) == change + 1 and len(laid_out[-1]) == 4  # of one block
+        monkeypatch.setattr(runner, "WORTH_PREPARING", 10**9)
+        np.testing.assert_allclose(found, own.encode(TEXTS), atol=2e-6)
+        monkeypatch.setattr(runner, "WORTH_PREPARING", 100)
+        for p in own.model.transformer.parameters():
+            p.data.mul_(1.5)
+        assert not np.allclose(found, own.encode(TEXTS), atol=1e-3)
+        laid_out.pop()
+    assert getattr(cpu._run, "prepared", None) is None
+
+
+def test_weights_of_other_models_are_not_laid_out(checkpoint, laid_out):
+    def encode(change=lambda model: None, **options):
+        own = Embedder.from_pretrained(checkpoint, device="cpu", **options)
+        change(own.model)
+        assert np.isfinite(own.encode(TEXTS)).all()
+        found = sum(map(len, laid_out))
+        laid_out.clear()
+        return found
+
+    assert encode() == 4
+    assert encode(dtype="bfloat16") == encode(dtype="int8") == encode(dtype="float64") == 0
+    assert encode(lambda model: model.transformer.layer[0].register_forward_hook(lambda *a: None)) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encode() == 0
+
+
+def test_without_memory_for_them_nothing_is_laid_out(checkpoint, laid_out, monkeypatch):
+    own = Embedder.from_pretrained(checkpoint, device="cpu")
+    expected = own.encode(TEXTS)
+
+    def failing(blocks):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(cpu, "prepare", failing)
+    message = "DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"
+    np.testing.assert_allclose(own.encode(TEXTS), expected, atol=2e-6)
+    message = "something else"
+    with pytest.raises(RuntimeError, match="something else"):
+        own.encode(TEXTS)

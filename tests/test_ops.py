@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -313,6 +314,82 @@ def test_products_by_onednn(onednn, rows, terms):
                     torch.testing.assert_close(result, definition(x, *args), rtol=1e-5, atol=4e-7 * max(terms, 8))
                 parts = -(-terms // cpu.CHAIN)
                 assert onednn == ([] if cut and rows < cpu.MANY_ROWS else [cpu.grid(rows)] * parts)
+
+
+def same_bits(found, expected):
+    """Where oneDNN is what we multiply with; elsewhere nobody needs them."""
+    if ONEDNN_IS_OURS:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@on_cpu_forms
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("hidden", [96, 1024, 1040, 1536, 3072, 3080])
+@pytest.mark.parametrize("rows", [1, 8, 24, 67, 300])
+def test_a_feed_forward_network_is_its_two_products(onednn, rows, hidden, activation):
+    """And none of the hidden columns is copied for the second."""
+    x, behind = torch.randn(rows, 48), torch.full((64, 48), float("nan"))
+    w_1, b_1, w_2, b_2 = torch.randn(hidden, 48), torch.randn(hidden), torch.randn(48, hidden), torch.randn(96)[::2]
+    expected = cpu.linear(cpu.bias_gelu(x, w_1, b_1, activation), w_2, b_2)
+    onednn.clear()
+    with torch.inference_mode():
+        for given in (x, torch.cat([x, behind])[:rows]):
+            same_bits(cpu.feed_forward(given, w_1, b_1, w_2, b_2, activation), expected)
+    if hidden > cpu.CHAIN and rows >= cpu.MANY_ROWS:
+        assert onednn == [cpu.grid(rows)] * 4 * -(-hidden // cpu.CHAIN)
+
+
+@on_cpu_forms
+@pytest.mark.parametrize("hidden", [96, 1536, 3072])
+@pytest.mark.parametrize("rows", [8, 67, 512, 2048])
+def test_weights_in_onednns_own_layout(onednn, rows, hidden, monkeypatch):
+    """The same bits, in the thread and for the time that they are for."""
+    w_qkv, w_out, w_1, w_2 = torch.randn(144, 48), torch.randn(48, 48), torch.randn(hidden, 48), torch.randn(48, hidden)
+    x, b_qkv, b_out, b_1 = torch.randn(rows, 48), torch.randn(144), torch.randn(48), torch.randn(hidden)
+
+    def results():
+        with torch.inference_mode():
+            return (
+                cpu.linear(x, w_qkv, b_qkv),
+                cpu.linear(x, w_out, b_out),
+                cpu.bias_gelu(x, w_1, b_1),
+                cpu.feed_forward(x, w_1, b_1, w_2, b_out, "gelu"),
+            )
+
+    taken, laid_out = [], cpu._laid_out
+    monkeypatch.setattr(cpu, "_laid_out", lambda w: taken.append((found := laid_out(w)).layout) or found)
+    plain, prepared = results(), cpu.prepare([(w_qkv, w_out, w_1, w_2)])
+    assert len(prepared) == (4 if hidden == 96 else 2 + 2 * hidden // cpu._part(hidden))
+    assert set(taken) == {torch.strided}
+    taken.clear()
+    with cpu.using(prepared):
+        with cpu.using({}):
+            results()
+        assert set(taken) == {torch.strided}
+        taken.clear()
+        for found, expected in zip(results(), plain, strict=True):
+            same_bits(found, expected)
+        if rows >= cpu.MANY_ROWS:  # but for the hidden layer alone, which is not cut there
+            assert taken.count(torch._mkldnn) == (5 if hidden == 96 else 2 + 2 * hidden // cpu._part(hidden))
+        taken.clear()
+        thread = threading.Thread(target=results)
+        thread.start(), thread.join()
+        assert set(taken) == {torch.strided}
+    w_out.data.add_(1)  # which nothing tells of
+    taken.clear()
+    with torch.inference_mode():
+        same_bits(cpu.linear(x, w_out, b_out), cpu.linear(x, w_out.clone(), b_out))
+    assert set(taken) == {torch.strided}
+
+
+@on_cpu_forms
+def test_what_onednn_does_not_multiply_is_not_laid_out(onednn, monkeypatch):
+    wide = torch.randn(8, 2 * cpu.CHAIN), torch.randn(8, 8), torch.randn(8, 2 * cpu.CHAIN), torch.randn(0, 8)
+    assert len(cpu.prepare([wide])) == 1
+    monkeypatch.setattr(cpu, "why_not_onednn", lambda: "not here")
+    assert cpu.prepare([wide]) == {}
 
 
 @on_cpu_forms

@@ -355,7 +355,7 @@ class Embedder:
             windows = ahead(windows)
             if (state := self._graphs.state_of(self.model, self.layers)) is not None:
                 key = state, *self.model.active_adapters, self.pooling, self.normalize, self.truncate_dim
-        return engine.run(windows, self._compute, key=key)
+        return engine.run(windows, self._compute, key=key, prepare=self.model.prepare)
 
     def engine(self, max_batch_tokens: int | None = None) -> Engine:
         for part in (self.model, self.layers.to(self.model.device)):
