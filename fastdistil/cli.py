@@ -375,15 +375,17 @@ def _shard(arguments: argparse.Namespace) -> tuple[int, int]:
     then each process has a directory of its own below the output."""
     shard, shards = arguments.shard_index, arguments.num_shards
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if shard is None and rank and world:
+    if rank and world and (shard is None or shards is None):
         try:
-            shard, processes = int(rank), int(world)
+            own, processes = int(rank), int(world)
         except ValueError:
             raise WrongUse(f"RANK and WORLD_SIZE are {rank!r} and {world!r}, not integers") from None
         if shards not in (None, processes):
             raise WrongUse(f"--num-shards is {shards}, but WORLD_SIZE {processes}; give --shard-index, too")
         shards = processes
-        arguments.output = shard_directory(arguments.output, shard, shards) if shards > 1 else arguments.output
+        if shard is None:
+            shard = own
+            arguments.output = shard_directory(arguments.output, shard, shards) if shards > 1 else arguments.output
     if shard is None and shards in (None, 1):
         return 0, 1
     if shard is None or shards is None:

@@ -114,6 +114,8 @@ class DistilBertConfig:
         # a torch.dtype is kept by name, as in the file
         self.dtype = str(dtype if dtype is not None else torch_dtype or "").removeprefix("torch.") or None
         self.id2label = _labels(id2label or {0: "LABEL_0", 1: "LABEL_1"})
+        if isinstance(label2id, dict):
+            label2id = {str(label): i for label, i in label2id.items()}
         self.label2id = label2id if label2id or id2label else {label: i for i, label in self.id2label.items()}
         if num_labels is not None:
             self.num_labels = num_labels

@@ -23,12 +23,12 @@ class Inputs(NamedTuple):
     heads: Tensor | None = None  # [layers, heads], what each head's attention is multiplied by
     adapters: Sequence[str] = ()
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """B, L"""
-        whole = self.ids if self.embeds is None else self.embeds
-        assert whole is not None
-        return whole.shape[0], whole.shape[1]
+
+def size_of(given: Inputs) -> tuple[int, int]:
+    """B, L. A function, for Dynamo of torch 2.10 traces no property of a NamedTuple."""
+    whole = given.ids if given.embeds is None else given.embeds
+    assert whole is not None
+    return whole.shape[0], whole.shape[1]
 
 
 def check_beside(given: object, **tensors: object) -> None:

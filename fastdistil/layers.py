@@ -460,8 +460,8 @@ class Transformer(nn.Module):
         adapters: Sequence[str] = (),
         padded: Tensor | None = None,
     ) -> BaseModelOutput:
-        """hidden_states: [B, L, dim]. attention_mask: 4-D, see `masks`. padded: bool [B, L, 1], where the states that
-        are told are 0. -> the last block's, as hidden_states the input's and each block's, and with `probabilities`
+        """hidden_states: [B, L, dim]. attention_mask: 4-D, see `inputs.masks`. padded: bool [B, L, 1], where what is
+        told is 0. -> the last block's, as hidden_states the input's and each block's, and with `probabilities`
         each one's attention"""
         mask, (shown, x) = attention_mask, _shown(hidden_states, padded)
         states, attentions = [shown], []

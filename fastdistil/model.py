@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastdistil import cpu, graphs, inputs, ops
 from fastdistil._register import can_look, is_exported_to_onnx, is_transformed
 from fastdistil.config import DistilBertConfig
-from fastdistil.inputs import INTEGERS, Inputs, check_chosen, flat_positions, pick
+from fastdistil.inputs import INTEGERS, Inputs, check_chosen, flat_positions, pick, size_of
 from fastdistil.layers import Embeddings, Transformer, TransformerBlock, given_options, rows_of
 from fastdistil.outputs import BaseModelOutput
 from fastdistil.packing import Packing, find_tokens
@@ -151,7 +151,7 @@ class DistilBertModel(PreTrainedModel):
         )
         keep = given.keep
         if isinstance(only, Tensor):
-            check_chosen(only, *given.size, given.positions.device)
+            check_chosen(only, *size_of(given), given.positions.device)
         if padding_too or want_attentions or self._needs_dense(given):
             zeroed = bool(want_states) and not padding_too
             states, weights = self._dense(given, want_attentions, padding_too, zeroed)  # n_layers + 1 times [B, L, dim]
@@ -190,7 +190,8 @@ class DistilBertModel(PreTrainedModel):
         if ours := type(self.transformer) is Transformer:
             more["padded"] = padded
         out = self.transformer(hidden_states=x, attention_mask=mask, **more)
-        *states, _ = getattr(out, "hidden_states", None) or (x, x)  # somebody's own may tell its last states alone
+        # somebody's own may tell its last states alone; and a starred target is a tuple to Dynamo of torch 2.10
+        states = list(getattr(out, "hidden_states", None) or (x, x))[:-1]
         states.append(out if isinstance(out, Tensor) else out[0])
         if padded is not None and not ours:
             states = [state.masked_fill(padded, 0) for state in states]
@@ -202,7 +203,7 @@ class DistilBertModel(PreTrainedModel):
         """-> the last hidden states [rows, dim], or with `every` the embeddings' and each block's, or those of the
         tokens in `only` [n, dim]"""
         ids, embeds, keep, _, positions, heads, adapters = given
-        batch, length = given.size
+        batch, length = size_of(given)
         at, row_ids, row_positions = find_tokens(keep, batch, length, positions.device, ids, positions)
         table = self.embeddings.word_embeddings.weight if embeds is None else embeds.reshape(batch * length, -1)
         if embeds is not None:  # the caller's own table, whose row is the padded position
@@ -378,7 +379,7 @@ class DistilBertModel(PreTrainedModel):
         return getattr(getattr(self.embeddings, "word_embeddings", None), "weight", None)
 
     def _needs_dense(self, given: Inputs) -> bool:
-        if self.training or given.mask is not None or 0 in given.size or not self._can_pack():
+        if self.training or given.mask is not None or 0 in size_of(given) or not self._can_pack():
             return True
         if torch.jit.is_tracing() or is_exported_to_onnx():  # what is traced runs where our ops are not
             return True

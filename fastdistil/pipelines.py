@@ -100,7 +100,7 @@ class Pipeline:
         labels = self.model.task()[2] if self.kinds else {}
         if labels.keys() != set(range(len(labels))):
             raise ValueError(f"the model's id2label names {sorted(labels)}; number its labels from 0 on")
-        return labels
+        return {i: str(label) for i, label in labels.items()}
 
     def run(
         self,

@@ -57,7 +57,8 @@ def test_labels():
     config = DistilBertConfig(num_labels=3)
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"} and config.label2id["LABEL_2"] == 2
     assert DistilBertConfig(id2label={"0": "no", "1": "yes"}).id2label == {0: "no", 1: "yes"}
-    assert DistilBertConfig(id2label={"0": 0, "1": None}).id2label == {0: "0", 1: "None"}  # names are text
+    numbered = DistilBertConfig(id2label={"0": 3, "1": None}, label2id={3: 0, None: 1})  # names are text
+    assert numbered.id2label == {0: "3", 1: "None"} and numbered.label2id == {"3": 0, "None": 1}
     config.num_labels = 3
     assert config.num_labels == 3
 

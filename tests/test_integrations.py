@@ -474,7 +474,7 @@ def test_a_call_from_within_another():
     """From a parametrization, which reading a weight runs, and from a signal's handler, at any moment."""
     code = """
 import signal, torch, transformers, fastdistil
-from fastdistil.integrations import attention, live
+from fastdistil.integrations import live
 torch.set_num_threads(1)
 config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_heads=2, hidden_dim=8, n_layers=1)
 model = fastdistil.accelerate(transformers.DistilBertModel(config).eval().requires_grad_(False))
@@ -502,7 +502,7 @@ def test_a_forked_process_is_not_kept_waiting():
     """By a lock that a thread of its parent held."""
     code = """
 import os, threading, torch, transformers, fastdistil
-from fastdistil.integrations import attention, live
+from fastdistil.integrations import live
 torch.set_num_threads(1)
 config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_heads=2, hidden_dim=8, n_layers=1)
 model = fastdistil.accelerate(transformers.DistilBertModel(config).eval())

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import gzip
 import importlib.metadata
 import io
@@ -1223,6 +1224,7 @@ def test_wrong_shards(checkpoint, tmp_path, capsys, monkeypatch):
         ("1", "2", [], (1, 2, "o/shard-00001-of-00002")),
         ("1", "2", ["--num-shards", "2"], (1, 2, "o/shard-00001-of-00002")),
         ("1", "2", ["--num-shards", "3", "--shard-index", "2"], (2, 3, "o")),
+        ("1", "4", ["--shard-index", "2"], (2, 4, "o")),
         ("0", "1", [], (0, 1, "o")),
         ("", "", [], (0, 1, "o")),
         ("", "", ["--num-shards", "1"], (0, 1, "o")),
@@ -1285,6 +1287,7 @@ def test_a_part_is_told_of_when_it_is_written(code, checkpoint, tmp_path, capsys
         events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
         assert [event["event"] for event in events].count("part") == parts
         assert events[-1]["event"] == "done" and (events[-1]["rows"], events[-1]["parts"]) == (30, 3)
+        assert {"rejected", "rows_per_s", "tokens_per_s", "eta_s", "bottleneck"} <= events[-1].keys()
 
 
 def test_progress_without_a_terminal(checkpoint, embedder, tmp_path, monkeypatch, capsys):
@@ -1483,6 +1486,7 @@ def test_the_status_of_several_devices(checkpoint, heads, tmp_path, capfd):
     assert "leaves one between commas out" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_status_of_an_output_that_was_finished(checkpoint, tmp_path):
     """What was rejected still is, when there is nothing left to do."""
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}])
@@ -2233,11 +2237,12 @@ def test_processes_have_ended_when_one_has_failed(tmp_path):
     )
     code = [slow % processes.LIFELINE, "import sys, time; time.sleep(0.5); open(sys.argv[1], 'w'); sys.exit(1)"]
     commands = [[sys.executable, "-c", text, str(mark)] for text, mark in zip(code, marks, strict=True)]
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(processes.Failed, match="the process on two ended with status 1"):
         processes._together(["one", "two"], commands, dict(os.environ), [], [])
     assert all(mark.exists() for mark in marks)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_ids_that_are_no_text_in_every_format(checkpoint, tmp_path):

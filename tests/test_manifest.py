@@ -1,6 +1,7 @@
 """What makes a job the same job: digests of its model and inputs, its lock, its files."""
 
 import errno
+import gc
 import json
 import os
 from itertools import chain
@@ -85,14 +86,17 @@ def test_both_ends_of_an_input_are_in_its_digest(tmp_path):
 
 def test_writing_leaves_nothing_open(tmp_path):
     write_text(tmp_path / "a", "x")
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
         write_text(tmp_path / "a", "x")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("form", ["npy", "safetensors", "parquet", "jsonl", "answers"])
 def test_a_part_is_on_the_disk_before_it_has_its_name(form, tmp_path, monkeypatch):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
     order, fsync, rename = [], os.fsync, os.replace
 
     def synced(number):
@@ -161,6 +165,7 @@ def test_an_index_of_whole_numbers_is_none(tmp_path):
         ({"inputs": [["on", 9, 1, "ab"]]}, "the input on (name: was in)"),
         ({"format": "safetensors"}, "format was 'npy', now 'safetensors'"),
         ({"pooling": "cls"}, "pooling was None, now 'cls'"),
+        ({"inputs": [["in", 9, 1]]}, "the input in (content)"),
         ({"inputs": [["in", 9, 2, "ab"]]}, None),  # a copy of the input, elsewhere
         ({"threads": 5, "device": "cuda"}, None),
     ],
@@ -228,3 +233,9 @@ def test_a_record_of_a_part_holds_what_it_was(tmp_path):
     commit(tmp_path, Part(3, 6, 2, 1, {"a": 5}, 1, 77))
     told = json.loads((tmp_path / "part-00003.done.json").read_text())
     assert Part(**told) == Part(3, 6, 2, 1, {"a": 5}, 1, 77)
+
+
+def test_an_index_is_searched_whatever_it_says_of_inputs(tmp_path):
+    """An earlier version told no digests."""
+    index = Index(make(tmp_path / "o", 3, inputs=[["in", 9, 1]]))
+    assert [identity for identity, _ in index.search(np.ones((1, 3), np.float32))[0]] == [2, 1, 0]

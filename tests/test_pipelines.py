@@ -651,3 +651,10 @@ def test_labels_that_are_all_forbidden(tokenizer, their_tokenizer):
         ours.model.classifier.bias[1] = -torch.inf
     with pytest.raises(ValueError, match=r"inputs\[0\]: the model's answer is not finite"):
         ours("text")
+
+
+def test_labels_that_are_numbers(tokenizer):
+    model = fastdistil.DistilBertForTokenClassification(DistilBertConfig(**TINY)).eval()
+    model.config.id2label = {0: 5, 1: 7}
+    found = pipeline("token-classification", model, tokenizer)("some text", aggregation_strategy="simple")
+    assert {entity["entity_group"] for entity in found} <= {"5", "7"} and found

@@ -108,6 +108,8 @@ def test_a_cluster_where_nobody_listens(checkpoint, monkeypatch):
         for address in (f"127.0.0.1:{own.getsockname()[1]}", f"ray://127.0.0.1:{own.getsockname()[1]}"):
             with pytest.raises(ConnectionError, match=f"there is no Ray cluster at {address}"):
                 module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy", address=address)
+        with pytest.raises(ConnectionError, match=r"there is no Ray cluster at a\.\.b:1"):
+            module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy", address="a..b:1")
         own.listen()
         with pytest.raises(AssertionError, match="asked"):
             module.RayEmbedding(Embedder.from_pretrained(checkpoint, device="cpu"), "npy", address=address)

@@ -111,7 +111,7 @@ def _check_types(manifest: Manifest) -> None:
 
 def _check_inputs(inputs: Any) -> None:
     """What `fingerprint_of_files` gave."""
-    if not isinstance(inputs, list) or not all(isinstance(one, list) and len(one) == 4 for one in inputs):
+    if not isinstance(inputs, list) or not all(isinstance(one, list) and one for one in inputs):
         raise TypeError(f"settings.inputs is {inputs!r:.80}")
 
 

@@ -101,7 +101,7 @@ def _meaning(manifest: Manifest) -> dict[str, Any]:
     to be done with rows that cannot be used."""
     own = ("shard", "threads", "device", "max_batch_tokens", "on_error")
     settings = {k: v for k, v in manifest.settings.items() if k not in own}
-    inputs = [[name, size, 0, digest] for name, size, _, digest in manifest.settings.get("inputs", [])]
+    inputs = [[*one[:2], 0, *one[3:]] for one in manifest.settings.get("inputs", [])]  # name, size, time, digest
     return settings | {"inputs": inputs, "task": manifest.task, "format": manifest.format, "dim": manifest.dim}
 
 

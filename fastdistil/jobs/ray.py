@@ -85,7 +85,7 @@ def _reach(address: str) -> None:
     if port.isdecimal():
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ConnectionError(f"there is no Ray cluster at {address}: {error}") from error
 
 

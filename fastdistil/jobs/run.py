@@ -568,7 +568,8 @@ class Log:
         """Nothing is left to do."""
         self.say(f"{directory} is finished: {manifest.rows:,} rows in {len(manifest.parts)} parts")
         if self.as_json:
-            self._json("done", parts=len(manifest.parts), rejected=manifest.rejected, rows=manifest.rows)
+            nothing = dict.fromkeys(("rows_per_s", "tokens_per_s", "eta_s", "bottleneck"))
+            self._json("done", parts=len(manifest.parts), rejected=manifest.rejected, rows=manifest.rows, **nothing)
 
     def done(self, manifest: Manifest) -> None:
         found = self.figures()
