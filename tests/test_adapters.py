@@ -598,3 +598,26 @@ def test_nothing_is_left_of_an_adapter_that_is_replaced():
     model.add_adapter("a", "lora", overwrite_ok=True)
     after = {name for name in model.state_dict() if ".a." in name}
     assert before and after and all(".loras.a." in name for name in after)
+
+
+@pytest.mark.parametrize("kind", ["seq_bn[dropout=0.5]", "lora[dropout=0.5]"])
+def test_dropout_of_adapters(kind):
+    model = DistilBertModel(DistilBertConfig(**TINY, dropout=0.0, attention_dropout=0.0))
+    model.add_adapter("a", kind, set_active=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    ids = torch.randint(1, 60, (2, 7))
+    for training in (False, True):
+        model.train(training)
+        assert torch.equal(model(ids)[0], model(ids)[0]) is not training
+
+
+def test_a_lora_that_is_reset_changes_nothing():
+    model = DistilBertModel(DistilBertConfig(**TINY))
+    model.add_adapter("a", "lora")
+    lora = model.transformer.layer[0].attention.q_lin.loras["a"]
+    with torch.no_grad():
+        lora.lora_B.fill_(1)
+    lora.reset()
+    assert not lora.lora_B.any() and lora.lora_A.any()

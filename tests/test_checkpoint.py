@@ -479,3 +479,18 @@ def test_the_dtype_of_a_file_of_several():
         given |= {name: state[name].to(first if name == names[0] else rest) for name in names}
         found = fastdistil.DistilBertModel.from_pretrained(None, config=config, state_dict=given)
         assert found.dtype is first
+
+
+def test_tensors_gathered_elsewhere_are_saved(tmp_path):
+    model = DistilBertModel(DistilBertConfig(**TINY))
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_an_own_configuration_is_not_changed(tmp_path):
+    config = DistilBertConfig(**TINY)
+    DistilBertModel(config).save_pretrained(tmp_path)
+    found = DistilBertModel.from_pretrained(tmp_path, config=config, dropout=0.3, num_labels=5)
+    assert found.config.dropout == 0.3 and config.dropout == 0.1 and config.num_labels == 2

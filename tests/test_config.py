@@ -194,3 +194,12 @@ def test_what_little_is_said_of():
     assert DistilBertConfig() != 5
     with pytest.raises(ValueError, match="add_cross_attention is true: only BERT encoders can be converted"):
         DistilBertConfig.from_dict({"model_type": "bert", "add_cross_attention": True})
+
+
+def test_labels_and_numbers_of_other_configurations():
+    stored = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    assert DistilBertConfig.from_dict(stored, num_labels=3).id2label == {i: f"LABEL_{i}" for i in range(3)}
+    bert = {"model_type": "bert", "attention_probs_dropout_prob": 0.3, "hidden_size": 24, "num_attention_heads": 2}
+    assert DistilBertConfig.from_dict(bert).attention_dropout == 0.3
+    with pytest.raises(ValueError, match="embedding_size differs from hidden_size"):
+        DistilBertConfig.from_dict(bert | {"embedding_size": 16})

@@ -426,7 +426,7 @@ def test_graphs_know_the_layers_behind_the_pooling(embedder):
     keys = []
 
     def key():
-        run = lambda windows, compute, key: keys.append(key) or iter(())  # noqa: E731
+        run = lambda windows, compute, key, **more: keys.append(key) or iter(())  # noqa: E731
         list(made.run(SimpleNamespace(device=torch.device("cuda"), run=run), iter(())))
         return keys[-1]
 
@@ -470,7 +470,7 @@ def test_adapters_are_part_of_what_graphs_know(embedder, texts, captured):
     made, keys = Embedder(model, embedder.tokenizer, max_length=128), []
 
     def key():
-        run = lambda windows, compute, key: keys.append(key) or iter(())  # noqa: E731
+        run = lambda windows, compute, key, **more: keys.append(key) or iter(())  # noqa: E731
         list(made.run(SimpleNamespace(device=torch.device("cuda"), run=run), iter(())))
         return keys[-1]
 
@@ -637,3 +637,19 @@ def test_a_budget_never_rises_again():
     assert engine._make_room(window, np.arange(12), pending) is None
     assert engine.budget == 20 and [len(rows) for rows in pending] == [2] * 6
     assert engine._make_room(window, np.arange(2), pending) is None and engine.budget == 10
+
+
+def test_a_result_of_a_graph_is_its_own(embedder, captured):
+    """The next replay writes where the graph's result lies."""
+    cache = GraphCache()
+    ids, cu_seqlens = torch.arange(6, dtype=torch.int32), torch.tensor([0, 6], dtype=torch.int32)
+    first = cache.replay(ids, ids, cu_seqlens, 6, embedder._compute, 1, 256)
+    before = first.clone()
+    cache.replay(ids + 7, ids, cu_seqlens, 6, embedder._compute, 1, 256)
+    assert torch.equal(first, before) and len(captured) == 1
+
+
+def test_graphs_are_for_callers_with_a_key(embedder, texts, captured):
+    engine = Engine(torch.device("cpu"), 256, graphs=GraphCache())
+    list(engine._staged(iter([embedder.tokenize(texts[:20])]), embedder._compute, None))
+    assert captured == []

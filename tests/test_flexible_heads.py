@@ -506,3 +506,40 @@ class Along(torch.nn.Module):
     def forward(self, x):
         self.seen.append(x)
         return x.cumsum(-2)
+
+
+def test_a_static_multilabel_head_stays_one(tmp_path):
+    static = fastdistil.DistilBertForSequenceClassification(
+        DistilBertConfig(**TINY, num_labels=3, problem_type="multi_label_classification")
+    )
+    static.save_pretrained(tmp_path)
+    model = DistilBertModelWithHeads.from_pretrained(tmp_path)
+    assert model.heads_config["default"]["head_type"] == "multilabel_classification"
+    ids, labels = torch.randint(1, 60, (2, 5)), torch.tensor([[1.0, 0, 1], [0, 0, 1]])
+    static.eval()
+    torch.testing.assert_close(model(ids, labels=labels).loss, static(ids, labels=labels).loss)
+
+
+def test_the_last_adapter_names_the_head():
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    for name in "ab":
+        model.add_adapter(name, "seq_bn")
+        model.add_classification_head(name)
+    model.active_head = "a"
+    model.set_active_adapters(["a", "b"])
+    assert model.active_head == "b"
+
+
+@pytest.mark.parametrize("numbers", [(0, 0), (0, 2), (1, 2)])
+def test_labels_of_other_numbers_are_refused(numbers):
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY))
+    settings = {"head_type": "tagging", "num_labels": 2, "label2id": dict(zip("xy", numbers, strict=True))}
+    with pytest.raises(ValueError, match="a head of 2 labels needs names for 0 to 1"):
+        model.add_prediction_head_from_config("t", settings)
+
+
+def test_a_head_has_its_own_dropout_and_the_models_dtype():
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY)).double()
+    model.add_prediction_head_from_config("t", {"head_type": "tagging", "dropout_prob": 0.37})
+    assert [m.p for m in model.heads["t"] if isinstance(m, torch.nn.Dropout)] == [0.37]
+    assert {p.dtype for p in model.parameters()} == {torch.float64}

@@ -723,3 +723,43 @@ def test_a_saved_head_with_other_labels(tmp_path):
         (tmp_path / "head_config.json").write_text(json.dumps(told | {"label2id": label2id}))
         ours.load_adapter(tmp_path)
         assert ours.config.id2label == expected
+
+
+def test_a_loaded_head_leaves_the_word_embeddings_alone(tmp_path):
+    """Whose projector was tied to other ones, or to the same."""
+    ours, other = (pair("DistilBertForMaskedLM", seed, **TINY)[0] for seed in (0, 1))
+    ours.add_adapter("a", "lora")
+    ours.save_adapter(tmp_path, "a")
+    words = other.get_input_embeddings().weight
+    before = words.detach().clone()
+    other.load_adapter(tmp_path)
+    assert torch.equal(words, before) and other.vocab_projector.weight is not words
+    assert torch.equal(other.vocab_projector.weight, ours.vocab_projector.weight)
+    ours.load_adapter(tmp_path)
+    assert ours.vocab_projector.weight is ours.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("how", ["plain", "watched"])
+def test_a_watched_encoder_and_left_padding(how):
+    ours, _ = pair("DistilBertForSequenceClassification", **TINY, initializer_range=0.3)
+    ids, keep = torch.randint(1, 60, (3, 9)), torch.arange(9) >= torch.tensor([0, 4, 8])[:, None]
+    with torch.inference_mode():
+        expected = ours(ids, keep).logits
+        if how == "watched":
+            ours.distilbert.register_forward_hook(lambda *a: None)
+        torch.testing.assert_close(ours(ids, keep).logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_frozen_words_stay_frozen_in_another_size():
+    ours, _ = pair("DistilBertForMaskedLM", **TINY, tie_word_embeddings=False)
+    ours.requires_grad_(False)
+    ours.resize_token_embeddings(70)
+    ours.resize_position_embeddings(30)
+    assert not any(p.requires_grad for p in ours.parameters())
+    assert ours.vocab_projector.bias.shape == (70,)
+
+
+def test_a_copy_of_an_output_without_a_loss():
+    out = fastdistil.outputs.SequenceClassifierOutput(logits=torch.ones(1, 2))
+    for found in (copy.copy(out), copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
+        assert found.loss is None and torch.equal(found.logits, out.logits) and list(found) == ["logits"]

@@ -874,3 +874,33 @@ def test_what_is_kept_of_a_call_is_the_models_own():
     assert "_fast" not in copy.deepcopy(model).__dict__ and "_fast" not in pickle.loads(pickle.dumps(model)).__dict__
     assert "_fast" not in model._replicate_for_data_parallel().__dict__
     assert "_fast" not in restore(model).__dict__
+
+
+def test_one_query_sees_every_key():
+    """As the last token does, while a decoder generates."""
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(2, 3, 1, 4), torch.randn(2, 2, 3, 5, 4).unbind()
+    found = attention.step_by_step(q, k, v, None, 0.0, None, True, 5.0, None)
+    expected = (5 * torch.tanh(q @ k.mT / 2 / 5)).softmax(-1) @ v
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=0, atol=TOLERANCE)
+
+
+def test_a_text_without_a_real_token_is_zeros(packed):
+    model = accelerate(make("DistilBertModel"))
+    given, _ = inputs("DistilBertModel")
+    given["attention_mask"][1] = 0
+    with torch.inference_mode():
+        assert (model(**given)[0][1] == 0).all() and packed
+
+
+@pytest.mark.parametrize("part", ["ffn", "attention", "output_layer_norm"])
+def test_a_hook_before_a_part_of_a_live_model(part):
+    model = make("DistilBertModel")
+    given, _ = inputs("DistilBertModel")
+    accelerate(model)
+    with torch.inference_mode():
+        model(**given)
+        seen = []
+        getattr(model.transformer.layer[0], part).register_forward_pre_hook(lambda m, args: seen.append(len(args)))
+        model(**given)
+    assert len(seen) == 1

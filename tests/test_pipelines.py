@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastdistil
-from fastdistil import DistilBertConfig, DistilBertModelWithHeads, DistilBertTokenizer, pipeline
+from fastdistil import DistilBertConfig, DistilBertModelWithHeads, DistilBertTokenizer, pipeline, pipelines
 
 transformers = pytest.importorskip("transformers")
 
@@ -658,3 +658,47 @@ def test_labels_that_are_numbers(tokenizer):
     model.config.id2label = {0: 5, 1: 7}
     found = pipeline("token-classification", model, tokenizer)("some text", aggregation_strategy="simple")
     assert {entity["entity_group"] for entity in found} <= {"5", "7"} and found
+
+
+def test_a_softmax_of_large_numbers():
+    assert pipelines._softmax(np.float32([[1000, 0]])).tolist() == [[1, 0]]
+
+
+def test_tokens_of_a_long_text_are_cut(tokenizer, their_tokenizer):
+    ours, _ = pair("token-classification", "DistilBertForTokenClassification", tokenizer, their_tokenizer)
+    found = ours("word " * 600, ignore_labels=[])
+    assert len(found) == 62 and found[-1]["end"] == 62 * 5 - 1
+
+
+def test_one_text_whose_labels_are_all_forbidden(tokenizer, their_tokenizer):
+    ours, _ = pair("text-classification", "DistilBertForSequenceClassification", tokenizer, their_tokenizer)
+    forward = ours.model.classifier.forward
+    ours.model.classifier.forward = lambda x: forward(x).index_fill(0, torch.tensor([1]), -torch.inf)
+    with pytest.raises(pipelines.BadInputs) as caught:
+        ours(["aaa", "aaa aaa"], max_length=16)
+    assert len(caught.value.messages) == 1
+
+
+def test_a_text_of_one_token_too_many(tokenizer, their_tokenizer):
+    ours, _ = pair("text-classification", "DistilBertForSequenceClassification", tokenizer, their_tokenizer)
+    assert ours("a " * 62)
+    with pytest.raises(ValueError, match=r"inputs\[0\] is 65 tokens long, the model has 64 positions"):
+        ours("a " * 63)
+
+
+def test_a_flexible_multilabel_head_gives_each_label_its_own(tokenizer):
+    torch.manual_seed(0)
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY)).eval()
+    model.add_classification_head("a", num_labels=3, multilabel=True)
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokenizer.encode("text")])).logits[0].sigmoid()
+    found = {
+        one["label"]: one["score"] for one in pipeline("text-classification", model, tokenizer)("text", top_k=None)
+    }
+    assert found == pytest.approx({f"LABEL_{i}": value for i, value in enumerate(expected.tolist())}, abs=1e-6)
+
+
+def test_states_hold_no_more_than_their_own(tokenizer):
+    model = fastdistil.DistilBertModel(DistilBertConfig(**TINY)).eval()
+    for one in pipeline("feature-extraction", model, tokenizer)(["a", "b c d e", "f"], return_tensors=True):
+        assert one.untyped_storage().nbytes() == one.numel() * 4

@@ -985,3 +985,49 @@ def test_a_tokenizer_that_splits_otherwise_is_not_cut(ours):
     whole = own(text)["input_ids"]
     for most in range(4, 40):
         assert own.encode_ids([text], most)[0] == [*whole[: most - 1], own.sep_token_id]
+
+
+def test_what_decoding_is_told_reaches_every_row(ours):
+    ids = ours("it is , well , fine .")["input_ids"]
+    for options in ({"skip_special_tokens": True}, {"clean_up_tokenization_spaces": False}):
+        one = ours.decode(ids, **options)
+        assert ours.batch_decode([ids, ids], **options) == ours.decode([ids, ids], **options) == [one, one]
+        assert one != ours.decode(ids)
+    other = DistilBertTokenizer(tokenizer=ours.backend, clean_up_tokenization_spaces=False)
+    assert other.decode(ids).endswith(". [SEP]") and " ," in other.decode(ids)
+    assert " ," not in other.decode(ids, clean_up_tokenization_spaces=True)
+
+
+def test_spaces_in_contractions(ours):
+    assert ours.cleaned("i 've you 're i 'm do n't it 's a ' b ?") == "i've you're i'm don't it's a'b?"
+
+
+def test_padding_as_far_as_the_tokenizer_goes(ours):
+    own = DistilBertTokenizer(tokenizer=ours.backend, model_max_length=12)
+    assert len(own("a", padding="max_length")["input_ids"]) == 12
+    rows = [own("a"), own("a b c")]
+    assert own.pad(rows, padding="do_not_pad")["input_ids"] == [row["input_ids"] for row in rows]
+    own.pad_token = "[MASK]"
+    assert own.pad(rows)["input_ids"][0][-2:] == [own.mask_token_id] * 2
+
+
+def test_targets_get_what_is_asked_for(ours, theirs):
+    long = "one two three four five six seven eight"
+    asked = dict(truncation=True, max_length=6, return_overflowing_tokens=True, return_offsets_mapping=True)
+    assert as_lists(ours(text_target=long, **asked)) == as_lists(theirs(text_target=long, **asked))
+
+
+def test_a_lowered_tokenizer_is_another(ours, minilm):
+    cased = DistilBertTokenizer.from_pretrained(minilm, do_lower_case=False)
+    before, lowered = cased("Ab Cd")["input_ids"], cased.lowered()
+    assert lowered("Ab Cd")["input_ids"] == ours("Ab Cd")["input_ids"] != before == cased("Ab Cd")["input_ids"]
+
+
+def test_which_places_would_be_special(ours):
+    assert ours.get_special_tokens_mask([5, 6]) == [1, 0, 0, 1]
+    assert ours.get_special_tokens_mask([5], [6]) == [1, 0, 1, 0, 1]
+
+
+def test_which_long_text_is_wrong(ours):
+    with pytest.raises(ValueError, match=r"texts\[101\] holds a lone surrogate"):
+        ours.encode_ids(["a", "\ud800" + "x " * 5_000], 8, first_row=100)

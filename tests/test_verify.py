@@ -1,5 +1,7 @@
 """`fastdistil verify`: right models pass, broken ones do not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertTokenizer, cpu
 from fastdistil.cli import main
-from fastdistil.verify import verify
+from fastdistil.verify import Line, Report, verify
 
 NAMES = [
     "DistilBertModel",
@@ -171,3 +173,11 @@ def test_a_regression_decides_nothing(saved):
         model.config.problem_type = "regression"
 
     assert verify(saved("DistilBertForSequenceClassification", regression), device="cpu").flips is None
+
+
+def test_what_holds_and_what_does_not():
+    good = Report("m", "cpu", [Line("x", 1.0, 0.5, 1.0)])
+    assert good.holds
+    wrong = [Line("x", float("nan"), 0.5, 1.0)]
+    for change in ({"cosine": 0.5}, {"missing": ["a"]}, {"not_finite": ["a"]}, {"lines": wrong}):
+        assert not replace(good, **change).holds

@@ -123,7 +123,9 @@ class Engine:
 
     # --- CPU ------------------------------------------------------------------------------------------------------
 
-    def _on_all_cores(self, window: Window, compute: Compute, prepare: Callable[[], cpu.Prepared]) -> Iterator[Done]:
+    def _on_all_cores(
+        self, window: Window, compute: Compute, prepare: Callable[[], cpu.Prepared] = dict
+    ) -> Iterator[Done]:
         tokens, threads = len(window.ids), torch.get_num_threads()
         prepared = self._prepared(prepare) if tokens >= WORTH_PREPARING else {}
 
