@@ -1264,6 +1264,13 @@ def test_a_defect_is_told_with_its_trace(as_json, checkpoint, tmp_path, capsys, 
         assert lines[-1] == "fastdistil: KeyError: 'x'; this is a defect, please report it" and "Traceback" in lines[0]
 
 
+def test_a_want_of_memory_is_no_defect(checkpoint, tmp_path, capsys, monkeypatch):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(cli, "run_job", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    assert embed(checkpoint, "--input", path, "--output", tmp_path / "o") == 1
+    assert capsys.readouterr().err == "fastdistil: CUDA out of memory\n"
+
+
 @pytest.mark.parametrize("code", [errno.EFBIG, errno.EDQUOT])
 def test_a_part_is_told_of_when_it_is_written(code, checkpoint, tmp_path, capsys, monkeypatch):
     path = jsonl(tmp_path / "in.jsonl", [{"text": f"text {i}"} for i in range(30)])
