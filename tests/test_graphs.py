@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastdistil
-from fastdistil import DistilBertConfig, DistilBertModel, graphs, ops
+from fastdistil import DistilBertConfig, DistilBertModel, graphs, layers, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -204,6 +204,51 @@ def test_every_change_is_seen(change, model, device):
     assert found._weights.is_plain() and not found.is_stale()
     change(model.transformer.layer[0])
     assert found.is_stale() or not found._weights.is_plain()
+
+
+class Another(DistilBertModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class OfTensors(torch.Tensor):
+    """A tensor of tensors, as quantised ones are."""
+
+    def __tensor_flatten__(self):
+        return ["whole"], None
+
+
+CHANGES_OF_THE_WHOLE = {
+    "hook": lambda model, patch: model.register_forward_hook(lambda module, args, out: out),
+    "pre-hook": lambda model, patch: model.register_forward_pre_hook(lambda module, args: None),
+    "forward": lambda model, patch: setattr(model, "forward", lambda *args, **kwargs: None),
+    "class": lambda model, patch: setattr(model, "__class__", Another),
+    "training": lambda model, patch: setattr(model, "training", True),
+    "a class's forward": lambda model, patch: patch.setattr(layers.FFN, "forward", lambda self, x: x),
+    "torch's class's forward": lambda model, patch: patch.setattr(torch.nn.Linear, "forward", lambda self, x: x),
+    "child": lambda model, patch: setattr(model, "transformer", copy.deepcopy(model.transformer)),
+    "adapter": lambda model, patch: setattr(
+        next(m for m in model.modules() if hasattr(m, "norm_first")), "norm_first", False
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_THE_WHOLE.values(), ids=CHANGES_OF_THE_WHOLE)
+def test_every_change_of_the_whole_is_seen(change, model, device, monkeypatch):
+    model.add_adapter("a", {"original_ln_before": True, "output_adapter": True, "mh_adapter": False})
+    model.cuda_graphs()
+    same(model, *batch(device))
+    found = model._graphs
+    assert found._weights.is_plain() and not found.is_stale()
+    change(model, monkeypatch)
+    assert found.is_stale() or not found._weights.is_plain()
+
+
+def test_tensors_of_tensors_have_no_graph(model, device, counts):
+    weight = model.transformer.layer[0].ffn.lin1.weight
+    assert graphs.Snapshot(model).is_plain()
+    model.transformer.layer[0].ffn.lin1._parameters["weight"] = weight.detach().as_subclass(OfTensors)
+    assert not graphs.Snapshot(model).is_plain()
 
 
 def test_what_is_not_the_models_own_runs_without_a_graph(model, device, counts):

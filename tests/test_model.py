@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 import fastdistil
-from fastdistil import DistilBertConfig, DistilBertModel
+from fastdistil import DistilBertConfig, DistilBertModel, side_by_side
 from fastdistil.pretrained import mean_rows, one_device, sinusoidal_positions
 
 transformers = pytest.importorskip("transformers")
@@ -946,6 +946,50 @@ def test_a_patched_forward_and_a_global_hook_are_run():
         assert not torch.allclose(packed, expected, atol=1e-3)
     finally:
         handle.remove()
+
+
+def test_a_hook_before_every_module():
+    """It sees what it sees in transformers' model, and what it gives is computed with."""
+    ours, theirs = pair()
+    ids, keep = inputs()
+
+    def halve(module, args):
+        if isinstance(module, torch.nn.Linear):
+            seen.append(args[0].shape)
+            return (args[0] * 0.5,)
+
+    results = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(halve)
+    try:
+        for call in (lambda: ours(ids, keep)[0], lambda: theirs(ids, attention_mask=keep.long())[0]):
+            seen = []
+            with torch.inference_mode():
+                results.append((call()[keep], seen))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=TOLERANCE)
+    assert len(results[0][1]) == len(results[1][1]) == 6 * len(ours.transformer.layer)
+
+
+@pytest.mark.parametrize("part", ["attention.q_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2", "sa_layer_norm"])
+def test_a_patched_forward_that_looks_along_the_text(part):
+    ours, theirs = pair()
+    ids, keep = inputs()
+    for model in (ours, theirs):
+        module = model.transformer.layer[0].get_submodule(part)
+        module.forward = lambda x, plain=module.forward: plain(x) + 0.5 * plain(x)[:, :1]
+    with torch.inference_mode():
+        found, expected = ours(ids, keep)[0], theirs(ids, attention_mask=keep.long())[0]
+    torch.testing.assert_close(found[keep], expected[keep], rtol=0, atol=TOLERANCE)
+
+
+def test_weights_of_several_dtypes_are_not_laid_side_by_side():
+    linears = [torch.nn.Linear(8, 8, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float32)]
+    before = [(one.weight.data_ptr(), one.weight.clone()) for one in linears]
+    assert side_by_side.lay(linears) is None
+    for one, (place, weight) in zip(linears, before, strict=True):
+        assert one.weight.data_ptr() == place and torch.equal(one.weight, weight)
+    assert side_by_side.lay([torch.nn.Linear(8, 8) for _ in range(3)]) is not None
 
 
 # --- programs that others have ----------------------------------------------------------------------------------------

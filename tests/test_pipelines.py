@@ -1,5 +1,6 @@
 """The pipelines against transformers' on tiny random models, and what they do with bad input."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -702,3 +703,126 @@ def test_states_hold_no_more_than_their_own(tokenizer):
     model = fastdistil.DistilBertModel(DistilBertConfig(**TINY)).eval()
     for one in pipeline("feature-extraction", model, tokenizer)(["a", "b c d e", "f"], return_tensors=True):
         assert one.untyped_storage().nbytes() == one.numel() * 4
+
+
+def test_memory_that_runs_out_is_told_by_its_input(answerer, tokenizer, monkeypatch):
+    """Not by its window's number."""
+    forward, dog = answerer.encoder.forward_packed, tokenizer.convert_tokens_to_ids("dog")
+
+    def without_memory_for_dogs(ids, *args, **kwargs):
+        if (ids == dog).any():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(ids, *args, **kwargs)
+
+    monkeypatch.setattr(answerer.encoder, "forward_packed", without_memory_for_dogs)
+    contexts = ["a cat " * 50, "a dog", "a bird"]  # three windows, one, one
+    options = {"max_seq_len": 40, "doc_stride": 0}
+    assert len(answerer(question=["who?"] * 2, context=contexts[::2], **options)) == 2
+    with pytest.raises(MemoryError, match=r"^inputs\[1\]: there is no memory for a text of 7 tokens"):
+        answerer(question=["who?"] * 3, context=contexts, **options)
+
+
+def test_no_answer_is_as_likely_as_in_the_surest_window(answerer, monkeypatch):
+    """transformers 4.57 takes the smallest of the windows' probabilities of no answer."""
+    likely = iter([0.5, 0.25, 0.75])
+    monkeypatch.setattr(answerer, "_spans", lambda *args: (next(likely), []))
+    options = {"max_seq_len": 40, "doc_stride": 0, "handle_impossible_answer": True}
+    assert answerer(question="who?", context="a cat " * 50, **options)["score"] == 0.25
+    assert next(likely, None) is None  # three windows
+
+
+def test_how_long_the_windows_of_a_context_are(tokenizer, monkeypatch):
+    model = fastdistil.DistilBertForQuestionAnswering(DistilBertConfig(**TINY | {"max_position_embeddings": 512}))
+    ours = pipeline("question-answering", model, tokenizer)
+    asked = {"question": "who?", "context": "a cat " * 400}
+
+    def longest():
+        seen = []
+        run = ours.run
+        with monkeypatch.context() as patch:
+            patch.setattr(ours, "run", lambda ids, **options: (seen.extend(map(len, ids)), run(ids, **options))[1])
+            ours(**asked)
+        return max(seen)
+
+    assert longest() == 384
+    monkeypatch.setattr(ours.tokenizer, "model_max_length", 48)
+    assert longest() == 48
+
+
+def test_a_question_as_one_dictionary(answerer):
+    asked = {"question": "who?", "context": "a cat"}
+    assert answerer(asked) == answerer([asked]) == answerer(**asked)
+    assert isinstance(answerer(asked), dict)
+
+
+@pytest.mark.parametrize("targets", [["##ing", "dog"], ["[MASK]", "cat"], ["cat", "cat", "dog"], "the"], ids=str)
+def test_targets_that_the_vocabulary_has(targets, tokenizer, their_tokenizer, caplog):
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
+    same(ours(MASKED[0], targets=targets), theirs(MASKED[0], targets=targets))
+    assert not caplog.text
+
+
+def test_padding_that_is_filled_in(tokenizer, their_tokenizer):
+    """It is no word of the sequence where other masks stay in it, as in transformers."""
+    ours, theirs = pair("fill-mask", "DistilBertForMaskedLM", tokenizer, their_tokenizer)
+    text = "a [MASK] and a [MASK] and a dog"
+    found = ours(text, targets=["[PAD]", "[SEP]", "cat"])
+    same(found, theirs(text, targets=["[PAD]", "[SEP]", "cat"]))
+    filled = {one["token_str"]: one["sequence"] for one in found[0]}
+    assert filled["[PAD]"].count("[PAD]") == 0 and filled["[SEP]"].count("[SEP]") == 2
+
+
+@pytest.mark.parametrize("ignored", [None, [], ["O"], ["B-PER"], ("O", "B-LOC")], ids=str)
+def test_labels_that_are_left_out(ignored, tokenizer, their_tokenizer):
+    settings = {"id2label": NER, "label2id": {v: k for k, v in NER.items()}}
+    name = "DistilBertForTokenClassification"
+    ours, theirs = pair("token-classification", name, tokenizer, their_tokenizer, **settings)
+    found = ours(TEXTS, ignore_labels=ignored)
+    same(found, theirs(TEXTS, ignore_labels=ignored))
+    every = {entity["entity"] for text in ours(TEXTS, ignore_labels=[]) for entity in text}
+    left = {entity["entity"] for text in found for entity in text}
+    assert {"O", "B-PER"} <= every and left == every - set(("O",) if ignored is None else ignored)
+
+
+def test_labels_that_end_alike(tokenizer, their_tokenizer):
+    """What stands before a label's third letter is part of it unless it is B- or I-."""
+    labels = {0: "xxname", 1: "yyname", 2: "I-name", 3: "B-name", 4: "name"}
+    settings = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+    name = "DistilBertForTokenClassification"
+    ours, theirs = pair("token-classification", name, tokenizer, their_tokenizer, **settings)
+    options = {"aggregation_strategy": "simple", "ignore_labels": []}
+    found = ours(TEXTS, **options)
+    same(found, theirs(TEXTS, **options))
+    each = [[entity["entity"] for entity in text] for text in ours(TEXTS, ignore_labels=[])]
+    assert any({"xxname", "yyname"} == {a, b} for text in each for a, b in itertools.pairwise(text))
+
+
+def test_the_precision_of_a_checkpoint_of_half_precision(tokenizer, tmp_path):
+    fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY)).half().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    kinds = {"device": "cpu"}, {"device": "cpu", "dtype": "auto"}, {"device": "cpu", "torch_dtype": "auto"}
+    for options in kinds:
+        assert pipeline("text-classification", tmp_path, **options).model.dtype is torch.float32
+    for options in ({"dtype": torch.float16}, {"model_kwargs": {"dtype": torch.float16}}, {"torch_dtype": "float16"}):
+        assert pipeline("text-classification", tmp_path, device="cpu", **options).model.dtype is torch.float16
+
+
+def test_states_of_a_flexible_checkpoint(tokenizer, tmp_path):
+    """Its heads are not asked for."""
+    torch.manual_seed(0)
+    model = DistilBertModelWithHeads(DistilBertConfig(**TINY)).eval()
+    model.add_tagging_head("names", num_labels=5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = pipeline("feature-extraction", tmp_path, device="cpu")
+    assert type(found.model) is fastdistil.DistilBertModel
+    same(found(TEXTS), pipeline("feature-extraction", model.distilbert, tokenizer)(TEXTS))
+
+
+def test_an_option_of_a_call_comes_before_one_of_its_tokenizer(tokenizer):
+    model = fastdistil.DistilBertModel(DistilBertConfig(**TINY)).eval()
+    extract = pipeline("feature-extraction", model, tokenizer)
+    text = "a cat sat on the mat"
+    assert len(extract(text, tokenize_kwargs={"truncation": True, "max_length": 4})[0]) == 4
+    assert len(extract(text, tokenize_kwargs={"max_length": 4}, max_length=6)[0]) == 6
+    assert len(extract(text, tokenizer_kwargs={"max_length": 4}, tokenize_kwargs={"max_length": 5})[0]) == 5

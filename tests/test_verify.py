@@ -1,5 +1,6 @@
 """`fastdistil verify`: right models pass, broken ones do not."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertTokenizer, cpu
 from fastdistil.cli import main
-from fastdistil.verify import Line, Report, verify
+from fastdistil.verify import Line, Report, _decisions, verify
 
 NAMES = [
     "DistilBertModel",
@@ -181,3 +182,59 @@ def test_what_holds_and_what_does_not():
     wrong = [Line("x", float("nan"), 0.5, 1.0)]
     for change in ({"cosine": 0.5}, {"missing": ["a"]}, {"not_finite": ["a"]}, {"lines": wrong}):
         assert not replace(good, **change).holds
+
+
+def test_the_least_cosine_is_told(saved, monkeypatch):
+    """Of one text of five that came out upside down."""
+    module = sys.modules["fastdistil.verify"]
+    real, calls = module._outputs, []
+
+    def one_upside_down(out):
+        found = real(out)
+        calls.append(found)
+        if len(calls) == 1:  # the fast path's
+            found["layer 2"][3] *= -1
+        return found
+
+    monkeypatch.setattr(module, "_outputs", one_upside_down)
+    report = verify(saved("DistilBertModel"), device="cpu")
+    assert report.cosine == pytest.approx(-1, abs=1e-3) and not report.holds
+
+
+def test_decisions_are_of_real_tokens():
+    config = DistilBertConfig(vocab_size=9, dim=8, n_heads=2, hidden_dim=8, n_layers=1)
+    keep = torch.tensor([[True, True, False], [True, False, False]])
+    logits = torch.tensor([[1.0, 2.0, 9.0], [-1.0, 9.0, 9.0]])
+    assert _decisions(fastdistil.DistilBertForQuestionAnswering(config), logits, keep).tolist() == [1, 0]
+    tagger = fastdistil.DistilBertForTokenClassification(config)
+    assert _decisions(tagger, torch.stack([logits, -logits], -1), keep).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(("off", "holds"), [(0.9, True), (1.1, False)])
+def test_what_transformers_is_allowed(off, holds, saved, monkeypatch):
+    """Twice what the fast path is."""
+    module = sys.modules["fastdistil.verify"]
+    ours = verify(saved("DistilBertModel"), device="cpu")
+    allowed = next(line.allowed for line in ours.lines if line.name == "layer 1")
+
+    def peer(report, directory, ids, mask, model, truth):
+        yield "layer 1", truth["layer 1"] + 2 * off * allowed
+
+    monkeypatch.setattr(module, "_peer", peer)
+    report = verify(saved("DistilBertModel"), device="cpu")
+    line = report.lines[-1]
+    assert line.name == "transformers layer 1" and line.holds is report.holds is holds
+    assert line.largest == pytest.approx(2 * off * allowed, rel=1e-3) and line.allowed == pytest.approx(2 * allowed)
+
+
+def test_a_flexible_choice_among_three(minilm, tmp_path):
+    """Six texts for two questions."""
+    config = dict(vocab_size=30522, dim=24, n_heads=2, hidden_dim=32, n_layers=2, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = fastdistil.DistilBertModelWithHeads(DistilBertConfig(**config))
+    model.add_multiple_choice_head("choice", num_choices=3)
+    model.save_pretrained(tmp_path)
+    DistilBertTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    report = verify(tmp_path, device="cpu")
+    assert report.holds and report.flips == (0, 2)
+    assert verify(tmp_path, ["a", "b", "c", "d", "e", "f", "g"], device="cpu").flips == (0, 3)
