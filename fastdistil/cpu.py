@@ -5,9 +5,9 @@ import functools
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ MALLOC_SETTINGS = {
 
 
 Prepared = dict[tuple[int, ...], tuple[Tensor, Tensor]]  # see `prepare`
+Found = TypeVar("Found")
 
 
 def live_only(form: Callable[..., Tensor], row_arguments: int) -> Callable[..., Tensor]:
@@ -142,6 +143,9 @@ def why_not_onednn() -> str:
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "no AVX-512"
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    if not most.upper().startswith(("ALL", "DEFAULT", "AVX512", "AVX10")):
+        return f"oneDNN is kept to {most}"
     if not torch.backends.mkl.is_available():
         return "torch is built without MKL"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -274,7 +278,8 @@ def feed_forward(x: Tensor, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor, 
         return linear(bias_gelu(x, w_1, b_1, activation), w_2, b_2)
     product, rows = torch.ops.mkldnn._linear_pointwise, x.shape[0]
     x, y, (name, algorithm) = _widened(x), None, ONEDNN_ACTIVATIONS[activation]
-    for first, second, bias in zip(*_pieces(w_1, w_2), b_1.split(_part(hidden)), strict=True):
+    # contiguous, for oneDNN goes by no stride of a bias
+    for first, second, bias in zip(*_pieces(w_1, w_2), b_1.contiguous().split(_part(hidden)), strict=True):
         h = product(x, _laid_out(first), bias, name, [], algorithm)  # [rows, part]
         w = _laid_out(second)
         y = product(h, w, b_2.contiguous(), "none", [], "") if y is None else product.binary(h, y, w, None, "add")
@@ -302,27 +307,33 @@ def prepare(blocks: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Prepared
     for w_qkv, w_out, w_1, w_2 in blocks:
         cut = w_1.shape[0] > CHAIN
         for weight in (w_qkv, w_out, *chain(*_pieces(w_1, w_2))) if cut else (w_qkv, w_out, w_1, w_2):
-            if 0 < weight.shape[1] <= CHAIN and weight.shape[0]:
-                # with the weight, or another could come to lie where it was
+            if 0 < weight.shape[1] <= CHAIN and weight.shape[0] and weight.layout is torch.strided:
                 laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), LAID_OUT_FOR)
-                found[weight.data_ptr(), *weight.shape] = laid_out, weight
+                # with the weight's memory, or another could come to lie where it was
+                found[_key(weight)] = laid_out, weight.detach()
     return found
 
 
-@contextmanager
-def using(prepared: Prepared) -> Iterator[None]:
-    """Products of this thread take these weights where they are asked for the ones that they were made of."""
+def _key(weight: Tensor) -> tuple[int, ...]:
+    return weight.data_ptr(), *weight.shape, *weight.stride()
+
+
+def using(prepared: Prepared, run: Callable[[], Found]) -> Found:
+    """run(), whose products in this thread take these weights where they are asked for the ones that they were made of.
+
+    No context manager, in which an interrupt could come between a call and its clean-up.
+    """
     before = getattr(_run, "prepared", None)
-    _run.prepared = prepared
     try:
-        yield
+        _run.prepared = prepared
+        return run()
     finally:
         _run.prepared = before
 
 
 def _laid_out(weight: Tensor) -> Tensor:
     prepared = getattr(_run, "prepared", None)
-    found = prepared.get((weight.data_ptr(), *weight.shape)) if prepared else None
+    found = prepared.get(_key(weight)) if prepared else None
     return weight.contiguous() if found is None else found[0]
 
 

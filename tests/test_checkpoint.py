@@ -494,3 +494,41 @@ def test_an_own_configuration_is_not_changed(tmp_path):
     DistilBertModel(config).save_pretrained(tmp_path)
     found = DistilBertModel.from_pretrained(tmp_path, config=config, dropout=0.3, num_labels=5)
     assert found.config.dropout == 0.3 and config.dropout == 0.1 and config.num_labels == 2
+
+
+def test_the_hub_is_asked_as_the_caller_says(monkeypatch, saved):
+    path, _ = saved
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: (asked.append((name, how)), path)[1])
+    how = dict(revision="v2", local_files_only=True, cache_dir="somewhere", token="secret")
+    assert find("someone/tiny", **how, extra_files=["own.bin"]) == path
+    ((name, given),) = asked
+    assert name == "someone/tiny" and given == how | {"allow_patterns": [*HUB_FILES, "own.bin"]}
+    DistilBertModel.from_pretrained("someone/tiny", revision="v3", cache_dir="there", token=False)
+    assert asked[-1][1].items() >= {"revision": "v3", "cache_dir": "there", "token": False}.items()
+
+
+@pytest.mark.parametrize("shape", [(2, 24), (0, 48), (48,)])
+def test_token_types_of_another_shape_are_refused(shape, tmp_path):
+    theirs = transformers.BertConfig(
+        vocab_size=99, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=80
+    )
+    state = {name: value.contiguous() for name, value in transformers.BertModel(theirs).state_dict().items()}
+    state["embeddings.token_type_embeddings.weight"] = torch.ones(shape)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"token_type_embeddings.weight has shape \[.*, not \[types, dim\]"):
+        DistilBertModel.from_pretrained(tmp_path)
+
+
+def test_adapters_that_are_gone_are_not_in_the_configuration(tmp_path):
+    model = DistilBertModel(DistilBertConfig(**TINY))
+    model.add_adapter("a")
+    model.save_pretrained(tmp_path / "with")
+    assert "adapters" in json.loads((tmp_path / "with" / "config.json").read_text())
+    again = DistilBertModel.from_pretrained(tmp_path / "with")
+    again.delete_adapter("a")
+    again.save_pretrained(tmp_path / "without")
+    assert "adapters" not in json.loads((tmp_path / "without" / "config.json").read_text())
+    _, report = DistilBertModel.from_pretrained(tmp_path / "without", output_loading_info=True)
+    assert not any(report.values())

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -294,6 +295,40 @@ def test_a_dense_layer_that_cannot_be_used(changes, message, checkpoint):
         Embedder.from_pretrained(checkpoint, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "asks for mean, cls pooling"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": 1}, "asks for mean, pooling_mode_max_tokens"),
+        ({"pooling_mode": ["mean", "cls"]}, "asks for mean, cls pooling"),
+        ({"pooling_mode_mean_tokens": False}, "asks for no pooling"),
+        ({"pooling_mode": []}, "asks for no pooling"),
+    ],
+)
+def test_poolings_that_are_not_one(told, message, checkpoint):
+    (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=f"1_Pooling/config.json {message}"):
+        Embedder.from_pretrained(checkpoint, device="cpu")
+
+
+def test_a_dense_layer_has_a_bias_unless_it_says_otherwise(checkpoint):
+    place = checkpoint / "2_Dense"
+    place.mkdir()
+    config = {k: v for k, v in DENSE.items() if k != "bias"} | {
+        "activation_function": "torch.nn.modules.linear.Identity"
+    }
+    (place / "config.json").write_text(json.dumps(config))
+    tensors = {"linear.weight": torch.zeros(4, 16), "linear.bias": torch.arange(4.0)}
+    save_file(tensors, place / "model.safetensors")
+    modules = [{"type": f"x.{path[2:] or 'Transformer'}", "path": path} for path in ("", "1_Pooling", "2_Dense")]
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    assert Embedder.from_pretrained(checkpoint, device="cpu").encode("a").tolist() == [0, 1, 2, 3]
+    del tensors["linear.bias"]
+    save_file(tensors, place / "model.safetensors")
+    with pytest.raises(ValueError, match="linear.bias is absent"):
+        Embedder.from_pretrained(checkpoint, device="cpu")
+
+
 def test_newer_pooling_file(checkpoint):
     (checkpoint / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 16, "pooling_mode": "cls"}')
     assert Embedder.from_pretrained(checkpoint, device="cpu").pooling == "cls"
@@ -583,6 +618,52 @@ def test_weights_of_other_models_are_not_laid_out(checkpoint, laid_out):
     assert encode(lambda model: model.transformer.layer[0].register_forward_hook(lambda *a: None)) == 0
     with torch.autocast("cpu", torch.bfloat16):
         assert encode() == 0
+
+
+@pytest.mark.parametrize("worker", [1, 10**6])
+def test_laid_out_weights_are_the_first_to_go_without_memory(worker, checkpoint, laid_out, monkeypatch):
+    """What was computed of them is computed again, and no text fails that fits without them."""
+    monkeypatch.setattr(runner, "WORTH_A_WORKER", worker)
+    own = Embedder.from_pretrained(checkpoint, device="cpu")
+    expected = own.encode(TEXTS)
+    compute, budgets, given_up = Embedder._compute, [], []
+
+    def without_room(self, *args):
+        if cpu._run.prepared:
+            given_up.append(len(args[0]))
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return compute(self, *args)
+
+    monkeypatch.setattr(Embedder, "_compute", without_room)
+    monkeypatch.setattr(runner.Engine, "_make_room", lambda self, *args: budgets.append(self.budget))
+    np.testing.assert_allclose(own.encode(TEXTS), expected, atol=2e-6)
+    assert 1 <= len(given_up) <= 2 and not budgets  # two workers may have begun
+
+
+def test_processes_are_forked_after_a_run_of_many_tokens(minilm):
+    """Laying out starts no OpenMP team that the child would lack."""
+    code = f"""
+import os, signal, torch, fastdistil
+from fastdistil import cpu
+from fastdistil.engine import runner
+cpu.why_not_onednn, prepare = lambda: "", cpu.prepare
+seen = []
+cpu.prepare = lambda blocks: seen.append(prepare(blocks)) or seen[-1]
+runner.WORTH_PREPARING = 2_000
+torch.set_num_threads(2)
+own = fastdistil.Embedder.from_pretrained({str(minilm)!r}, device="cpu")
+texts = ["a cat sat on the mat " * 8 + str(i) for i in range(60)]
+own.encode(texts)
+assert len(seen) == 1 and seen[0]
+if (child := os.fork()) == 0:
+    signal.alarm(60)
+    own.encode(texts[:1]), own.encode(texts)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    # where it is said that it may, the tokenizers library would use threads that the child lacks, too
+    env = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=env)
 
 
 def test_without_memory_for_them_nothing_is_laid_out(checkpoint, laid_out, monkeypatch):

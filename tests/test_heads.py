@@ -763,3 +763,56 @@ def test_a_copy_of_an_output_without_a_loss():
     out = fastdistil.outputs.SequenceClassifierOutput(logits=torch.ones(1, 2))
     for found in (copy.copy(out), copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
         assert found.loss is None and torch.equal(found.logits, out.logits) and list(found) == ["logits"]
+
+
+@pytest.mark.parametrize("name", ["DistilBertForSequenceClassification", "DistilBertForMultipleChoice"])
+def test_a_watched_encoder_is_read_at_the_first_real_token(name):
+    """Behind padding, as without the hook."""
+    torch.manual_seed(0)
+    model = getattr(fastdistil, name)(DistilBertConfig(**TINY)).eval()
+    ids = torch.randint(1, 60, (4, 9))
+    keep = torch.arange(9) >= torch.tensor([0, 3, 8, 5])[:, None]
+    if name.endswith("Choice"):
+        ids, keep = ids[None], keep[None]
+    with torch.inference_mode():
+        expected = model(ids, keep).logits
+        seen = []
+        model.distilbert.register_forward_hook(lambda module, args, out: seen.append(out[0].shape))
+        found = model(ids, keep).logits
+        other = model(ids).logits
+    assert seen == [(4, 9, 24)] * 2 and not torch.allclose(other, expected, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_projector_of_a_size_of_its_own_stays():
+    """A vocabulary that was never the words' is not changed with them."""
+    model = fastdistil.DistilBertForMaskedLM(DistilBertConfig(**TINY, tie_word_embeddings=False))
+    model.set_output_embeddings(torch.nn.Linear(24, 7))
+    kept = model.vocab_projector.weight
+    for n in (70, 50):
+        model.resize_token_embeddings(n)
+        assert model.vocab_projector.weight is kept and model.vocab_projector.out_features == 7
+        assert len(model.vocab_projector.bias) == 7 and model.config.vocab_size == n
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 7)
+
+
+def test_a_head_whose_words_are_the_models_stays_tied(tmp_path):
+    torch.manual_seed(0)
+    model = fastdistil.DistilBertForMaskedLM(DistilBertConfig(**TINY))
+    model.add_adapter("a")
+    model.save_adapter(tmp_path / "a", "a")
+    other = copy.deepcopy(model)
+    other.load_adapter(tmp_path / "a")
+    assert other.vocab_projector.weight is other.get_input_embeddings().weight
+    with torch.no_grad():
+        other.get_input_embeddings().weight[3] += 1
+    other.load_adapter(tmp_path / "a")
+    assert other.vocab_projector.weight is not other.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(("n", "left"), [(49, None), (50, None), (51, 50), (70, 50)])
+def test_a_padding_token_that_is_cut_off(n, left):
+    model = fastdistil.DistilBertModel(DistilBertConfig(**TINY, pad_token_id=50))
+    words = model.resize_token_embeddings(n)
+    assert words.padding_idx == left and len(words.weight) == n
+    assert model(torch.tensor([[1, n - 1]])).last_hidden_state.shape == (1, 2, 24)

@@ -297,3 +297,13 @@ def test_a_linear_of_somebodys_own_stays():
     block = nn.ModuleDict({"own": Own(8, 8), "plain": nn.Linear(8, 8)})
     int8.convert(block, [block])
     assert type(block["own"]) is Own and type(block["plain"]) is Int8Linear
+
+
+def test_an_int8_layer_has_numbers_of_its_own():
+    linear = nn.Linear(8, 8)
+    layer, x = Int8Linear(linear), torch.randn(3, 8)
+    expected = layer(x)
+    with torch.no_grad():
+        linear.bias += 1
+        linear.weight += 1
+    assert torch.equal(layer(x), expected)

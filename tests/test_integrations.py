@@ -904,3 +904,113 @@ def test_a_hook_before_a_part_of_a_live_model(part):
         getattr(model.transformer.layer[0], part).register_forward_pre_hook(lambda m, args: seen.append(len(args)))
         model(**given)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["DistilBertModel", "BertModel"])
+@pytest.mark.parametrize("setting", ["output_attentions", "output_hidden_states", "return_dict"])
+def test_a_live_models_configuration_says_what_is_given(setting, name, packed):
+    """As it is at the time of the call."""
+    model, (given, keep) = make(name), inputs(name)
+    model.set_attn_implementation("eager")
+    fast = accelerate(copy.deepcopy(model))
+    with torch.inference_mode():
+        fast(**given)
+        for one in (model, fast):
+            setattr(one.config, setting, setting != "return_dict")
+        packed.clear()
+        found, expected = fast(**given), model(**given)
+    assert bool(packed) is (setting == "output_hidden_states" or (setting == "return_dict" and not live.OLD))
+    if setting == "return_dict":
+        assert type(found) is type(expected) is tuple and len(found) == len(expected)
+        torch.testing.assert_close(found[0][keep], expected[0][keep], rtol=0, atol=TOLERANCE)
+    else:
+        same(found, expected, keep)
+
+
+@pytest.mark.parametrize("name", ["DistilBertModel", "BertModel"])
+def test_heads_of_a_live_model_are_counted_at_every_call(name, packed):
+    model, (given, _) = accelerate(make(name)), inputs(name)
+    owner = model.encoder if name == "BertModel" else model.transformer
+    part, heads = owner.layer[0].attention, "n_heads"
+    if name == "BertModel":
+        part, heads = part.self, "num_attention_heads"
+    with torch.inference_mode():
+        model(**given)
+        assert len(packed) == 2
+        setattr(part, heads, 4)
+        model(**given)
+        assert len(packed) == 2
+        setattr(part, heads, 2)
+        model(**given)
+    assert len(packed) == 4
+
+
+DROPOUTS = {
+    "DistilBertModel": ["embeddings", "transformer.layer.1.ffn"],
+    "BertModel": ["embeddings", "encoder.layer.1.attention.output", "encoder.layer.1.output"],
+}
+
+
+@pytest.mark.parametrize(("name", "owner"), [(name, owner) for name in DROPOUTS for owner in DROPOUTS[name]])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_stands_for_a_dropout_is_called(name, owner, when):
+    given, keep = inputs(name)
+    model, fast = make(name), make(name)
+    if when == "after":
+        accelerate(fast)
+        with torch.inference_mode():
+            fast(**given)
+    for one in (model, fast):
+        one.get_submodule(owner).dropout = Doubled(torch.nn.Identity())
+    with torch.inference_mode():
+        same(accelerate(fast)(**given), model(**given), keep)
+
+
+def test_a_replica_is_asked_for_its_own_weights():
+    """Its weights are tensors and no parameters, and parameters elsewhere get a gradient by them."""
+    model, (given, _) = accelerate(make("DistilBertModel")), inputs("DistilBertModel")
+    replica = copy.deepcopy(model)
+    replica._is_replica = True
+    for module in replica.modules():
+        for name in list(module._parameters):
+            weight = module._parameters.pop(name)
+            setattr(module, name, None if weight is None else weight * 1)
+    assert not list(replica.parameters()) and replica(**given)[0].requires_grad
+    with mock.patch.object(transformers.DistilBertModel, "forward", mock.Mock()) as theirs:
+        replica(**given)
+    assert theirs.called
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_of_ones_own_is_kept():
+    """What another function masks is more than padding."""
+    if attention.bidirectional_mask_function is None:
+        pytest.skip("before transformers 5")
+    padding, config = torch.tensor([[1, 1, 1, 0]]), transformers.BertConfig(**ANY["Bert"])
+    options = {"batch_size": 1, "q_length": 4, "kv_length": 4, "config": config}
+    usual = {"mask_function": attention.bidirectional_mask_function}
+    assert attention.mask(**options, **usual, attention_mask=padding) is padding
+
+    def itself(batch, head, q, kv):
+        return q == kv
+
+    own = attention.mask(**options, mask_function=itself, attention_mask=padding.bool(), device=padding.device)
+    assert own.shape == (1, 1, 4, 4) and torch.equal(own[0, 0, :3, :3], torch.eye(3, dtype=torch.bool))
+    # one of another length than the keys', of later queries, or of a decoder is transformers' own to make
+    for change in ({"q_length": 3}, {"q_offset": 1}, {"config": transformers.LlamaConfig(**ANY["Llama"])}):
+        with mock.patch.object(attention, "sdpa_mask", mock.Mock()) as theirs:
+            attention.mask(**options | change, **usual, attention_mask=padding)
+        assert theirs.called
+
+
+@pytest.mark.parametrize("name", ["position_bias", "softcap", "sliding_window", "s_aux"])
+def test_what_changes_scores_is_not_left_out(name, packed):
+    """The packed op has none of it."""
+    given = {"position_bias": torch.zeros(1), "softcap": 3.0, "sliding_window": 2, "s_aux": torch.zeros(2)}[name]
+    with mock.patch.object(attention, "sdpa_attention_forward", mock.Mock(return_value=(None, None))) as theirs:
+        attended(is_causal=False, **{name: given})
+    assert not packed and theirs.called is (name in ("position_bias", "sliding_window"))
+    if theirs.called:
+        assert theirs.call_args.kwargs[name] is given

@@ -267,6 +267,25 @@ def test_autocast(device):
     torch.testing.assert_close(asked, quiet, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_of_the_lookup_of_pooling_and_of_attention(device):
+    """Norms and means are in float32, products in half precision, as autocast has them."""
+    torch.manual_seed(0)
+    table, scale, shift = torch.randn(9, 8, device=device), *torch.randn(2, 8, device=device)
+    ids, cu = torch.arange(4, device=device), cu_seqlens([4], device)
+    qkv = torch.randn(4, 24, device=device)
+    plain = ops.embed_layer_norm(ids, ids, table, table, scale, shift, 1e-5)
+    with torch.autocast(device, dtype=torch.bfloat16), torch.no_grad():
+        found = ops.embed_layer_norm(ids, ids, table, table, scale, shift, 1e-5)
+        pooled = ops.pool(plain, cu, "mean")
+        context = ops.attention(qkv, cu, 4, 2)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pooled, plain.mean(0, keepdim=True), rtol=0, atol=1e-6)
+    assert context.dtype is torch.bfloat16
+    exact = ops.attention(qkv.bfloat16().double(), cu, 4, 2)
+    torch.testing.assert_close(context.double(), exact, rtol=2**-7, atol=1e-3)
+
+
 @pytest.fixture
 def onednn(monkeypatch):
     """Products by oneDNN, wherever this runs, and the row counts it was called with."""
@@ -331,14 +350,16 @@ def same_bits(found, expected):
 def test_a_feed_forward_network_is_its_two_products(onednn, rows, hidden, activation):
     """And none of the hidden columns is copied for the second."""
     x, behind = torch.randn(rows, 48), torch.full((64, 48), float("nan"))
-    w_1, b_1, w_2, b_2 = torch.randn(hidden, 48), torch.randn(hidden), torch.randn(48, hidden), torch.randn(96)[::2]
-    expected = cpu.linear(cpu.bias_gelu(x, w_1, b_1, activation), w_2, b_2)
-    onednn.clear()
-    with torch.inference_mode():
-        for given in (x, torch.cat([x, behind])[:rows]):
-            same_bits(cpu.feed_forward(given, w_1, b_1, w_2, b_2, activation), expected)
-    if hidden > cpu.CHAIN and rows >= cpu.MANY_ROWS:
-        assert onednn == [cpu.grid(rows)] * 4 * -(-hidden // cpu.CHAIN)
+    w_1, b_1, w_2, b_2 = torch.randn(hidden, 48), torch.randn(2 * hidden), torch.randn(48, hidden), torch.randn(96)
+    for lie in (lambda b: b[: len(b) // 2], lambda b: b[::2], lambda b: b[:1].expand(len(b) // 2)):  # biases
+        first, last = lie(b_1), lie(b_2)
+        expected = cpu.linear(cpu.bias_gelu(x, w_1, first, activation), w_2, last)
+        onednn.clear()
+        with torch.inference_mode():
+            for given in (x, torch.cat([x, behind])[:rows]):
+                same_bits(cpu.feed_forward(given, w_1, first, w_2, last, activation), expected)
+        if hidden > cpu.CHAIN and rows >= cpu.MANY_ROWS:
+            assert onednn == [cpu.grid(rows)] * 4 * -(-hidden // cpu.CHAIN)
 
 
 @on_cpu_forms
@@ -364,9 +385,9 @@ def test_weights_in_onednns_own_layout(onednn, rows, hidden, monkeypatch):
     assert len(prepared) == (4 if hidden == 96 else 2 + 2 * hidden // cpu._part(hidden))
     assert set(taken) == {torch.strided}
     taken.clear()
-    with cpu.using(prepared):
-        with cpu.using({}):
-            results()
+
+    def within():
+        cpu.using({}, results)
         assert set(taken) == {torch.strided}
         taken.clear()
         for found, expected in zip(results(), plain, strict=True):
@@ -377,6 +398,8 @@ def test_weights_in_onednns_own_layout(onednn, rows, hidden, monkeypatch):
         thread = threading.Thread(target=results)
         thread.start(), thread.join()
         assert set(taken) == {torch.strided}
+
+    cpu.using(prepared, within)
     w_out.data.add_(1)  # which nothing tells of
     taken.clear()
     with torch.inference_mode():
@@ -385,9 +408,50 @@ def test_weights_in_onednns_own_layout(onednn, rows, hidden, monkeypatch):
 
 
 @on_cpu_forms
+def test_laid_out_weights_are_those_they_were_made_of(onednn):
+    """By another weight's shape and strides, or where one came to lie where another was, they are not asked for."""
+    with torch.inference_mode(), torch.random.fork_rng():
+        x, bias, w_2 = torch.randn(64, 528), torch.zeros(528), torch.randn(528, 1040)
+        over = w_2.view(-1)[: 528 * 528].view(528, 528)  # over w_2's first piece, which has its shape
+        prepared = cpu.prepare([(over[:0], over[:0], torch.randn(1040, 528), w_2)])
+        expected = cpu.linear(x, over, bias)
+        torch.testing.assert_close(cpu.using(prepared, lambda: cpu.linear(x, over, bias)), expected)
+    weight = torch.nn.Parameter(torch.randn(48, 48))
+    place = weight.data_ptr()
+    prepared = cpu.prepare([(weight[:0], weight, weight[:0], weight[:0])])
+    weight.data = torch.randn(48, 48)
+    assert len(prepared) == 1 and all(torch.empty(48, 48).data_ptr() != place for _ in range(9))
+
+
+@on_cpu_forms
+def test_laid_out_weights_are_put_away_whatever_happens(onednn):
+    prepared = cpu.prepare([(torch.randn(48, 48),) * 4])
+
+    def fail():
+        assert cpu._run.prepared is prepared
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            cpu.using(prepared, fail)
+        assert cpu._run.prepared is None
+
+
+@pytest.mark.parametrize(("most", "used"), [("AVX2", False), ("avx", False), ("AVX512_CORE", True), ("ALL", True)])
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_where_onednn_is_kept_from_avx512(most, used, name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(cpu, "vendor", lambda: "AuthenticAMD")
+    monkeypatch.setenv(name, most)
+    found = cpu.why_not_onednn.__wrapped__()
+    assert (f"oneDNN is kept to {most}" == found) is not used
+
+
+@on_cpu_forms
 def test_what_onednn_does_not_multiply_is_not_laid_out(onednn, monkeypatch):
     wide = torch.randn(8, 2 * cpu.CHAIN), torch.randn(8, 8), torch.randn(8, 2 * cpu.CHAIN), torch.randn(0, 8)
     assert len(cpu.prepare([wide])) == 1
+    assert cpu.prepare([(wide[1].to_mkldnn(), wide[1].to_sparse(), wide[1], wide[1])]).keys() == {cpu._key(wide[1])}
     monkeypatch.setattr(cpu, "why_not_onednn", lambda: "not here")
     assert cpu.prepare([wide]) == {}
 

@@ -1031,3 +1031,71 @@ def test_which_places_would_be_special(ours):
 def test_which_long_text_is_wrong(ours):
     with pytest.raises(ValueError, match=r"texts\[101\] holds a lone surrogate"):
         ours.encode_ids(["a", "\ud800" + "x " * 5_000], 8, first_row=100)
+
+
+@pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.txt"])
+def test_special_tokens_of_a_file_of_their_own(kept, ours, tmp_path):
+    """What tokenizer_config.json says comes before it."""
+    ours.save_pretrained(tmp_path)
+    for name in {"tokenizer.json", "vocab.txt"} - {kept}:
+        (tmp_path / name).unlink()
+    config = tmp_path / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    del settings["mask_token"]
+    config.write_text(json.dumps(settings))
+    told = {"mask_token": {"content": "[unused5]"}, "pad_token": "[unused6]"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(told))
+    found = DistilBertTokenizer.from_pretrained(tmp_path)
+    assert (found.mask_token, found.pad_token) == ("[unused5]", "[PAD]")
+    assert found("a [unused5]")["input_ids"][2] == found.mask_token_id == ours.convert_tokens_to_ids("[unused5]")
+
+
+def test_what_a_trainer_is_told(ours):
+    texts = ["aaaa bbbb cccc"] * 3 + ["dddd eeee"]
+    often = ours.train_new_from_iterator(texts, 200, min_frequency=3)
+    assert "aaaa" in often.vocab and "dddd" not in often.vocab
+    assert "dddd" in ours.train_new_from_iterator(texts, 200, min_frequency=1).vocab
+
+
+def test_a_vocabulary_with_numbers_left_out_is_saved_with_its_numbers(tmp_path):
+    vocabulary(tmp_path, "a", "b", "c")
+    DistilBertTokenizer(tmp_path / "vocab.txt").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["vocab"] |= {"b": 9, "c": 12}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    ours = DistilBertTokenizer.from_pretrained(tmp_path)
+    assert ours("a b c")["input_ids"] == [2, 5, 9, 12, 3]
+    ours.save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "tokenizer.json").unlink()
+    again = DistilBertTokenizer.from_pretrained(tmp_path / "again")
+    assert again("a b c")["input_ids"] == [2, 5, 9, 12, 3] and again.get_vocab() == ours.get_vocab()
+
+
+def test_how_many_special_tokens_were_new(ours):
+    made = DistilBertTokenizer(tokenizer=ours.backend)
+    told = {"extra_special_tokens": ["[X]", "[Y]"], "mask_token": "[NEW]", "sep_token": "[SEP]"}
+    assert made.add_special_tokens(told) == 3 and len(made) == len(ours) + 3
+    assert made.add_special_tokens(told) == 0 and made.mask_token == "[NEW]"
+    assert made.add_special_tokens({"extra_special_tokens": ["[X]", "[Z]"]}) == 1
+
+
+@pytest.mark.parametrize("strip", [None, True, False])
+def test_accents_are_saved(strip, ours, tmp_path):
+    (tmp_path / "made").mkdir()
+    ours.save_pretrained(tmp_path / "made")
+    made = DistilBertTokenizer(tmp_path / "made" / "vocab.txt", strip_accents=strip)
+    made.save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "tokenizer.json").unlink()
+    again = DistilBertTokenizer.from_pretrained(tmp_path / "again")
+    assert again.strip_accents is strip and again.encode("naïve café") == made.encode("naïve café")
+    assert (made.encode("naïve") == made.encode("naive")) is (strip is not False)
+
+
+def test_special_tokens_that_are_words(ours):
+    """A token that is made special is left out with the others, whatever it was before."""
+    made = DistilBertTokenizer(tokenizer=ours.backend)
+    ids = made("a cat sat")["input_ids"]
+    assert made.decode(ids, skip_special_tokens=True) == "a cat sat"
+    made.mask_token = "cat"
+    assert made.decode(ids, skip_special_tokens=True) == "a sat"
+    assert made.convert_ids_to_tokens(ids, skip_special_tokens=True) == ["a", "sat"]

@@ -100,7 +100,7 @@ class Engine:
         sequences, whether no token is dead or hardly any) to a tensor, all on the device; longest may be more than the
         model has positions. key: what else than shapes decides what is computed, hashable; with it CUDA graphs may be
         replayed, so that compute must then give a row a sequence and not look at their numbers. prepare: weights for
-        `cpu.using`, made for each window of many tokens.
+        `cpu.using`, made for each window of many tokens; what is written to weights meanwhile counts from the next on.
         """
         windows = self._timed(windows)
         if self.device.type == "cpu":
@@ -127,15 +127,17 @@ class Engine:
         self, window: Window, compute: Compute, prepare: Callable[[], cpu.Prepared] = dict
     ) -> Iterator[Done]:
         tokens, threads = len(window.ids), torch.get_num_threads()
-        prepared = self._prepared(prepare) if tokens >= WORTH_PREPARING else {}
+        prepared: cpu.Prepared = {}
 
         def one(rows: np.ndarray) -> list[Done]:
-            with cpu.using(prepared):
-                return list(self._fitting(window, rows, lambda batch: self._compute(compute, batch)))
+            fitting = self._fitting(window, rows, lambda batch: self._compute(compute, batch), prepared)
+            return cpu.using(prepared, lambda: list(fitting))
 
         if tokens > self.budget:
             cpu.keep_freed_memory()
         if threads == 1 or tokens < threads * WORTH_A_WORKER:
+            if tokens >= WORTH_PREPARING:
+                prepared |= self._prepared(prepare)
             for rows in batches(window.lengths, self.budget):
                 with self.stages.timed("model"):
                     done = one(rows)
@@ -149,6 +151,8 @@ class Engine:
 
         # a batch a thread beats every thread on one batch, for no op waits for its slowest thread
         with cpu_workers(threads) as (pool, workers):
+            if tokens >= WORTH_PREPARING:  # not here: this thread would start OpenMP's, which a forked process lacks
+                prepared |= pool.submit(self._prepared, prepare).result()
             rounds = -(-tokens // (self.budget * workers))
             even = min(self.budget, -(-tokens // (rounds * workers)) + 1)
             results = pool.map(there, batches(window.lengths, even))
@@ -172,17 +176,22 @@ class Engine:
         ids, cu_seqlens, positions = map(torch.from_numpy, (batch.ids, batch.cu_seqlens, batch.positions))
         return compute(ids, cu_seqlens, batch.longest, positions, batch.rows, True)
 
-    def _fitting(self, window: Window, rows: np.ndarray, run: Callable[[Batch], Tensor]) -> Iterator[Done]:
-        """One batch, in as many parts as memory asks for."""
+    def _fitting(
+        self, window: Window, rows: np.ndarray, run: Callable[[Batch], Tensor], prepared: cpu.Prepared
+    ) -> Iterator[Done]:
+        """One batch, in as many parts as memory asks for, once it has taken what is prepared."""
         pending = deque(self._within(window, rows))
         while pending:
-            rows = pending.popleft()
+            rows, spare = pending.popleft(), len(prepared)
             try:
                 yield Done(window, rows, run(window.gather(rows)))
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                if (failed := self._make_room(window, rows, pending)) is not None:
+                if spare:
+                    prepared.clear()
+                    pending.appendleft(rows)
+                elif (failed := self._make_room(window, rows, pending)) is not None:
                     yield failed
 
     def _within(self, window: Window, rows: np.ndarray) -> list[np.ndarray]:
