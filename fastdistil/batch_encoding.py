@@ -41,7 +41,7 @@ class BatchEncoding(dict):
         """The field of that name; of a number or a slice, that row's `tokenizers.Encoding` or a list of them."""
         if isinstance(name, slice):
             return self.encodings[name]
-        return self._whole(name) if isinstance(name, int) else super().__getitem__(name)
+        return self._whole(int(name)) if isinstance(name, (int, np.integer)) else super().__getitem__(name)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -13,8 +13,8 @@ class ModelOutput(OrderedDict):
     """Ordered mapping of the fields that are not None. Subclasses are dataclasses whose fields default to None.
 
     `out.name` is None for an absent field and `out["name"]` a KeyError; `out[0]`, `out[:2]` and `to_tuple()` leave the
-    absent ones out. Items cannot be deleted or added. `type(out)(mapping or pairs)` makes one from names and values, as
-    tools do that move or cast a model's results.
+    absent ones out. Items cannot be deleted; one that is set under another name is not in copies.
+    `type(out)(mapping or pairs)` makes one from names and values, as tools do that move or cast a model's results.
     """
 
     def __init_subclass__(cls) -> None:

@@ -497,7 +497,8 @@ def test_answers_are_json_whatever_the_output_can_hold(heads, encoding, tmp_path
     command = [sys.executable, "-m", "fastdistil.cli", "predict", "--task", "fill-mask", "--model", heads["fill-mask"]]
     command += ["--device", "cpu", "--quiet", "--input", str(tmp_path / "in.jsonl"), "--id-column", "id"]
     done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True)
-    assert json.loads(done.stdout.decode(encoding))["id"] == "é😀"
+    said = done.stdout.decode(encoding)
+    assert json.loads(said)["id"] == "é😀" and ("é😀" in said) is (encoding == "utf-8")
 
 
 def test_long_texts_are_labelled_to_their_end(heads, tmp_path, capsys):
@@ -514,11 +515,9 @@ def test_long_texts_are_labelled_to_their_end(heads, tmp_path, capsys):
 def test_a_reader_that_has_enough(heads, tmp_path):
     (tmp_path / "in.txt").write_text("a [MASK]\n" * 3000)
     command = f"{sys.executable} -m fastdistil.cli predict --task fill-mask --device cpu --quiet --top-k 1"
-    done = subprocess.run(
-        f"{command} --model {heads['fill-mask']} --input {tmp_path / 'in.txt'} | head -n 1",
-        shell=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert len(done.stdout.splitlines()) == 1 and not done.stderr
+    pipe = f"{command} --model {heads['fill-mask']} --input {tmp_path / 'in.txt'} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1 and not done.stderr and done.returncode == 1
 
 
 def test_verify_wants_texts(minilm, tmp_path, capsys):
@@ -566,3 +565,24 @@ def test_a_closed_standard_input(minilm, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert embed(minilm, "--input", "-", "--output", tmp_path / "index") == 1
     assert "standard input, which is closed" in capsys.readouterr().err
+
+
+def test_the_dtype_of_answers_and_of_a_check(heads, minilm, jsonl, tmp_path, monkeypatch):
+    """Not of embeddings alone."""
+    (tmp_path / "in.txt").write_text("a [MASK]\n")
+    for task in ("fill-mask", "token-classification"):
+        out = tmp_path / task
+        command = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--quiet"]
+        command += ["--input", str(tmp_path / "in.txt"), "--output", str(out), "--dtype", "bfloat16"]
+        assert main(command) == 0
+        assert json.loads((out / "manifest.json").read_text())["settings"]["dtype"] == "bfloat16"
+    asked = []
+
+    def verify(model, texts, **options):
+        asked.append(options["dtype"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "verify", verify)
+    for more in ([], ["--dtype", "bfloat16"]):
+        assert main(["verify", str(minilm), "--device", "cpu", *more]) == 1
+    assert asked == ["auto", "bfloat16"]

@@ -345,6 +345,8 @@ def test_nothing_to_embed(embedder):
         (["ok", None], TypeError, r"texts\[1\] must be a string"),
         (["ok"] * 2000 + [b"bytes"], TypeError, r"texts\[2000\] must be a string, got bytes"),
         (["ok"] * 1500 + ["\ud800"], ValueError, r"texts\[1500\] holds a lone surrogate"),
+        ([f"t {i}" for i in range(6000)] + [5], TypeError, r"texts\[6000\] must be a string, got int"),
+        ([f"t {i}" for i in range(6000)] + ["\ud800"], ValueError, r"texts\[6000\] holds a lone surrogate"),
         (3, TypeError, "texts must be a string or an iterable"),
         (b"bytes", TypeError, "got bytes"),
     ],
@@ -352,6 +354,24 @@ def test_nothing_to_embed(embedder):
 def test_bad_texts_are_named(embedder, texts, error, message):
     with pytest.raises(error, match=message):
         embedder.encode(texts)
+
+
+def test_a_bad_text_behind_a_prompt_is_named(embedder):
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a string, got NoneType"):
+        embedder.encode(["a", None], prompt="query: ")
+
+
+def test_a_tokenizer_process_that_ended(embedder):
+    there = embedder.text_windows(processes=1)
+    try:
+        assert len(there.window(["a"])) == 1
+        for process in there._pool._processes.values():
+            process.kill()
+        with pytest.raises(ChildProcessError, match="a tokenizer process ended: perhaps there was no memory for it"):
+            for _ in range(100):  # until its end is known
+                there.window(["a"])
+    finally:
+        there.close()
 
 
 def test_the_budget_is_the_encoders_and_not_the_vectors(minilm, monkeypatch):

@@ -246,6 +246,8 @@ def test_columns_of_token_ids_and_of_texts(embedder, texts):
         (pyarrow.array([[1], []], lists), ValueError, r"texts\[1\] holds no token ids"),
         (pyarrow.array([[1.5]]), TypeError, "input_ids must be a flat array of integers, got float64"),
         ([[1], [1.5]], TypeError, r"texts\[1\] must be a list of token ids, got float64"),
+        ([[1], []], ValueError, r"texts\[1\] holds no token ids"),
+        ([[1], np.array([True])], TypeError, r"texts\[1\] must be a list of token ids, got bool"),
         ([1, 2], TypeError, r"texts\[0\] must be a list of token ids, got int64"),
         ([[5], [[1, 2], [3]]], TypeError, r"texts\[1\] must be a list of token ids: "),
         ([[5], np.array([2**64 - 1], np.uint64)], ValueError, r"texts\[1\] holds the id \d+, outside"),

@@ -307,3 +307,9 @@ def test_an_int8_layer_has_numbers_of_its_own():
         linear.bias += 1
         linear.weight += 1
     assert torch.equal(layer(x), expected)
+
+
+def test_numbers_are_rounded_to_the_nearest_step():
+    x = torch.randn(7, 50)
+    rounded, step = int8.quantize(x.clone())
+    assert ((rounded * step - x).abs() <= 0.5001 * step).all() and rounded.abs().amax(1).eq(127).all()

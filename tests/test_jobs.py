@@ -32,7 +32,7 @@ from fastdistil.jobs import manifest as manifests
 from fastdistil.jobs import processes
 from fastdistil.jobs import run as module
 from fastdistil.jobs.index import Index
-from fastdistil.jobs.manifest import Lock, read_manifest, write_manifest
+from fastdistil.jobs.manifest import LOCK, Lock, read_manifest, write_manifest
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.readers import Columns, count_rows, find_inputs, read_files, read_rows
 
@@ -309,7 +309,10 @@ def test_a_column_of_token_ids(checkpoint, embedder, tmp_path, capsys):
     assert "token ids is read from .parquet files only" in capsys.readouterr().err
 
 
-def test_texts_that_are_too_long(checkpoint, embedder, tmp_path, capsys):
+@pytest.mark.parametrize("windows", [1, 3])
+def test_texts_that_are_too_long(windows, checkpoint, embedder, tmp_path, capsys, request):
+    if windows == 3:
+        request.getfixturevalue("small_windows")
     jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
     arguments = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "o", "--no-truncate"]
     assert embed(checkpoint, *arguments) == 1
@@ -1022,6 +1025,54 @@ def test_processes_share_the_cores_unless_told(tmp_path, monkeypatch):
     options = dict(shard=0, shards=2, resume=False, overwrite=False)
     processes.run_on(["cuda:0", "cuda:1"], ["embed"], tmp_path / "o", **options)
     assert [seen[0][name] for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")] == ["7", "4"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    processes.run_on(["cuda:0", "cuda:1"], ["embed"], tmp_path / "p", **options)
+    assert [seen[1][name] for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")] == ["1", "1"]
+
+
+def test_a_lock_alone_is_nothing_to_lose(tmp_path):
+    """It is left by a run that failed before it wrote anything."""
+    Lock(tmp_path).release()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    processes._refuse(tmp_path, [tmp_path / "shard"], 1, resume=False, overwrite=False)
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(FileExistsError, match="mine"):
+        processes._refuse(tmp_path, [tmp_path / "shard"], 1, resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (None, [""]),
+        ("cpu", ["cpu"]),
+        ("cuda", ["cuda"]),
+        ("1", ["cuda:1"]),
+        ("0,1", ["cuda:0", "cuda:1"]),
+        ("cuda:0, 1,cuda:2", ["cuda:0", "cuda:1", "cuda:2"]),
+        ("cpu,cpu", ["cpu", "cpu"]),
+        ("cuda,cuda:0", "device cuda:0 is named twice"),
+        ("cuda:1,01", "device cuda:1 is named twice"),
+        ("cuda:0,,1", "leaves one between commas out"),
+    ],
+)
+def test_which_devices_are_named(given, found):
+    if isinstance(found, list):
+        assert processes.split_devices(given) == found
+        return
+    with pytest.raises(ValueError, match=found):
+        processes.split_devices(given)
+
+
+def test_ids_of_rows_are_integers_in_parquet(checkpoint, tmp_path):
+    """Those of a column are as the column has them."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t, "id": f"n{i}"} for i, t in enumerate(TEXTS)])
+    arguments = ["--input", path, "--format", "parquet"]
+    assert embed(checkpoint, *arguments, "--output", tmp_path / "o") == 0
+    assert embed(checkpoint, *arguments, "--output", tmp_path / "p", "--id-column", "id") == 0
+    kinds = [parquet.read_schema(tmp_path / name / "part-00000.parquet").field("id").type for name in "op"]
+    assert kinds == [pyarrow.int64(), pyarrow.string()]
+    assert next(Index(tmp_path / "o").parts())[0] == list(range(len(TEXTS)))
 
 
 def test_the_lock_ends_with_its_process(tmp_path):

@@ -19,6 +19,7 @@ from fastdistil.jobs.manifest import (
     commit,
     fingerprint_of_files,
     fingerprint_of_model,
+    is_whole,
     part_name,
     read_manifest,
     write_manifest,
@@ -167,7 +168,7 @@ def test_an_index_of_whole_numbers_is_none(tmp_path):
         ({"pooling": "cls"}, "pooling was None, now 'cls'"),
         ({"inputs": [["in", 9, 1]]}, "the input in (content)"),
         ({"inputs": [["in", 9, 2, "ab"]]}, None),  # a copy of the input, elsewhere
-        ({"threads": 5, "device": "cuda"}, None),
+        ({"threads": 5, "device": "cuda", "max_batch_tokens": 5}, None),
     ],
     ids=str,
 )
@@ -226,6 +227,7 @@ def test_where_links_cannot_be_made_files_are_copied(tmp_path, monkeypatch):
     assert [part.budget for part in merged.parts] == [77, 77, 0, 0]
     assert [part.budget for part in read_manifest(tmp_path / "o").parts] == [77, 77, 0, 0]
     assert (tmp_path / "o" / "part-00000.npy").stat().st_nlink == 1
+    assert all(is_whole(shard, part) for shard in (one, two) for part in read_manifest(shard).parts)
     assert list(chain.from_iterable(ids for ids, _ in Index(tmp_path / "o").parts())) == list(range(6))
 
 

@@ -186,6 +186,11 @@ def test_from_the_command_line(cluster, checkpoint, texts, tmp_path, capsys):
     assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "o")]) == 0
     expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(texts[:100])
     np.testing.assert_allclose(np.load(tmp_path / "o" / "part-00000.npy"), expected, atol=1e-6)
+    assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "h"), "--output-dtype", "float16"]) == 0
+    half = np.load(tmp_path / "h" / "part-00000.npy")
+    assert half.dtype == np.float16 and np.abs(half - expected).max() < 1e-3
+    assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "p"), "--tokens-column", "ids"]) == 2
+    assert "--engine ray takes texts" in capsys.readouterr().err
     assert fastdistil.cli.main([*arguments, "--output", str(tmp_path / "p"), "--ray-actors", "2"]) == 2
     assert "go with --engine ray" in capsys.readouterr().err
     assert fastdistil.cli.main([*on_ray, "--output", str(tmp_path / "p"), "--no-truncate"]) == 2

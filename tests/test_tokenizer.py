@@ -1,14 +1,17 @@
 """DistilBertTokenizer against transformers' own."""
 
 import json
+import pickle
 import random
 import time
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
 from fastdistil import DistilBertTokenizer
+from fastdistil.batch_encoding import BatchEncoding
 
 transformers = pytest.importorskip("transformers")
 
@@ -1099,3 +1102,31 @@ def test_special_tokens_that_are_words(ours):
     made.mask_token = "cat"
     assert made.decode(ids, skip_special_tokens=True) == "a sat"
     assert made.convert_ids_to_tokens(ids, skip_special_tokens=True) == ["a", "sat"]
+
+
+# --- what a result is asked -------------------------------------------------------------------------------------------
+
+
+def test_rows_of_pairs_know_both_texts(ours):
+    for row in (0, np.int64(0), -1):
+        assert ours(["one two"], ["four five"])[row].char_to_token(0, 0) == 1
+    assert ours(["one two"], ["four five"])[0:1][0].char_to_token(0, 0) == 1
+    assert ours(["one two"], ["four five"]).encodings[0].char_to_token(0, 1) == 4
+
+
+def test_a_result_is_a_dictionary_with_attributes(ours):
+    found = ours(["a cat", "two"])
+    assert not hasattr(found, "nope")
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found and again.input_ids == found.input_ids
+    assert found.is_fast and not BatchEncoding({}).is_fast and not ours.pad({"input_ids": [[1], [2, 3]]}).is_fast
+    assert found.word_to_chars(0, -1) is None and found.word_to_chars(0, 1) == (2, 5)
+
+
+def test_what_becomes_a_tensor(ours):
+    for kind in ("pt", "np"):
+        assert str(BatchEncoding({"input_ids": [[]]}).convert_to_tensors(kind)["input_ids"].dtype).endswith("int64")
+    found = BatchEncoding({"labels": [0.5, 1.0], "told": [np.float64(1)]}).convert_to_tensors("pt")
+    assert found["labels"].dtype is torch.float32 and found["told"].dtype is torch.float64
+    with pytest.raises(ValueError, match="return_tensors must be 'pt', 'np' or None, got 'tf'"):
+        BatchEncoding({"labels": [1]}).convert_to_tensors("tf")

@@ -19,18 +19,19 @@ Replaced = tuple[Path, Callable[[Path], None]]  # a directory, and what removes 
 
 
 def split_devices(device: str | None) -> list[str]:
-    """ "cuda:0,1" -> ["cuda:0", "cuda:1"]; what is one device stays one."""
+    """ "cuda:0,1" or "0,1" -> ["cuda:0", "cuda:1"]; what is one device stays one."""
     found: list[str] = []
     for name in (device or "").split(","):
         name = name.strip()
-        if name.isdecimal() and found:
-            name = f"{found[0].partition(':')[0]}:{name}"
+        if name.isdecimal():
+            name = f"{found[0].partition(':')[0] if found else 'cuda'}:{int(name)}"
         found.append(name)
     if len(found) > 1 and "" in found:
         raise ValueError(f"device {device!r} leaves one between commas out")
-    twice = {name for name in found if found.count(name) > 1 and name != "cpu"}
+    whole = [name if ":" in name or name == "cpu" else f"{name}:0" for name in found]
+    twice = [name for name in whole if whole.count(name) > 1 and name != "cpu"]
     if twice:
-        raise ValueError(f"device {sorted(twice)[0]} is named twice")
+        raise ValueError(f"device {twice[0]} is named twice")
     return found
 
 
