@@ -204,12 +204,12 @@ class Watch:
             self._thread.join()
 
     def _sample(self) -> None:
-        own = gpu_uuid()
-        while not self._stop.is_set():
+        own, done = gpu_uuid(), False
+        while not done:  # once at least, however soon what is watched has ended
             cards = nvidia_smi(*CLOCKS)
             found = [card for card in cards if own and card.get("uuid", "").endswith(own)] or cards
             self.samples += found or ([] if self.samples else [{"missing": "nvidia-smi tells nothing"}])
-            self._stop.wait(2.0)
+            done = self._stop.wait(2.0)
 
 
 def gpu_uuid() -> str:

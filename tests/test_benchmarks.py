@@ -1721,6 +1721,7 @@ def test_clocks_or_why_there_are_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for told, kept in (([{"clocks.sm": "1 MHz"}], "clocks.sm"), ([], "missing")):
         monkeypatch.setattr(timing, "nvidia_smi", lambda *what, told=told: told)
+        monkeypatch.setattr(timing, "gpu_uuid", lambda: time.sleep(0.2) or "")  # what is watched ends before it
         with timing.Watch() as watch:
             pass
         assert kept in watch.samples[0]

@@ -586,3 +586,21 @@ def test_the_dtype_of_answers_and_of_a_check(heads, minilm, jsonl, tmp_path, mon
     for more in ([], ["--dtype", "bfloat16"]):
         assert main(["verify", str(minilm), "--device", "cpu", *more]) == 1
     assert asked == ["auto", "bfloat16"]
+
+
+@pytest.mark.parametrize("text", ['{"text": "a"}', '{"text": 3}'])
+def test_nothing_is_left_of_a_jobs_log(text, minilm, tmp_path):
+    """Its thread ends with the job, also with one that failed."""
+    (tmp_path / "in.jsonl").write_text(f"{text}\n")
+    command = ["embed", "--model", str(minilm), "--device", "cpu", "--json-logs"]
+    main([*command, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "o")])
+    assert not [one for one in threading.enumerate() if "_watch" in one.name]
+
+
+def test_closed_standard_output_takes_no_answers(heads, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.txt").write_text("a [MASK]\n")
+    monkeypatch.setattr(sys, "stdout", None)
+    command = ["predict", "--task", "fill-mask", "--model", heads["fill-mask"], "--device", "cpu", "--quiet"]
+    assert main([*command, "--input", str(tmp_path / "in.txt")]) == 2
+    monkeypatch.undo()
+    assert "standard output is closed; give --output, a directory" in capsys.readouterr().err

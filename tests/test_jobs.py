@@ -2303,6 +2303,18 @@ def test_processes_have_ended_when_one_has_failed(tmp_path):
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def test_processes_have_ended_when_one_could_not_start(tmp_path):
+    """Nor is their lock given up before."""
+    mark = tmp_path / "a"
+    code = (
+        "import os, sys, time\ntry: os.read(int(os.environ['%s']), 1)\nfinally: time.sleep(1); open(sys.argv[1], 'w')"
+    )
+    commands = [[sys.executable, "-c", code % processes.LIFELINE, str(mark)], ["./nowhere"]]
+    with pytest.raises(FileNotFoundError):
+        processes._together(["one", "two"], commands, dict(os.environ), [], [])
+    assert mark.exists()
+
+
 def test_ids_that_are_no_text_in_every_format(checkpoint, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('{"id": "\\ud800", "text": "a"}\n')

@@ -26,7 +26,7 @@ from fastdistil.jobs.manifest import (
     write_text,
 )
 from fastdistil.jobs.merge import merge
-from fastdistil.jobs.writers import write_embeddings, write_lines
+from fastdistil.jobs.writers import write_columns, write_embeddings, write_lines
 
 
 def make(directory, rows, shard=0, shards=1, first=0, budget=0, **settings):
@@ -241,3 +241,35 @@ def test_an_index_is_searched_whatever_it_says_of_inputs(tmp_path):
     """An earlier version told no digests."""
     index = Index(make(tmp_path / "o", 3, inputs=[["in", 9, 1]]))
     assert [identity for identity, _ in index.search(np.ones((1, 3), np.float32))[0]] == [2, 1, 0]
+
+
+def test_numbers_of_answers_are_wide(tmp_path):
+    """Scores as JSON has them, tokens and places that no text outgrows."""
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = {"score": [0.1], "start": [2**40], "all": [[{"label": "a", "score": 0.1}]]}
+    kinds = {"score": "float", "start": "int", "all": [{"label": "string", "score": "float"}]}
+    (name,) = write_columns(tmp_path, "part-00000", "parquet", [0], columns, False, kinds)
+    schema = pyarrow.parquet.read_schema(tmp_path / name)
+    assert (schema.field("score").type, schema.field("start").type) == (pyarrow.float64(), pyarrow.int64())
+    assert schema.field("all").type.value_type.field("score").type == pyarrow.float64()
+    assert pyarrow.parquet.read_table(tmp_path / name).to_pylist() == [
+        {"id": 0} | {k: v[0] for k, v in columns.items()}
+    ]
+
+
+@pytest.mark.parametrize("left", ["finished", "a part", "a part's record", "nothing"])
+def test_a_merge_that_was_begun_is_one_of_nothing_else(left, tmp_path):
+    """A job that ran there, with the shards of another one beside it, is not written over as one."""
+    out = tmp_path / "o"
+    out.mkdir()
+    for i in range(2):
+        make(out / f"shard-0000{i}-of-00002", 3, i, 2, 3 * i)
+    manifest = read_manifest(out / "shard-00000-of-00002")
+    parts, manifest.parts = manifest.parts, []
+    manifest.finished, manifest.settings["shards"], manifest.settings["shard"] = left == "finished", 1, 0
+    if left == "a part":
+        manifest.parts = parts
+    write_manifest(out, manifest)
+    if left == "a part's record":
+        commit(out, parts[0])
+    assert module._is_begun(out) is (left == "nothing")

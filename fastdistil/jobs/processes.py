@@ -139,17 +139,17 @@ def _together(
     holds something to put in its place."""
     began, cleared = time.time() - 0.1, False
     with _lifeline() as (line, stop):
-        children = [
-            subprocess.Popen(
-                command,
-                env=environment | {LIFELINE: str(line)},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[line],
-                process_group=0,  # Ctrl-C is for this process, which tells them
-            )
-            for command in commands
-        ]
+        children: list[subprocess.Popen] = []
         try:
+            for command in commands:
+                child = subprocess.Popen(
+                    command,
+                    env=environment | {LIFELINE: str(line)},
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[line],
+                    process_group=0,  # Ctrl-C is for this process, which tells them
+                )
+                children.append(child)
             while True:
                 states = [child.poll() for child in children]
                 for device, state in zip(devices, states, strict=True):
