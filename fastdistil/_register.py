@@ -96,9 +96,9 @@ def by_autocast(kind: str, device: str, *values: Any) -> list[Any]:
 
 
 def _autocast_form(op: Callable[..., Tensor], device: str, kind: str) -> Callable[..., Tensor]:
-    def autocast_form(*args: Any, **kwargs: Any) -> Tensor:
-        values = by_autocast(kind, device, *args, *kwargs.values())
+    def autocast_form(*args: Any) -> Tensor:  # by position, however they were given
+        values = by_autocast(kind, device, *args)
         with torch.autocast(device, enabled=False):
-            return op(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+            return op(*values)
 
     return autocast_form

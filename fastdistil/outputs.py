@@ -33,12 +33,9 @@ class ModelOutput(OrderedDict):
         first, *rest = (getattr(self, name) for name in names)
         if all(value is None for value in rest) and isinstance(first, Iterable) and not isinstance(first, Tensor):
             given = _by_name(first, names)
+            super().clear()
             for name in names:
-                super().__setattr__(name, given.get(name))
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if value is not None:
-                super().__setitem__(field.name, value)
+                setattr(self, name, given.get(name))
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
@@ -48,7 +45,7 @@ class ModelOutput(OrderedDict):
         super().__setattr__(key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.keys() and value is not None:
+        if value is not None and name in self.__dataclass_fields__:  # type: ignore[attr-defined]
             super().__setitem__(name, value)
         super().__setattr__(name, value)
 

@@ -1054,6 +1054,7 @@ def test_a_lock_alone_is_nothing_to_lose(tmp_path):
         ("cuda,cuda:0", "device cuda:0 is named twice"),
         ("cuda:1,01", "device cuda:1 is named twice"),
         ("cuda:0,,1", "leaves one between commas out"),
+        ("cpu,0", "has a number behind cpu; write cuda:0"),
     ],
 )
 def test_which_devices_are_named(given, found):

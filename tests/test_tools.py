@@ -69,6 +69,57 @@ def test_results_are_made_from_names_and_values():
     assert mapped.loss == {"size": ()}
 
 
+def test_results_are_changed_as_transformers_are():
+    """By name or as an attribute, which is one; nothing is taken away."""
+    transformers = pytest.importorskip("transformers", "5")  # before, an absent field could not become an item
+    found = []
+    for cls in (SequenceClassifierOutput, transformers.modeling_outputs.SequenceClassifierOutput):
+        out = cls(logits=torch.ones(2, 3))
+        out["logits"] = torch.zeros(2)
+        seen = [out.logits.tolist()]
+        out.logits = torch.ones(2)
+        seen.append([out["logits"].tolist(), out[0].tolist()])
+        out.loss = torch.tensor(1.0)  # absent until now, as Trainer looks for it by name
+        seen.append([list(out), float(out.loss), len(out.to_tuple())])
+        out.logits = None
+        seen.append([list(out), out.logits])
+        for change in (
+            lambda out=out: out.pop("logits"),
+            lambda out=out: out.popitem(),
+            lambda out=out: out.setdefault("loss", 1),
+            lambda out=out: out.update({"loss": 1}),
+            lambda out=out: out.__delitem__("logits"),
+        ):
+            if cls is SequenceClassifierOutput:
+                with pytest.raises(
+                    TypeError, match="the fields of SequenceClassifierOutput cannot be added or removed"
+                ):
+                    change()
+                assert list(out) == ["logits", "loss"]
+        found.append(seen)
+    assert found[0] == found[1]
+
+
+def test_a_result_of_several_values_is_made_of_them():
+    """Only one alone may be names and values."""
+    pairs = [("loss", 1), ("logits", 2)]
+    out = SequenceClassifierOutput(pairs, torch.ones(1))
+    assert out.loss is pairs and list(out) == ["loss", "logits"]
+    told = iter([torch.ones(1), torch.zeros(1)])  # read to see that it is of no names
+    assert [float(x) for x in SequenceClassifierOutput(told).loss] == [1, 0]
+
+
+def test_a_result_is_exported_by_its_names(tmp_path):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return SequenceClassifierOutput(logits=x * 2)
+
+    program = torch.export.export(Model(), (torch.ones(2),))
+    torch.export.save(program, tmp_path / "model.pt2")
+    out = torch.export.load(tmp_path / "model.pt2").module()(torch.ones(2))
+    assert type(out) is SequenceClassifierOutput and out.logits.tolist() == [2, 2] and out.loss is None
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 

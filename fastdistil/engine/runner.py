@@ -6,6 +6,7 @@ copied on a stream of its own, computed, and its result copied back on a third, 
 
 import functools
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -27,7 +28,8 @@ logger = logging.getLogger("fastdistil")
 
 MOST_WORKERS = 16  # each holds the activations of a batch
 LONGEST_START = 60.0  # seconds that a worker waits for the others
-WORTH_PREPARING = 2**14  # tokens; MiniLM's weights were laid out in 7 ms, for a gain of 3 % of the run
+LONGEST_END = 1.0  # seconds
+WORTH_PREPARING = 2**13  # tokens a thread; MiniLM's weights took two threads 7 ms, for a gain of 3 % of the run
 WORTH_A_WORKER = 512  # fewer tokens a thread are quicker with all threads on one batch
 SLOTS = 4  # batches in flight on CUDA
 ALIGNED = 64  # int32 elements
@@ -136,7 +138,7 @@ class Engine:
         if tokens > self.budget:
             cpu.keep_freed_memory()
         if threads == 1 or tokens < threads * WORTH_A_WORKER:
-            if tokens >= WORTH_PREPARING:
+            if tokens >= threads * WORTH_PREPARING:
                 prepared |= self._prepared(prepare)
             for rows in batches(window.lengths, self.budget):
                 with self.stages.timed("model"):
@@ -151,7 +153,9 @@ class Engine:
 
         # a batch a thread beats every thread on one batch, for no op waits for its slowest thread
         with cpu_workers(threads) as (pool, workers):
-            if tokens >= WORTH_PREPARING:  # not here: this thread would start OpenMP's, which a forked process lacks
+            if (
+                tokens >= workers * WORTH_PREPARING
+            ):  # there, for OpenMP's team of this thread would not live through a fork
                 prepared |= pool.submit(self._prepared, prepare).result()
             rounds = -(-tokens // (self.budget * workers))
             even = min(self.budget, -(-tokens // (rounds * workers)) + 1)
@@ -167,7 +171,7 @@ class Engine:
     def _prepared(prepare: Callable[[], cpu.Prepared]) -> cpu.Prepared:
         try:
             return prepare()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             return {}
@@ -185,7 +189,7 @@ class Engine:
             rows, spare = pending.popleft(), len(prepared)
             try:
                 yield Done(window, rows, run(window.gather(rows)))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 if spare:
@@ -275,8 +279,8 @@ def budget_for(device: torch.device, dim: int) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of any device; CPU's allocator raises a RuntimeError of its own."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Of any device; torch's on CPU raises a RuntimeError of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
     return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
@@ -459,8 +463,10 @@ class _Graph:
 def cpu_workers(threads: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Threads that share out torch's intra-op threads: (pool, how many). The caller's own number stays as it is."""
     workers = min(threads, MOST_WORKERS)
+    made: list[int] = []
 
     def share_out() -> None:
+        made.append(threading.get_native_id())
         torch.get_num_threads()  # a thread's first look at the number would overwrite what is set before it
         torch.set_num_threads(threads // workers)
         with suppress(threading.BrokenBarrierError):
@@ -478,6 +484,16 @@ def cpu_workers(threads: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
         ready.abort()  # workers would wait for one that an interrupt, or a limit on threads, kept from starting
         try:
             pool.shutdown(cancel_futures=True)
+            _await_the_end_of(made)
         finally:
             if not started:
                 torch.set_num_threads(threads)
+
+
+def _await_the_end_of(threads: list[int]) -> None:
+    """Python waits for its own part of a thread; one that ends just then would leave a forked process locks that nobody
+    holds there."""
+    deadline = time.monotonic() + LONGEST_END
+    for one in threads:
+        while os.path.exists(f"/proc/self/task/{one}") and time.monotonic() < deadline:
+            time.sleep(1e-4)

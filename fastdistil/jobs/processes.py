@@ -24,6 +24,8 @@ def split_devices(device: str | None) -> list[str]:
     for name in (device or "").split(","):
         name = name.strip()
         if name.isdecimal():
+            if found and found[0] == "cpu":
+                raise ValueError(f"device {device!r} has a number behind cpu; write cuda:{name} for that CUDA device")
             name = f"{found[0].partition(':')[0] if found else 'cuda'}:{int(name)}"
         found.append(name)
     if len(found) > 1 and "" in found:
