@@ -153,9 +153,8 @@ class Engine:
 
         # a batch a thread beats every thread on one batch, for no op waits for its slowest thread
         with cpu_workers(threads) as (pool, workers):
-            if (
-                tokens >= workers * WORTH_PREPARING
-            ):  # there, for OpenMP's team of this thread would not live through a fork
+            if tokens >= workers * WORTH_PREPARING:
+                # by a worker: this thread would start an OpenMP team, which a forked process lacks
                 prepared |= pool.submit(self._prepared, prepare).result()
             rounds = -(-tokens // (self.budget * workers))
             even = min(self.budget, -(-tokens // (rounds * workers)) + 1)
