@@ -407,7 +407,6 @@ def _on_several_devices(arguments: argparse.Namespace) -> _Several | None:
     except ValueError as error:
         raise WrongUse(str(error)) from error
     if len(devices) == 1:
-        arguments.device = devices[0] or arguments.device
         return None
     if arguments.output is None:
         raise WrongUse("several devices need an --output directory")

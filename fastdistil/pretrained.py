@@ -448,6 +448,8 @@ class _WithoutInit(TorchFunctionMode):
 
 def as_device(name: str | int | torch.device) -> torch.device:
     """A device that is there, or ValueError. A number is transformers': of a CUDA device, or below 0 the CPU."""
+    if isinstance(name, str) and name.isdecimal():  # of a command line
+        name = int(name)
     if isinstance(name, int) and not isinstance(name, bool):
         name = f"cuda:{name}" if name >= 0 else "cpu"
     try:

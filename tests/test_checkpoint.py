@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import fastdistil
 from fastdistil import DistilBertConfig, DistilBertForMaskedLM, DistilBertModel, DistilBertTokenizer, pipeline
 from fastdistil.checkpoint import HUB_FILES, LoadReport, Weights, find, load_weights
-from fastdistil.pretrained import PreTrainedModel
+from fastdistil.pretrained import PreTrainedModel, as_device
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=2, max_position_embeddings=40)
@@ -532,3 +532,10 @@ def test_adapters_that_are_gone_are_not_in_the_configuration(tmp_path):
     assert "adapters" not in json.loads((tmp_path / "without" / "config.json").read_text())
     _, report = DistilBertModel.from_pretrained(tmp_path / "without", output_loading_info=True)
     assert not any(report.values())
+
+
+def test_a_number_is_a_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(as_device(name)) for name in (1, "1", "cuda:1", -1)] == ["cuda:1"] * 3 + ["cpu"]
+    with pytest.raises(ValueError, match="device 'cuda:2' was asked for"):
+        as_device("2")
