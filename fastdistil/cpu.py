@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import threading
 from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
@@ -22,8 +23,10 @@ from fastdistil import reference
 FEW_ROWS, FEW_ON_INTEL, BLOCKS = range(1, 257), range(4, 16), 8
 # oneDNN's float32 product adds each element in one chain, MKL's in blocks of 192. Cut at so many terms a chain its mean
 # error is at most MKL's and a half, its largest was up to 3.5 times MKL's in results of 1,000 elements and more. A cut
-# copies part of the weights, so it pays from MANY_ROWS rows on; up to SOME_ROWS rows MKL is as quick.
+# copies part of the weights, so it pays from MANY_ROWS rows on; up to SOME_ROWS rows MKL is as quick. On Zen 4
+# cut products took up to 1.4 times as long with fewer, others up to 1.2 times (widths 384 and 768).
 CHAIN, SOME_ROWS, MANY_ROWS = 1_024, 8, 24
+ON_ZEN_4 = 24, 192  # both
 LAID_OUT_FOR = 2_048  # rows, which makes no difference to others
 ONEDNN_ACTIVATIONS = {
     "gelu": ("gelu", "none"),
@@ -139,7 +142,8 @@ def why_not_onednn() -> str:
     """Why float32 products are left to the library torch takes, or "" where oneDNN's are twice as quick.
 
     MKL uses AVX-512 on Intel's processors only. On AMD's with AVX-512 oneDNN was 1.9 to 2.3 times as quick from 256
-    rows on, as quick or up to twice with fewer (Zen 5; width 768); on those with AVX2 it was slower.
+    rows on, as quick or up to twice with fewer (Zen 5; width 768), and 1.0 to 1.2 times on Zen 4, where AVX-512
+    multiplies no more at a time than AVX2; on those with AVX2 it was slower.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "no AVX-512"
@@ -156,11 +160,21 @@ def why_not_onednn() -> str:
 @functools.cache
 def vendor() -> str:
     """AuthenticAMD, GenuineIntel or another; on other systems than Linux a text with that in it."""
+    return _described("vendor_id")
+
+
+@functools.cache
+def is_zen_4() -> bool:
+    """Of AMD's processors with AVX-512; Zen 5 is family 26."""
+    return bool(re.search(r"^25$|Family 25\b", _described("cpu family")))
+
+
+def _described(what: str) -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith("vendor_id")), "")
+            return next((line.split(":")[1].strip() for line in file if line.startswith(what)), "")
     except OSError:
-        return platform.processor()
+        return platform.processor()  # AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD
 
 
 @functools.cache
@@ -196,11 +210,17 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     rows, terms = x.shape[0], weight.shape[1]
     return (
-        rows >= (SOME_ROWS if terms <= CHAIN else MANY_ROWS)
+        rows >= fewest_rows()[terms > CHAIN]
         and terms > 0
         and weight.shape[0] > 0
         and weight.is_contiguous()  # a strided weight would take a thousand times as long
     )
+
+
+@functools.cache
+def fewest_rows() -> tuple[int, int]:
+    """From how many rows on oneDNN multiplies, and where it cuts the product."""
+    return ON_ZEN_4 if is_zen_4() else (SOME_ROWS, MANY_ROWS)
 
 
 def grid(rows: int) -> int:

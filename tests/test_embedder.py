@@ -147,6 +147,23 @@ def test_options(checkpoint):
     assert (plain.pooling, plain.normalize, plain.max_length) == ("mean", False, 512)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_last_block_answers_for_what_is_pooled(pooling, watched, checkpoint, monkeypatch):
+    own = Embedder.from_pretrained(checkpoint, "cpu", pooling=pooling, normalize=False)
+    texts, rows, form = ["a cat sat", "it's 3.14, isn't it?", "a", "temporary"], [], cpu.feed_forward
+    tokens, blocks = sum(map(len, own.tokenizer(texts)["input_ids"])), own.model.config.n_layers
+    monkeypatch.setattr(cpu, "feed_forward", lambda x, *rest: rows.append(len(x)) or form(x, *rest))
+    if watched:  # then by way of the whole
+        own.model.transformer.layer[0].register_forward_hook(lambda *given: None)
+    found = own.encode(texts)
+    assert rows == ([] if watched else [tokens] * (blocks - 1) + [len(texts) if pooling == "cls" else tokens])
+    for text, vector in zip(texts, found, strict=True):
+        with torch.inference_mode():
+            hidden = own.model(torch.tensor([own.tokenizer.encode(text)]))[0][0]
+        np.testing.assert_allclose(vector, hidden[0] if pooling == "cls" else hidden.mean(0), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "layers",
     [

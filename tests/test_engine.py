@@ -417,6 +417,18 @@ def test_graphs_serve_in_every_mode(embedder, texts, captured):
     assert (rounded == direct).all() and np.abs(rounded - expected).max() > 2e-5 and len(captured) == before
 
 
+def test_graphs_of_first_tokens(embedder, texts, captured):
+    """Also where the texts fill a graph, and the empty ones behind them begin where there is no row."""
+    own = Embedder(embedder.model, embedder.tokenizer, pooling="cls", max_length=128)
+    full = ["a cat sat on it"] * 3 + ["it sat on a cat"] * 2
+    full = [f"{text} {i}" for i, text in enumerate(full)]
+    tokens = len(own.tokenize(full).ids)
+    for given, budget in ((texts, 700), (full, tokens)):
+        engine = Engine(torch.device("cpu"), budget, GraphCache())
+        np.testing.assert_allclose(staged(own, engine, given), alone(own, given), atol=1e-6)
+    assert captured and captured[-1][0] > len(full)
+
+
 def with_layers(embedder, model):
     torch.manual_seed(1)
     layers = torch.nn.Sequential(torch.nn.Linear(32, 12), torch.nn.Tanh())

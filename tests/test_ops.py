@@ -1,5 +1,6 @@
 """Every op against its float64 definition, with dead rows poisoned, and through torch's tracing machinery."""
 
+import io
 import os
 import platform
 import subprocess
@@ -299,6 +300,7 @@ def onednn(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(cpu, "why_not_onednn", lambda: "")
+    monkeypatch.setattr(cpu, "fewest_rows", lambda: (cpu.SOME_ROWS, cpu.MANY_ROWS))
     counts, product = [], torch.ops.mkldnn._linear_pointwise
 
     class Counting:
@@ -454,6 +456,43 @@ def test_where_onednn_is_kept_from_avx512(most, used, name, monkeypatch):
     monkeypatch.setenv(name, most)
     found = cpu.why_not_onednn.__wrapped__()
     assert not found.startswith("oneDNN is kept") if used else found == f"oneDNN is kept to {most}"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "elsewhere", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", "", (24, 192)),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 25\n", "", (8, 24)),
+        ("cpu family\t: 25\n" * 2 + "cpu family\t: 26\n", "", (24, 192)),
+        ("", "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", (8, 24)),
+        (None, "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", (24, 192)),
+        (None, "AMD64 Family 26 Model 25 Stepping 1, AuthenticAMD", (8, 24)),
+        (None, "", (8, 24)),
+    ],
+)
+def test_products_of_few_rows_are_left_to_mkl_on_zen_4(cpuinfo, elsewhere, expected, monkeypatch):
+    def opened(path, **options):
+        assert path == "/proc/cpuinfo"
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(cpuinfo)
+
+    monkeypatch.setattr("builtins.open", opened)
+    monkeypatch.setattr(cpu.platform, "processor", lambda: elsewhere)
+    monkeypatch.setattr(cpu, "is_zen_4", cpu.is_zen_4.__wrapped__)
+    assert cpu.fewest_rows.__wrapped__() == expected
+    there = "AuthenticAMD" if "vendor_id" in (cpuinfo or "") else ""
+    assert cpu.vendor.__wrapped__() == (elsewhere if cpuinfo is None else there)
+
+
+@on_cpu_forms
+def test_the_rows_from_which_onednn_multiplies(onednn, monkeypatch):
+    monkeypatch.setattr(cpu, "fewest_rows", lambda: (10, 20))
+    for terms, least in ((64, 10), (cpu.CHAIN, 10), (cpu.CHAIN + 1, 20)):
+        for rows in (least - 1, least):
+            onednn.clear()
+            ops.linear(torch.randn(rows, terms), torch.randn(16, terms), torch.randn(16))
+            assert bool(onednn) == (rows == least)
 
 
 @on_cpu_forms

@@ -401,8 +401,13 @@ class Embedder:
     def _compute(
         self, ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray, full: bool
     ) -> Tensor:
-        longest = min(longest, self.model.config.max_position_embeddings)
-        hidden = self.model.forward_packed(ids, cu_seqlens, longest, positions, all_live=full)  # [tokens, dim]
+        longest, first = min(longest, self.model.config.max_position_embeddings), None
+        if self.pooling == "cls":  # the last block answers for these rows alone; an empty text of a graph for any
+            first = cu_seqlens[:-1].long().clamp(max=len(ids) - 1)
+        hidden = self.model.forward_packed(ids, cu_seqlens, longest, positions, first, all_live=full)
+        if first is not None:
+            cu_seqlens = torch.arange(len(cu_seqlens), dtype=torch.int32, device=ids.device)
+        # hidden: [tokens, dim], or of the first tokens [batch, dim]
         if not len(self.layers) and self.truncate_dim is None:
             return ops.pool(hidden, cu_seqlens, self.pooling, self.normalize).float()  # [batch, dim]
         out = self.layers(ops.pool(hidden, cu_seqlens, self.pooling).float())[:, : self.truncate_dim]
