@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,9 +108,10 @@ class Pipeline:
         only: list[list[int]] | None = None,
         finish: Callable[[Tensor], Tensor] = Tensor.float,
         owners: list[int] | None = None,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(row, logits [its tokens, out], on the CPU) of each sequence, as batches are done; without a head, hidden
-        states. only: the tokens to answer for. finish: what is made of logits [n, out] on the device, [n, ...]. Raises
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(row, logits [its tokens, out]) of each sequence, as batches are done; without a head, hidden states.
+
+        only: the tokens to answer for. finish: what is made of logits [n, out] on the device, [n, ...]. Raises
         BadInputs, after all others, for rows whose logits are not finite. owners: which input each sequence is of."""
         limit = self.encoder.config.max_position_embeddings
         owner = range(len(sequences)) if owners is None else owners
@@ -151,8 +152,11 @@ class Pipeline:
                 raise MemoryError(f"inputs[{owner[done.rows[0]]}]: {done.error}")
             if done.result is None:
                 continue  # of no sequences
-            whole = not self.kinds or _is_answer(done.result)
-            for row, one in zip(done.rows.tolist(), done.result.split(sizes[done.rows].tolist()), strict=True):
+            result = done.result.numpy()
+            whole = not self.kinds or _is_answer(result)
+            ends = np.cumsum(sizes[done.rows]).tolist()
+            for row, (start, end) in zip(done.rows.tolist(), itertools.pairwise([0, *ends]), strict=True):
+                one = result[start:end]
                 if whole or _is_answer(one):
                     yield row, one
                 else:
@@ -174,10 +178,8 @@ class Pipeline:
                 raise TypeError(
                     f"inputs[{row}] must be a string, or a dictionary of text and text_pair, got {text!r:.80}"
                 )
-        options: dict[str, Any] = {
-            "truncation": max_length is not None if truncation is None else truncation,
-            "max_length": self._limit() if max_length is None else max_length,
-        }
+        truncation = max_length is not None if truncation is None else truncation
+        max_length = self._limit() if max_length is None else max_length
         found: list[list[int]] = [[]] * len(texts)
         pairs: list[Any] = [(text.get("text_pair") or None) if isinstance(text, dict) else None for text in texts]
         for paired in (False, True):
@@ -189,8 +191,12 @@ class Pipeline:
                 continue
             try:
                 with self.stages.timed("tokenizer"):
-                    both = [pairs[row] for row in rows] if paired else None
-                    ids = self.tokenizer(whole, both, **options)["input_ids"]
+                    if isinstance(truncation, bool) and not paired:
+                        ids = self.tokenizer.encode_ids(whole, max_length if truncation else None)
+                    else:  # transformers' names for ways to cut a pair
+                        both = [pairs[row] for row in rows] if paired else None
+                        how: Any = {"truncation": truncation, "max_length": max_length}
+                        ids = self.tokenizer(whole, both, **how)["input_ids"]
             except (ValueError, TypeError) as error:
                 raise type(error)(_with_rows(str(error), rows)) from error
             for row, one in zip(rows, ids, strict=True):
@@ -227,7 +233,7 @@ def _there(values: list[int], device: torch.device) -> Tensor:
 
 def _with_rows(message: str, rows: Sequence[int]) -> str:
     """A tokenizer's message about text[i] as one about inputs[rows[i]]."""
-    return re.sub(r"\btext(_pair)?\[(\d+)\]", lambda m: f"inputs[{rows[int(m[2])]}]", message, count=1)
+    return re.sub(r"\btext(s|_pair)?\[(\d+)\]", lambda m: f"inputs[{rows[int(m[2])]}]", message, count=1)
 
 
 def _surrogate(texts: Sequence[Sequence[str]]) -> str:
@@ -239,9 +245,11 @@ def _surrogate(texts: Sequence[Sequence[str]]) -> str:
     return "which could not be found"
 
 
-def _is_answer(logits: Tensor) -> bool:
+def _is_answer(logits: np.ndarray) -> bool:
     """Whether something can be read off: a label may be forbidden by -inf, but not all of a token's."""
-    bad = logits.isnan().any() | (logits == torch.inf).any() | (logits == -torch.inf).all(-1).any()
+    if np.isfinite(logits).all():
+        return True
+    bad = np.isnan(logits).any() or (logits == np.inf).any() or (logits == -np.inf).all(-1).any()
     return not bool(bad)
 
 
@@ -319,8 +327,8 @@ class FillMaskPipeline(Pipeline):
 
         out: list[Any] = [None] * len(rows)
         for row, both in self.run(rows, places, best_of):
-            values, tokens = both.chunk(2, 1)
-            best = zip(places[row], values.tolist(), tokens.long().tolist(), strict=True)
+            values, tokens = np.split(both, 2, axis=1)
+            best = zip(places[row], values.tolist(), tokens.astype(np.int64).tolist(), strict=True)
             filled = [self._filled(rows[row], *one) for one in best]
             out[row] = filled[0] if len(filled) == 1 else filled
         return out[0] if single or len(out) == 1 else out
@@ -381,7 +389,7 @@ class FeatureExtractionPipeline(Pipeline):
         out: list[Any] = [None] * len(rows)
         for row, hidden in self.run(rows):
             # a copy: a view would hold the page-locked memory of a whole batch
-            out[row] = hidden[None].clone() if return_tensors else hidden[None].tolist()
+            out[row] = torch.tensor(hidden)[None] if return_tensors else hidden[None].tolist()
         return out[0] if single else out
 
 
@@ -416,11 +424,13 @@ class TextClassificationPipeline(Pipeline):
         apply, labels = self._function(function_to_apply), self.labels
         rows = self.tokenize(texts, truncation, max_length)
         out: list[Any] = [None] * len(rows)
-        for row, logits in self.run(rows, [[0]] * len(rows)):
-            scores = apply(logits[0].cpu().numpy())
-            found = [{"label": labels[i], "score": value} for i, value in enumerate(scores.tolist())]
-            found.sort(key=lambda item: item["score"], reverse=True)
-            out[row] = found[0] if best_only else found[:top_k]  # type: ignore[index]
+        answered = list(self.run(rows, [[0]] * len(rows)))
+        scores = apply(np.concatenate([logits for _, logits in answered])).tolist() if answered else []
+        most: Any = 1 if best_only else top_k
+        for (row, _), values in zip(answered, scores, strict=True):  # of each label
+            likeliest = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:most]
+            found = [{"label": labels[i], "score": values[i]} for i in likeliest]
+            out[row] = found[0] if best_only else found
         if not single:
             return out
         return out if best_only and isinstance(inputs, str) else out[0]
@@ -475,7 +485,6 @@ class TokenClassificationPipeline(Pipeline):
         texts, single = _as_list(inputs)
         if is_split_into_words and texts and all(isinstance(word, str) for word in texts):
             texts = [texts]
-        ignore_labels = ("O",) if ignore_labels is None else ignore_labels
         # None is the usual one, and transformers' AggregationStrategy has values
         aggregation_strategy = str(getattr(aggregation_strategy, "value", aggregation_strategy or "none")).lower()
         if aggregation_strategy not in self.strategies:
@@ -487,7 +496,12 @@ class TokenClassificationPipeline(Pipeline):
             if (is_split_into_words and words is not text) or not all(isinstance(word, str) for word in words):
                 wanted = "a list of words" if is_split_into_words else "a string"
                 raise TypeError(f"inputs[{row}] must be {wanted}, got {text!r:.80}")
-        limit, labels = self._limit(), self.labels
+        limit, unknown, ignored = (
+            self._limit(),
+            self.tokenizer.unk_token_id,
+            ("O",) if ignore_labels is None else ignore_labels,
+        )
+        kinds = {i: _Kind.of(label, ignored) for i, label in self.labels.items()}
         starts: list[list[int] | None] = [None] * len(texts)  # of words, where they are given
         windows: list[tuple[int, Encoding]] = []
         if stride is not None and aggregation_strategy == "none":
@@ -513,93 +527,107 @@ class TokenClassificationPipeline(Pipeline):
         parts: list[list[dict[str, Any]]] = [[] for _ in windows]
         for i, logits in self.run([encoding.ids for _, encoding in windows], owners=[row for row, _ in windows]):
             row, encoding = windows[i]
-            tokens = self._tokens(texts[row], encoding, _softmax(logits.cpu().numpy()), starts[row])
-            parts[i] = self._aggregated(tokens, aggregation_strategy, labels)
+            tokens = _tokens(texts[row], encoding, unknown, starts[row])
+            parts[i] = self._entities(tokens, _softmax(logits)[tokens[0]], aggregation_strategy, kinds)
         for (row, _), part in zip(windows, parts, strict=True):
-            ignored = set(ignore_labels)
-            found[row].append([e for e in part if e.get("entity", e.get("entity_group")) not in ignored])
+            found[row].append(part)
         out = [part[0] if len(part) == 1 else _without_overlaps([e for p in part for e in p]) for part in found]
         return out[0] if single else out
 
-    def _tokens(
-        self, text: str, encoding: Encoding, scores: np.ndarray, starts: list[int] | None = None
+    @staticmethod
+    def _words(scores: np.ndarray, units: list[tuple[int, int]], strategy: str) -> np.ndarray:
+        """The scores of tokens [tokens, labels] -> those of the words that they form, [words, labels]"""
+        found = scores[[first for first, _ in units]]
+        for i, (first, end) in enumerate(units):
+            if end - first > 1 and strategy != "first":
+                of_tokens = scores[first:end]
+                surest = strategy == "max"
+                found[i] = (
+                    of_tokens[of_tokens.max(-1).argmax()] if surest else of_tokens.sum(0) / np.float32(end - first)
+                )
+        return found
+
+    def _entities(
+        self,
+        tokens: tuple[list[int], list[str], list[tuple[int, int]]],
+        scores: np.ndarray,
+        strategy: str,
+        kinds: dict[int, "_Kind"],
     ) -> list[dict[str, Any]]:
-        tokens = []
-        words: list[Any] = encoding.word_ids
-        for i, (special, token, (start, end)) in enumerate(
-            zip(encoding.special_tokens_mask, encoding.tokens, encoding.offsets, strict=True)
-        ):
-            if special:
-                continue
-            if starts is not None and words[i] is not None:  # offsets are within the word
-                start, end = start + starts[words[i]], end + starts[words[i]]
-            unknown = encoding.ids[i] == self.tokenizer.unk_token_id
-            tokens.append(
+        """tokens: see `_tokens`. scores: [tokens, labels]. What is ignored, as most tokens are, is not made."""
+        index, words, spans = tokens
+        units = [(i, i + 1) for i in range(len(words))]
+        whole = strategy not in ("none", "simple")
+        if whole and words:  # a token that goes on with a word has "##" in front, which is not in the text
+            goes_on = [len(word) != end - start for word, (start, end) in zip(words, spans, strict=True)]
+            begins = [i for i, inside in enumerate(goes_on) if not (i and inside)]
+            units = list(itertools.pairwise([*begins, len(words)]))
+            scores = self._words(scores, units, strategy)
+        best, values = scores.argmax(-1).tolist(), scores.max(-1)
+        if strategy == "none":
+            return [
                 {
-                    "word": text[start:end] if unknown else token,
-                    "scores": scores[i],
-                    "start": start,
-                    "end": end,
-                    "index": i,
-                    "inside": not unknown and len(token) != end - start,  # of a word: "##" is not in the text
+                    "entity": kinds[label].label,
+                    "score": values[i],
+                    "index": index[i],
+                    "word": words[i],
+                    "start": spans[i][0],
+                    "end": spans[i][1],
+                }
+                for i, label in enumerate(best)
+                if not kinds[label].ignored
+            ]
+        entities, first = [], 0
+        for i, label in enumerate(best):
+            kind, after = kinds[label], kinds[best[i + 1]] if i + 1 < len(best) else None
+            if after is not None and not after.begins and after.tag == kind.tag:
+                continue
+            group, (opens, first) = units[first : i + 1], (first, i + 1)
+            if kinds[best[opens]].group_ignored:
+                continue
+            texts = [_joined(words[a:b]) for a, b in group] if whole else words[opens:first]
+            entities.append(
+                {
+                    "entity_group": kinds[best[opens]].group,
+                    "score": values[opens:first].sum() / np.float32(first - opens),
+                    "word": _joined(texts),
+                    "start": spans[group[0][0]][0],
+                    "end": spans[group[-1][1] - 1][1],
                 }
             )
-        return tokens
-
-    def _aggregated(self, tokens: list[dict[str, Any]], strategy: str, labels: dict[int, str]) -> list[dict[str, Any]]:
-        if strategy in ("none", "simple"):
-            entities = [
-                {"entity": labels[int(t["scores"].argmax())], "score": t["scores"].max()}
-                | {key: t[key] for key in ("index", "word", "start", "end")}
-                for t in tokens
-            ]
-            return entities if strategy == "none" else self._grouped(entities)
-        words: list[list[dict[str, Any]]] = []
-        for token in tokens:
-            if words and token["inside"]:
-                words[-1].append(token)
-            else:
-                words.append([token])
-        return self._grouped([self._word(word, strategy, labels) for word in words])
-
-    def _word(self, tokens: list[dict[str, Any]], strategy: str, labels: dict[int, str]) -> dict[str, Any]:
-        if strategy == "first":
-            scores = tokens[0]["scores"]
-        elif strategy == "max":
-            scores = max(tokens, key=lambda token: token["scores"].max())["scores"]
-        else:
-            scores = np.nanmean([token["scores"] for token in tokens], axis=0)
-        return {
-            "entity": labels[int(scores.argmax())],
-            "score": scores.max(),
-            "word": _joined([token["word"] for token in tokens]),
-            "start": tokens[0]["start"],
-            "end": tokens[-1]["end"],
-        }
-
-    def _grouped(self, entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        groups: list[list[dict[str, Any]]] = []
-        for entity in entities:
-            begins, tag = _tag(entity["entity"])
-            if groups and not begins and tag == _tag(groups[-1][-1]["entity"])[1]:
-                groups[-1].append(entity)
-            else:
-                groups.append([entity])
-        return [
-            {
-                "entity_group": group[0]["entity"].split("-", 1)[-1],
-                "score": np.nanmean([entity["score"] for entity in group]),
-                "word": _joined([entity["word"] for entity in group]),
-                "start": group[0]["start"],
-                "end": group[-1]["end"],
-            }
-            for group in groups
-        ]
+        return entities
 
 
-def _tag(label: str) -> tuple[bool, str]:
-    """(whether it begins a name, the name's kind)"""
-    return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
+class _Kind(NamedTuple):
+    """What a label says of a token."""
+
+    label: str
+    begins: bool  # a name
+    tag: str  # the name's kind
+    group: str
+    ignored: bool
+    group_ignored: bool
+
+    @classmethod
+    def of(cls, label: str, ignored: Sequence[str]) -> "_Kind":
+        group, tag = label.split("-", 1)[-1], label[2:] if label.startswith(("B-", "I-")) else label
+        return cls(label, label.startswith("B-"), tag, group, label in ignored, group in ignored)
+
+
+def _tokens(
+    text: str, encoding: Encoding, unknown: int | None, starts: list[int] | None
+) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+    """The tokens that are not special: (places among all, what they are written as, characters from and to). starts: of
+    the text's words, where they are given."""
+    ids, tokens, spans = encoding.ids, encoding.tokens, encoding.offsets
+    if starts is not None:  # offsets are within the word
+        at = [0 if word is None else starts[word] for word in encoding.word_ids]
+        spans = [(a + first, b + first) for (a, b), first in zip(spans, at, strict=True)]
+    if unknown in ids:
+        found = zip(ids, tokens, spans, strict=True)
+        tokens = [text[a:b] if i == unknown else token for i, token, (a, b) in found]
+    index = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    return index, [tokens[i] for i in index], [spans[i] for i in index]
 
 
 _WORDPIECE = decoders.WordPiece(prefix="##")
@@ -694,8 +722,8 @@ class QuestionAnsweringPipeline(Pipeline):
             raise BadInputs(bad)
         logits: list[Any] = [None] * len(windows)
         for i, tokens in self.run([window.ids for _, window in windows], owners=[row for row, _ in windows]):
-            logits[i] = tokens.cpu().numpy()
-        answers: list[list[dict[str, Any]]] = [[] for _ in samples]
+            logits[i] = tokens
+        answers: list[dict[str, dict[str, Any]]] = [{} for _ in samples]  # by their words in lower case
         nulls: list[float] = [1e6] * len(samples)  # above any probability
         candidates = 2 * top_k + 10 if align_to_words else top_k  # aligning makes some the same
         for (row, window), both in zip(windows, logits, strict=True):
@@ -704,13 +732,13 @@ class QuestionAnsweringPipeline(Pipeline):
             for value, first, last in spans:
                 start, end = self._characters(window, first, last, align_to_words)
                 text = contexts[row][start:end]
-                same = next((a for a in answers[row] if a["answer"].lower() == text.lower()), None)
-                if same:
+                if (same := answers[row].get(text.lower())) is not None:
                     same["score"] += value
                 else:
-                    answers[row].append({"score": value, "start": start, "end": end, "answer": text})
+                    answers[row][text.lower()] = {"score": value, "start": start, "end": end, "answer": text}
         out: list[Any] = []
-        for row, found in enumerate(answers):
+        for row, by_words in enumerate(answers):
+            found = list(by_words.values())
             if handle_impossible_answer:
                 found.append({"score": nulls[row], "start": 0, "end": 0, "answer": ""})
             if not found:  # nothing but spaces
@@ -725,16 +753,19 @@ class QuestionAnsweringPipeline(Pipeline):
         """-> (the probability of no answer, the likeliest (probability, first token, last token))"""
         cls = np.array(window.ids) == self.tokenizer.cls_token_id
         allowed = (np.array([i == 1 for i in window.sequence_ids])) | cls
-        start, end = (_softmax(np.where(allowed, x, np.float32(-10000))) for x in logits.T)
+        start, end = _softmax(np.where(allowed, np.ascontiguousarray(logits.T), np.float32(-10000)))
         null = float(start[0] * end[0])
         start[0] = end[0] = 0.0
-        scores = np.tril(np.triu(np.outer(start, end)), longest - 1)
-        valid = np.tril(np.triu(np.outer(allowed, allowed)), longest - 1)
-        order = np.argsort(-scores, axis=None, kind="stable")[:candidates]
-        firsts, lasts = np.unravel_index(order, scores.shape)
-        return null, [
-            (float(scores[i, j]), int(i), int(j)) for i, j in zip(firsts, lasts, strict=True) if valid[i, j] and i > 0
-        ]
+        # [tokens, longest]: from each as many tokens on, behind the last of them nothing
+        longest = min(longest, len(end))
+        ends = np.concatenate([end, np.zeros(longest - 1, end.dtype)])
+        scores = start[:, None] * np.lib.stride_tricks.sliding_window_view(ends, longest)
+        least = np.partition(scores, -candidates, axis=None)[-candidates] if candidates < scores.size else 0
+        order = np.flatnonzero(scores >= least)
+        order = order[np.argsort(-scores.flat[order], kind="stable")][:candidates]
+        found = zip(*(at.tolist() for at in np.unravel_index(order, scores.shape)), strict=True)
+        likely = [(float(scores[i, more]), i, i + more) for i, more in found]
+        return null, [span for span in likely if span[0] > 0 and allowed[span[1]] and allowed[span[2]]]
 
     @staticmethod
     def _characters(window: Encoding, first: int, last: int, align: bool) -> tuple[int, int]:

@@ -90,10 +90,22 @@ class Prediction:
             part.answers = []  # of each call, packed: as objects a whole part's would take far more memory
             for first in range(0, len(part.usable), AT_ONCE):
                 positions = part.usable[first : first + AT_ONCE]
-                part.answers.append(self._packed(self._answers(part, positions)))
+                part.answers.append(self._packed(self._distinct(part, positions)))
                 self._rows, self._tokens = self._rows + len(positions), self.answer.stages.tokens
             self._rows += len(part.rows) - len(part.usable)  # which needed no answer
             yield part
+
+    def _distinct(self, part: Rows, positions: list[int]) -> list[Any]:
+        """`_answers`, of rows that ask for the same only once."""
+        asked = [(part.rows[p].question, part.rows[p].text) for p in positions]
+        once: dict[Any, int] = {}
+        for one, position in zip(asked, positions, strict=True):
+            once.setdefault(one, position)
+        answers = dict(zip(once, self._answers(part, list(once.values())), strict=True))
+        for one, position in zip(asked, positions, strict=True):
+            if once[one] in part.errors:
+                part.errors[position] = part.errors[once[one]]
+        return [answers[one] for one in asked]
 
     def _answers(self, part: Rows, positions: list[int]) -> list[Any]:
         """Answers of rows, None for those that have none. Where the pipeline names one row that it cannot answer both
