@@ -52,17 +52,18 @@ class Pipeline:
     """A model and its tokenizer for one task; call it with a text or a list of texts.
 
     max_batch_tokens: tokens that go through the model together, by default 2,048 on CPU and about 16,896 on CUDA.
-    options: of `answer`, for every call that does not give them. transformers' batch_size, num_workers and padding are
+    options: of `prepare`, for every call that does not give them. transformers' batch_size, num_workers and padding are
     taken and change nothing; its tokenizer_kwargs and tokenize_kwargs are options by another way.
     """
 
     kinds: tuple[str, ...] = ()  # of heads
-    answer: Callable[..., Any]  # what a call does, with its options
+    # inputs and options -> what computes their answers; it reads, checks and tokenises before the model is asked
+    prepare: Callable[..., Callable[[], Any]]
 
     def __init__(self, model: Any, tokenizer: DistilBertTokenizer, max_batch_tokens: int | None = None, **options: Any):
         self.task = ""
         self.options = _ours(options)
-        inspect.signature(self.answer).bind_partial(**self.options)  # TypeError for what it does not take
+        inspect.signature(self.prepare).bind_partial(**self.options)  # TypeError for what it does not take
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder: DistilBertModel = model if isinstance(model, DistilBertModel) else model.distilbert
         if self.kinds:
@@ -77,9 +78,15 @@ class Pipeline:
         self.stages = Stages()  # where the time of all calls went
 
     def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
-        """`answer(inputs, ...)` with the pipeline's own options where the call gives none."""
+        """The inputs' answers, with the pipeline's own options where the call gives none."""
+        with self.stages.timed("tokenizer"):
+            answers = self.ready(inputs, *args, **options)
+        return answers()
+
+    def ready(self, inputs: Any = None, *args: Any, **options: Any) -> Callable[[], Any]:
+        """What computes a call's answers, once its inputs are token ids: in another thread while the model is busy."""
         to_eval(self.model)  # it may have been trained meanwhile
-        return self.answer(inputs, *args, **(self.options | _ours(options)))
+        return self.prepare(inputs, *args, **(self.options | _ours(options)))
 
     # looked up at every call, for the model may change: its place, its active head, its labels
 
@@ -190,13 +197,12 @@ class Pipeline:
             if not rows:
                 continue
             try:
-                with self.stages.timed("tokenizer"):
-                    if isinstance(truncation, bool) and not paired:
-                        ids = self.tokenizer.encode_ids(whole, max_length if truncation else None)
-                    else:  # transformers' names for ways to cut a pair
-                        both = [pairs[row] for row in rows] if paired else None
-                        how: Any = {"truncation": truncation, "max_length": max_length}
-                        ids = self.tokenizer(whole, both, **how)["input_ids"]
+                if isinstance(truncation, bool) and not paired:
+                    ids = self.tokenizer.encode_ids(whole, max_length if truncation else None)
+                else:  # transformers' names for ways to cut a pair
+                    both = [pairs[row] for row in rows] if paired else None
+                    how: Any = {"truncation": truncation, "max_length": max_length}
+                    ids = self.tokenizer(whole, both, **how)["input_ids"]
             except (ValueError, TypeError) as error:
                 raise type(error)(_with_rows(str(error), rows)) from error
             for row, one in zip(rows, ids, strict=True):
@@ -205,8 +211,7 @@ class Pipeline:
 
     def _encodings(self, texts: list[str], **options: Any) -> list[Encoding]:
         try:
-            with self.stages.timed("tokenizer"):
-                return list(self.tokenizer(texts, **options).encodings)
+            return list(self.tokenizer(texts, **options).encodings)
         except (ValueError, TypeError) as error:
             raise type(error)(_with_rows(str(error), range(len(texts)))) from error
 
@@ -261,7 +266,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _ours(options: dict[str, Any]) -> dict[str, Any]:
-    """transformers' options as `answer` has them."""
+    """transformers' options as `prepare` has them."""
     given: dict[str, Any] = {}
     for name in ("tokenizer_kwargs", "tokenize_kwargs"):
         inner = options.get(name) or {}
@@ -293,14 +298,14 @@ class FillMaskPipeline(Pipeline):
 
     kinds = ("masked_lm",)
 
-    def answer(
+    def prepare(
         self,
         inputs: str | Iterable[str],
         top_k: int | None = 5,
         targets: str | list[str] | None = None,
         truncation: bool | None = None,
         max_length: int | None = None,
-    ) -> list[Any]:
+    ) -> Callable[[], Any]:
         texts, single = _as_list(inputs)
         size = self.model.get_output_embeddings().out_features
         top_k = 5 if top_k is None else top_k
@@ -325,13 +330,16 @@ class FillMaskPipeline(Pipeline):
             # a float32 holds every token's number: vocabularies end at 2**24
             return torch.cat([values, (tokens if chosen is None else chosen[tokens]).float()], 1)
 
-        out: list[Any] = [None] * len(rows)
-        for row, both in self.run(rows, places, best_of):
-            values, tokens = np.split(both, 2, axis=1)
-            best = zip(places[row], values.tolist(), tokens.astype(np.int64).tolist(), strict=True)
-            filled = [self._filled(rows[row], *one) for one in best]
-            out[row] = filled[0] if len(filled) == 1 else filled
-        return out[0] if single or len(out) == 1 else out
+        def answers() -> Any:
+            out: list[Any] = [None] * len(rows)
+            for row, both in self.run(rows, places, best_of):
+                values, tokens = np.split(both, 2, axis=1)
+                best = zip(places[row], values.tolist(), tokens.astype(np.int64).tolist(), strict=True)
+                filled = [self._filled(rows[row], *one) for one in best]
+                out[row] = filled[0] if len(filled) == 1 else filled
+            return out[0] if single or len(out) == 1 else out
+
+        return answers
 
     def _filled(self, ids: list[int], place: int, scores: list[float], tokens: list[int]) -> list[dict[str, Any]]:
         alone = ids.count(self.tokenizer.mask_token_id) == 1
@@ -377,20 +385,24 @@ class FeatureExtractionPipeline(Pipeline):
     """The last hidden states: nested lists [1][length][dim] of a text, or with return_tensors tensors [1, length, dim];
     of a list of texts a list of these."""
 
-    def answer(
+    def prepare(
         self,
         inputs: str | Iterable[str],
         return_tensors: bool = False,
         truncation: bool | None = None,
         max_length: int | None = None,
-    ) -> Any:
+    ) -> Callable[[], Any]:
         texts, single = _as_list(inputs)
         rows = self.tokenize(texts, truncation, max_length)
-        out: list[Any] = [None] * len(rows)
-        for row, hidden in self.run(rows):
-            # a copy: a view would hold the page-locked memory of a whole batch
-            out[row] = torch.tensor(hidden)[None] if return_tensors else hidden[None].tolist()
-        return out[0] if single else out
+
+        def answers() -> Any:
+            out: list[Any] = [None] * len(rows)
+            for row, hidden in self.run(rows):
+                # a copy: a view would hold the page-locked memory of a whole batch
+                out[row] = torch.tensor(hidden)[None] if return_tensors else hidden[None].tolist()
+            return out[0] if single else out
+
+        return answers
 
 
 class TextClassificationPipeline(Pipeline):
@@ -409,31 +421,35 @@ class TextClassificationPipeline(Pipeline):
         of_pipeline = "top_k" in self.options and not args and "top_k" not in options
         return [found] if of_pipeline and isinstance(inputs, str) and self.options["top_k"] != "" else found
 
-    def answer(
+    def prepare(
         self,
         inputs: Any,
         top_k: int | str | None = "",
         function_to_apply: str | None = None,
         truncation: bool | None = None,
         max_length: int | None = None,
-    ) -> Any:
+    ) -> Callable[[], Any]:
         texts, single = _as_list(inputs)
         best_only = top_k == ""
         if not best_only and top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k is {top_k!r}; it must be 1 or more, or None for every label")
         apply, labels = self._function(function_to_apply), self.labels
         rows = self.tokenize(texts, truncation, max_length)
-        out: list[Any] = [None] * len(rows)
-        answered = list(self.run(rows, [[0]] * len(rows)))
-        scores = apply(np.concatenate([logits for _, logits in answered])).tolist() if answered else []
-        most: Any = 1 if best_only else top_k
-        for (row, _), values in zip(answered, scores, strict=True):  # of each label
-            likeliest = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:most]
-            found = [{"label": labels[i], "score": values[i]} for i in likeliest]
-            out[row] = found[0] if best_only else found
-        if not single:
-            return out
-        return out if best_only and isinstance(inputs, str) else out[0]
+
+        def answers() -> Any:
+            out: list[Any] = [None] * len(rows)
+            answered = list(self.run(rows, [[0]] * len(rows)))
+            scores = apply(np.concatenate([logits for _, logits in answered])).tolist() if answered else []
+            most: Any = 1 if best_only else top_k
+            for (row, _), values in zip(answered, scores, strict=True):  # of each label
+                likeliest = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:most]
+                found = [{"label": labels[i], "score": values[i]} for i in likeliest]
+                out[row] = found[0] if best_only else found
+            if not single:
+                return out
+            return out if best_only and isinstance(inputs, str) else out[0]
+
+        return answers
 
     def _function(self, name: str | None) -> Callable[[np.ndarray], np.ndarray]:
         if name is None:
@@ -473,7 +489,7 @@ class TokenClassificationPipeline(Pipeline):
     kinds = ("tagging",)
     strategies = ("none", "simple", "first", "average", "max")
 
-    def answer(
+    def prepare(
         self,
         inputs: str | Iterable[str],
         aggregation_strategy: Any = "none",
@@ -481,7 +497,7 @@ class TokenClassificationPipeline(Pipeline):
         stride: int | None = None,
         is_split_into_words: bool = False,
         delimiter: str = " ",
-    ) -> list[Any]:
+    ) -> Callable[[], Any]:
         texts, single = _as_list(inputs)
         if is_split_into_words and texts and all(isinstance(word, str) for word in texts):
             texts = [texts]
@@ -523,16 +539,20 @@ class TokenClassificationPipeline(Pipeline):
             plain = self._encodings(texts, add_special_tokens=False)
             for row, encoding in enumerate(plain):
                 windows += [(row, window) for window in cut(self.tokenizer, encoding, None, limit, stride, row)]
-        found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
-        parts: list[list[dict[str, Any]]] = [[] for _ in windows]
-        for i, logits in self.run([encoding.ids for _, encoding in windows], owners=[row for row, _ in windows]):
-            row, encoding = windows[i]
-            tokens = _tokens(texts[row], encoding, unknown, starts[row])
-            parts[i] = self._entities(tokens, _softmax(logits)[tokens[0]], aggregation_strategy, kinds)
-        for (row, _), part in zip(windows, parts, strict=True):
-            found[row].append(part)
-        out = [part[0] if len(part) == 1 else _without_overlaps([e for p in part for e in p]) for part in found]
-        return out[0] if single else out
+
+        def answers() -> Any:
+            found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
+            parts: list[list[dict[str, Any]]] = [[] for _ in windows]
+            for i, logits in self.run([encoding.ids for _, encoding in windows], owners=[row for row, _ in windows]):
+                row, encoding = windows[i]
+                tokens = _tokens(texts[row], encoding, unknown, starts[row])
+                parts[i] = self._entities(tokens, _softmax(logits)[tokens[0]], aggregation_strategy, kinds)
+            for (row, _), part in zip(windows, parts, strict=True):
+                found[row].append(part)
+            out = [part[0] if len(part) == 1 else _without_overlaps([e for p in part for e in p]) for part in found]
+            return out[0] if single else out
+
+        return answers
 
     @staticmethod
     def _words(scores: np.ndarray, units: list[tuple[int, int]], strategy: str) -> np.ndarray:
@@ -682,7 +702,7 @@ class QuestionAnsweringPipeline(Pipeline):
 
     kinds = ("question_answering",)
 
-    def answer(
+    def prepare(
         self,
         inputs: Any = None,
         *,
@@ -696,7 +716,7 @@ class QuestionAnsweringPipeline(Pipeline):
         align_to_words: bool = True,
         max_question_len: int = 64,
         padding: bool | str = "do_not_pad",
-    ) -> Any:
+    ) -> Callable[[], Any]:
         self._check_two_segments()
         samples = _samples(inputs, question, context)
         for name, number in (("top_k", top_k), ("max_answer_len", max_answer_len)):
@@ -720,32 +740,35 @@ class QuestionAnsweringPipeline(Pipeline):
                 bad[row] = str(error)
         if bad:
             raise BadInputs(bad)
-        logits: list[Any] = [None] * len(windows)
-        for i, tokens in self.run([window.ids for _, window in windows], owners=[row for row, _ in windows]):
-            logits[i] = tokens
-        answers: list[dict[str, dict[str, Any]]] = [{} for _ in samples]  # by their words in lower case
-        nulls: list[float] = [1e6] * len(samples)  # above any probability
-        candidates = 2 * top_k + 10 if align_to_words else top_k  # aligning makes some the same
-        for (row, window), both in zip(windows, logits, strict=True):
-            null, spans = self._spans(window, both, candidates, max_answer_len)
-            nulls[row] = min(nulls[row], null)
-            for value, first, last in spans:
-                start, end = self._characters(window, first, last, align_to_words)
-                text = contexts[row][start:end]
-                if (same := answers[row].get(text.lower())) is not None:
-                    same["score"] += value
-                else:
-                    answers[row][text.lower()] = {"score": value, "start": start, "end": end, "answer": text}
-        out: list[Any] = []
-        for row, by_words in enumerate(answers):
-            found = list(by_words.values())
-            if handle_impossible_answer:
-                found.append({"score": nulls[row], "start": 0, "end": 0, "answer": ""})
-            if not found:  # nothing but spaces
-                found.append({"score": 0.0, "start": 0, "end": 0, "answer": ""})
-            found = sorted(found, key=lambda answer: answer["score"], reverse=True)[:top_k]
-            out.append(found[0] if len(found) == 1 else found)
-        return out[0] if len(out) == 1 else out
+
+        def answers() -> Any:
+            candidates = 2 * top_k + 10 if align_to_words else top_k  # aligning makes some the same
+            spans: list[Any] = [None] * len(windows)
+            for i, both in self.run([window.ids for _, window in windows], owners=[row for row, _ in windows]):
+                spans[i] = self._spans(windows[i][1], both, candidates, max_answer_len)
+            by_words: list[dict[str, dict[str, Any]]] = [{} for _ in samples]  # in lower case
+            nulls: list[float] = [1e6] * len(samples)  # above any probability
+            for (row, window), (null, likeliest) in zip(windows, spans, strict=True):
+                nulls[row] = min(nulls[row], null)
+                for value, first, last in likeliest:
+                    start, end = self._characters(window, first, last, align_to_words)
+                    text = contexts[row][start:end]
+                    if (same := by_words[row].get(text.lower())) is not None:
+                        same["score"] += value
+                    else:
+                        by_words[row][text.lower()] = {"score": value, "start": start, "end": end, "answer": text}
+            out: list[Any] = []
+            for row, told in enumerate(by_words):
+                found = list(told.values())
+                if handle_impossible_answer:
+                    found.append({"score": nulls[row], "start": 0, "end": 0, "answer": ""})
+                if not found:  # nothing but spaces
+                    found.append({"score": 0.0, "start": 0, "end": 0, "answer": ""})
+                found = sorted(found, key=lambda answer: answer["score"], reverse=True)[:top_k]
+                out.append(found[0] if len(found) == 1 else found)
+            return out[0] if len(out) == 1 else out
+
+        return answers
 
     def _spans(
         self, window: Encoding, logits: np.ndarray, candidates: int, longest: int

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import gc
 import gzip
 import importlib.metadata
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from itertools import chain
 from pathlib import Path
@@ -35,6 +37,7 @@ from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import LOCK, Lock, read_manifest, write_manifest
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.readers import Columns, count_rows, find_inputs, read_files, read_rows
+from fastdistil.pipelines import Pipeline
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -2198,12 +2201,15 @@ def test_answers_of_halves_that_are_tried_by_themselves(heads, tmp_path, monkeyp
     texts = ["one", "two", "bad", "three", "four"]
     path = jsonl(tmp_path / "in.jsonl", [{"text": t} for t in texts])
 
-    def answer(self, inputs, **options):
-        if "bad" in inputs:
-            raise MemoryError(f"inputs[{inputs.index('bad')}]: there is no memory for it")
-        return [{"label": text, "score": 1.0} for text in inputs]
+    def ready(self, inputs, **options):
+        def answers():
+            if "bad" in inputs:
+                raise MemoryError(f"inputs[{inputs.index('bad')}]: there is no memory for it")
+            return [{"label": text, "score": 1.0} for text in inputs]
 
-    monkeypatch.setattr("fastdistil.pipelines.TextClassificationPipeline.__call__", answer)
+        return answers
+
+    monkeypatch.setattr("fastdistil.pipelines.TextClassificationPipeline.ready", ready)
     command = ["predict", "--task", "text-classification", "--model", heads["text-classification"], "--device", "cpu"]
     command += ["--quiet", "--input", str(path), "--output", str(tmp_path / "o"), "--on-error", "skip"]
     assert main([*command, "--format", "jsonl"]) == 3
@@ -2211,6 +2217,81 @@ def test_answers_of_halves_that_are_tried_by_themselves(heads, tmp_path, monkeyp
     assert [(row["id"], row["label"]) for row in rows] == [(0, "one"), (1, "two"), (3, "three"), (4, "four")]
     (reject,) = (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()
     assert json.loads(reject)["row"] == 2 and "no memory" in json.loads(reject)["reason"]
+
+
+REPEATED = ["a cat", "it sat", "a cat", "word " * 600, "a cat", "it sat", "word " * 600, "on a mat", "a cat"]
+
+
+@pytest.mark.parametrize("task", ["text-classification", "question-answering"])
+def test_rows_that_ask_for_the_same_are_answered_once(task, heads, tmp_path, monkeypatch):
+    asked = ["who?", "who?", "what?", "who?", "who?", "who?", "who?", "who?", "what?"]
+    rows = [{"text": t, "asked": q} for t, q in zip(REPEATED, asked, strict=True)]
+    path, of_spans = jsonl(tmp_path / "in.jsonl", rows), task == "question-answering"
+    expected = fastdistil.pipeline(task, heads[task], device="cpu")
+    seen, run = [], Pipeline.run
+    monkeypatch.setattr(
+        Pipeline, "run", lambda self, given, *a, **k: seen.append(len(given)) or run(self, given, *a, **k)
+    )
+    command = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--quiet", "--input", str(path)]
+    command += ["--question-column", "asked"] if of_spans else ["--no-truncate"]
+    command += ["--output", str(tmp_path / "o"), "--format", "jsonl", "--on-error", "skip"]
+    if of_spans:
+        expected({"question": "who?", "context": REPEATED[3]})
+        windows = seen.pop()  # of the long text
+    assert main(command) == (0 if of_spans else 3)
+    found = [json.loads(line) for line in (tmp_path / "o" / "part-00000.jsonl").read_text().splitlines()]
+    kept = [i for i, text in enumerate(REPEATED) if of_spans or len(text) < 99]
+    assert [row.pop("id") for row in found] == kept
+    if of_spans:
+        assert seen == [4 + windows]
+    else:  # once with the long text, once without
+        assert seen == [4, 3]
+        rejects = [json.loads(line) for line in (tmp_path / "o" / "part-00000.rejects.jsonl").read_text().splitlines()]
+        assert [r["row"] for r in rejects] == [3, 6] and rejects[0]["reason"] == rejects[1]["reason"]
+        assert "602 tokens" in rejects[0]["reason"]
+    for i, row in zip(kept, found, strict=True):
+        alone = expected({"question": asked[i], "context": REPEATED[i]} if of_spans else [REPEATED[i]])
+        assert row == pytest.approx(alone if of_spans else alone[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification", "question-answering", "fill-mask"])
+def test_texts_are_tokenised_while_a_gpu_is_busy(task, heads, tmp_path, monkeypatch):
+    """Of the next call, of the next part too; on CPU that would take the model's cores."""
+    texts = [f"a cat sat on mat [MASK] {i}" for i in range(11)]
+    texts[6], bad = "a cat" if task == "fill-mask" else "", task in ("fill-mask", "question-answering")
+    path = jsonl(tmp_path / "in.jsonl", [{"text": t, "asked": "who?"} for t in texts])
+    monkeypatch.setattr("fastdistil.jobs.predict.AT_ONCE", 2)
+    events, ready, run = [], Pipeline.ready, Pipeline.run
+
+    def readied(self, *args, **options):
+        events.append(("ready", threading.current_thread() is threading.main_thread()))
+        return ready(self, *args, **options)
+
+    def ran(self, *args, **options):
+        events.append(("run", threading.current_thread() is threading.main_thread()))
+        time.sleep(0.05)
+        yield from run(self, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "ready", readied)
+    monkeypatch.setattr(Pipeline, "run", ran)
+    command = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--quiet", "--input", str(path)]
+    command += ["--question-column", "asked"] if task == "question-answering" else []
+    command += ["--format", "jsonl", "--on-error", "skip"]
+    monkeypatch.setattr(cli, "Job", functools.partial(cli.Job, part_rows=4))
+    status = 3 if bad else 0
+    assert main([*command, "--output", str(tmp_path / "cpu")]) == status
+    on_cpu = [*events]
+    events.clear()
+    monkeypatch.setattr(Pipeline, "device", property(lambda self: torch.device("cuda")))
+    assert main([*command, "--output", str(tmp_path / "gpu")]) == status
+    written = lambda o: {n: b for n, b in files(tmp_path / o).items() if n.startswith("part")}  # noqa: E731
+    assert written("gpu") == written("cpu") and len(written("cpu")) >= 3
+    assert all(main for _, main in on_cpu) and all(main for what, main in events if what == "run")
+    calls = [main for what, main in events if what == "ready"]
+    assert calls.count(False) == 6 and calls.count(True) == (2 if bad else 0)  # what is wrong is said again, by row
+    first = [what for what, _ in events].index("run")
+    assert [what for what, _ in events[:first]] in (["ready"], ["ready", "ready"])
+    assert [what for what, _ in events[first : first + 3]].count("ready") >= 1
 
 
 def test_a_job_goes_on_behind_a_part_that_left_rows_out(checkpoint, tmp_path, monkeypatch):

@@ -4,10 +4,12 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fastdistil.engine.tokens import ahead
 from fastdistil.jobs.run import Rows
 from fastdistil.jobs.writers import arrow_type, write_columns, write_lines
 
@@ -20,6 +22,10 @@ OF_A_JOB = {
     "`context`": "the text",
     "`question`": "the question",
 }
+
+Asked = dict[tuple[str | None, Any], int]  # (question, text): the position of the first row that has them
+Ready = Callable[[], Any]  # computes the answers of what is asked
+Call = tuple[Rows, list[int], Asked, Ready | None]  # positions of rows of a part, and behind its last call none
 
 _ENTITY = {"score": "float", "word": "string", "start": "int", "end": "int"}
 _SPAN = {"score": "float", "start": "int", "end": "int", "answer": "string"}
@@ -86,35 +92,53 @@ class Prediction:
         return self.answer.stages.bottleneck()
 
     def run(self, parts: Iterable[Rows]) -> Iterator[Rows]:
+        calls = self._calls(parts)
+        if self.answer.device.type != "cpu":  # where the model has the cores that the tokenizer would need
+            calls = ahead(calls)
+        while True:
+            with self.answer.stages.timed("tokenizer"):
+                call = next(calls, None)
+            if call is None:
+                return
+            part, positions, once, ready = call
+            if positions:
+                part.answers.append(self._packed(self._answers(part, positions, once, ready)))
+                self._rows, self._tokens = self._rows + len(positions), self.answer.stages.tokens
+            else:
+                self._rows += len(part.rows) - len(part.usable)  # which needed no answer
+                yield part
+
+    def _calls(self, parts: Iterable[Rows]) -> Iterator[Call]:
         for part in parts:
             part.answers = []  # of each call, packed: as objects a whole part's would take far more memory
             for first in range(0, len(part.usable), AT_ONCE):
                 positions = part.usable[first : first + AT_ONCE]
-                part.answers.append(self._packed(self._distinct(part, positions)))
-                self._rows, self._tokens = self._rows + len(positions), self.answer.stages.tokens
-            self._rows += len(part.rows) - len(part.usable)  # which needed no answer
-            yield part
+                once: Asked = {}
+                for position in positions:
+                    once.setdefault((part.rows[position].question, part.rows[position].text), position)
+                ready = None
+                with suppress(ValueError, TypeError, MemoryError):  # it is said again, by row
+                    ready = self.answer.ready([self._input(part, p) for p in once.values()], **self.options)
+                yield part, positions, once, ready
+            yield part, [], {}, None
 
-    def _distinct(self, part: Rows, positions: list[int]) -> list[Any]:
-        """`_answers`, of rows that ask for the same only once."""
-        asked = [(part.rows[p].question, part.rows[p].text) for p in positions]
-        once: dict[Any, int] = {}
-        for one, position in zip(asked, positions, strict=True):
-            once.setdefault(one, position)
-        answers = dict(zip(once, self._answers(part, list(once.values())), strict=True))
-        for one, position in zip(asked, positions, strict=True):
-            if once[one] in part.errors:
-                part.errors[position] = part.errors[once[one]]
-        return [answers[one] for one in asked]
+    def _answers(self, part: Rows, positions: list[int], once: Asked, ready: Ready | None) -> list[Any]:
+        """Answers of rows, None for those that have none; rows that ask for the same are answered once."""
+        answers = dict(zip(once.values(), self._answered(part, [*once.values()], ready), strict=True))
+        firsts = [once[part.rows[p].question, part.rows[p].text] for p in positions]
+        part.errors |= {
+            p: part.errors[first] for p, first in zip(positions, firsts, strict=True) if first in part.errors
+        }
+        return [answers[first] for first in firsts]
 
-    def _answers(self, part: Rows, positions: list[int]) -> list[Any]:
-        """Answers of rows, None for those that have none. Where the pipeline names one row that it cannot answer both
+    def _answered(self, part: Rows, positions: list[int], ready: Ready | None = None) -> list[Any]:
+        """`_answers` of rows that ask for something each. Where the pipeline names one row that it cannot answer both
         halves are tried, down to the row; mostly it names all."""
         if not positions:
             return []
         inputs = [self._input(part, p) for p in positions]
         try:
-            results = self.answer(inputs, **self.options)
+            results = self.answer(inputs, **self.options) if ready is None else ready()
         except (ValueError, TypeError, MemoryError) as error:
             named = re.search(r"\binputs\[(\d+)\]:?", str(error))
             if named is None:
@@ -122,9 +146,9 @@ class Prediction:
             messages = {0: str(error)} if len(positions) == 1 else getattr(error, "messages", {})
             if not messages:
                 half = len(positions) // 2
-                return self._answers(part, positions[:half]) + self._answers(part, positions[half:])
+                return self._answered(part, positions[:half]) + self._answered(part, positions[half:])
             part.errors |= {positions[row]: _of_a_job(message) for row, message in messages.items()}
-            left = deque(self._answers(part, [p for row, p in enumerate(positions) if row not in messages]))
+            left = deque(self._answered(part, [p for row, p in enumerate(positions) if row not in messages]))
             return [None if row in messages else left.popleft() for row in range(len(positions))]
         return [results] if self.alone and len(inputs) == 1 else results
 
