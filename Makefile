@@ -57,6 +57,7 @@ bench: $(VENV)/develop
 	$(MEASURE) $(RESULTS)/ops_overhead.json benchmarks/bench_ops_overhead.py
 	$(MEASURE) $(RESULTS)/tokenizer.json benchmarks/bench_tokenizer.py
 	$(MEASURE) $(RESULTS)/jobs.json benchmarks/bench_jobs.py
+	$(MEASURE) $(RESULTS)/pipelines.json benchmarks/bench_pipelines.py
 	$(BIN)/python -m benchmarks encoder --minutes 25 --out $(RESULTS)/encoder.json
 	$(BIN)/python -m benchmarks kernels --out $(RESULTS)/kernels.json
 

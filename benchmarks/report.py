@@ -86,6 +86,12 @@ def _failures(result: dict[str, Any]) -> list[str]:
     return [f"WRONG, so without figures: {', '.join(found)}."] if found else []
 
 
+def pipelines_table() -> str:
+    """Labels of texts against transformers' pipelines."""
+    lines, machines = _ratios("pipelines.json", "fastdistil, us a text", "us_a_text", ",.0f")
+    return "\n".join([*lines, "", machines])
+
+
 def encoder_table() -> str:
     """Our quickest call and transformers' at each batch: of a GPU where one was measured, else of the CPU."""
     results = goals.Results()
@@ -249,6 +255,7 @@ TABLES = {
     "encoder": encoder_table,
     "kernels": kernels_table,
     "jobs": jobs_table,
+    "pipelines": pipelines_table,
     "figures": pictures,
 }
 

@@ -705,6 +705,14 @@ def test_states_hold_no_more_than_their_own(tokenizer):
         assert one.untyped_storage().nbytes() == one.numel() * 4
 
 
+def test_states_are_no_part_of_a_batchs(tokenizer, monkeypatch):
+    pipe = pipeline("feature-extraction", fastdistil.DistilBertModel(DistilBertConfig(**TINY)), tokenizer)
+    batch = np.zeros((4, 16), np.float32)
+    monkeypatch.setattr(pipe, "run", lambda rows: iter([(0, batch[:2]), (1, batch[2:])]))
+    for one in pipe(["a", "b"], return_tensors=True):
+        assert one.shape == (1, 2, 16) and not np.shares_memory(one.numpy(), batch)
+
+
 def test_memory_that_runs_out_is_told_by_its_input(answerer, tokenizer, monkeypatch):
     """Not by its window's number."""
     forward, dog = answerer.encoder.forward_packed, tokenizer.convert_tokens_to_ids("dog")
@@ -782,6 +790,57 @@ def test_labels_that_are_left_out(ignored, tokenizer, their_tokenizer):
     every = {entity["entity"] for text in ours(TEXTS, ignore_labels=[]) for entity in text}
     left = {entity["entity"] for text in found for entity in text}
     assert {"O", "B-PER"} <= every and left == every - set(("O",) if ignored is None else ignored)
+
+
+@pytest.mark.parametrize("ignored", [["PER"], ["B-PER"], ["O", "LOC"], []], ids=str)
+@pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
+def test_names_that_are_left_out(strategy, ignored, tokenizer, their_tokenizer):
+    """By the name of their group, which has lost its B- or I-."""
+    settings = {"id2label": NER, "label2id": {v: k for k, v in NER.items()}}
+    name = "DistilBertForTokenClassification"
+    ours, theirs = pair("token-classification", name, tokenizer, their_tokenizer, **settings)
+    found = ours(TEXTS, aggregation_strategy=strategy, ignore_labels=ignored)
+    same(found, theirs(TEXTS, aggregation_strategy=strategy, ignore_labels=ignored))
+    left = {entity["entity_group"] for text in found for entity in text}
+    assert left == {"O", "PER", "LOC"} - set(ignored)
+
+
+def test_transformers_names_for_ways_to_cut(tokenizer):
+    torch.manual_seed(3)
+    model = fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY))
+    ours, text = pipeline("text-classification", model, tokenizer), "the cat sat on the mat and was a dog"
+    short, whole = ours("the cat sat on"), ours(text)
+    for truncation, expected in (("longest_first", short), ("only_first", short), (True, short)):
+        same(ours(text, truncation=truncation, max_length=6), expected)
+    for truncation in ("do_not_truncate", False):
+        same(ours(text, truncation=truncation, max_length=6), whole)
+    assert abs(short[0]["score"] - whole[0]["score"]) > 1e-4
+
+
+def test_an_infinite_answer_is_none(tokenizer):
+    torch.manual_seed(3)
+    ours = pipeline(
+        "text-classification", fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY)), tokenizer
+    )
+    with torch.no_grad():
+        ours.model.classifier.bias[0] = torch.inf
+    with pytest.raises(ValueError, match=r"inputs\[0\]: the model's answer is not finite"):
+        ours("a cat")
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification", "question-answering", "fill-mask"])
+def test_the_time_of_tokens_and_of_the_model_is_told_apart(task, tokenizer):
+    names = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
+    kinds = ("text-classification", "token-classification", "question-answering", "fill-mask")
+    name = dict(zip(kinds, names, strict=True))[task]
+    ours = pipeline(task, getattr(fastdistil, f"DistilBertFor{name}")(DistilBertConfig(**TINY)), tokenizer)
+    ours({"question": "who?", "context": "a cat"} if task == "question-answering" else "a [MASK]")
+    # the engine's own look at its windows, which are made by then, counts as tokenising too
+    tokens, model = (ours.stages.seconds[name] for name in ("tokenizer", "model"))
+    assert tokens > 2e-5 and model > 0
+    answers = ours.ready({"question": "who?", "context": "a cat"} if task == "question-answering" else "a [MASK]")
+    assert ours.stages.seconds == {"tokenizer": tokens, "model": model} and answers()
+    assert ours.stages.seconds["model"] > model
 
 
 def test_labels_that_end_alike(tokenizer, their_tokenizer):
