@@ -820,6 +820,45 @@ def test_other_processors_stand_beside(tmp_path, monkeypatch):
     assert len({row.count("|") for row in (head, line, *rows)}) == 1
     assert rows == ["| a | 2.00x | 2,000 |  | 0.50 | | 1.00x |", "| b | 3.00x | 2,000 |  | 0.50 | 1.50x | 1.25x |"]
     assert first.startswith("AMD EPYC, ") and second.startswith("Intel(R) Xeon(R) Pr") and "E5-2680" in third
+    suite("cpu-zen-4", "AMD EPYC, Zen 4", a=1.0)
+    assert report.cpu_table().splitlines()[0].endswith("| ratio, AMD EPYC, Zen 4 |")
+
+
+def test_labels_against_transformers_pipelines(tmp_path, monkeypatch):
+    entry = {
+        "name": "bench",
+        "extra_info": {"peer": "theirs", "ratio": 3.0, "tokens_per_second": 2000, "us_a_text": 1234.4},
+        "stats": {"median": 1.0, "data": [1.0]},
+    }
+    around = AROUND | {"python": "3.11"}
+    record.write(tmp_path / "cpu" / "pipelines.json", {"machine_info": around, "benchmarks": [entry]})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    head, _, line, *_ = report.pipelines_table().splitlines()
+    assert head.endswith("| fastdistil, us a text |") and line == "| theirs | 3.00x | 2,000 |  | 1,234 |"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("vendor_id : AuthenticAMD|cpu family\t: 25|model name : AMD EPYC|flags : avx2 avx512f", "AMD EPYC, Zen 4"),
+        ("vendor_id : AuthenticAMD|cpu family\t: 26|model name : AMD EPYC|flags : avx2 avx512f", "AMD EPYC, Zen 5"),
+        ("vendor_id : AuthenticAMD|cpu family\t: 25|model name : AMD EPYC 7763|flags : avx2", "AMD EPYC 7763"),
+        ("vendor_id : AuthenticAMD|cpu family\t: 27|model name : AMD EPYC|flags : avx512f", "AMD EPYC"),
+        ("vendor_id : GenuineIntel|cpu family\t: 6|model name : Xeon: 3|flags : avx512f", "Xeon: 3"),
+        ("vendor_id : GenuineIntel|model name : Xeon||model name : Atom", "Xeon"),
+        ("", "elsewhere"),
+        (None, "elsewhere"),
+    ],
+)
+def test_the_processor_by_name(lines, expected, monkeypatch):
+    def read_text(self, **options):
+        if lines is None or str(self) != "/proc/cpuinfo":
+            raise FileNotFoundError(self)
+        return lines.replace("|", "\n")
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr("platform.processor", lambda: "elsewhere")
+    assert record._cpu() == expected
 
 
 def test_goals_of_the_committed_results(capsys):

@@ -37,7 +37,7 @@ from fastdistil.jobs.index import Index
 from fastdistil.jobs.manifest import LOCK, Lock, read_manifest, write_manifest
 from fastdistil.jobs.merge import merge, shard_directory
 from fastdistil.jobs.readers import Columns, count_rows, find_inputs, read_files, read_rows
-from fastdistil.pipelines import Pipeline
+from fastdistil.pipelines import Pipeline, TextClassificationPipeline
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -2292,6 +2292,30 @@ def test_texts_are_tokenised_while_a_gpu_is_busy(task, heads, tmp_path, monkeypa
     first = [what for what, _ in events].index("run")
     assert [what for what, _ in events[:first]] in (["ready"], ["ready", "ready"])
     assert [what for what, _ in events[first : first + 3]].count("ready") >= 1
+
+
+@pytest.mark.parametrize("slow", ["tokenizer", "model"])
+def test_what_a_prediction_waits_for(slow, heads, tmp_path, monkeypatch, capsys):
+    of_model, of_pipeline = (fastdistil.DistilBertModel, "forward_packed"), (TextClassificationPipeline, "prepare")
+    where, name = of_model if slow == "model" else of_pipeline
+    method = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *a, **k: time.sleep(0.5) or method(*a, **k))
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a cat"}])
+    task = "text-classification"
+    command = [
+        "predict",
+        "--task",
+        task,
+        "--model",
+        heads[task],
+        "--device",
+        "cpu",
+        "--input",
+        str(path),
+        "--json-logs",
+    ]
+    assert main([*command, "--output", str(tmp_path / "o")]) == 0
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["bottleneck"] == slow
 
 
 def test_a_job_goes_on_behind_a_part_that_left_rows_out(checkpoint, tmp_path, monkeypatch):
