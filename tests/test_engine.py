@@ -3,7 +3,9 @@
 import collections
 import importlib.util
 import io
+import json
 import pickle
+import re
 import sys
 import threading
 import warnings
@@ -19,6 +21,9 @@ from fastdistil.engine import runner
 from fastdistil.engine.runner import Engine, GraphCache
 from fastdistil.engine.scheduler import Window, batches, cuda_budget, cuts, distinct, flatten
 from fastdistil.engine.tokens import TextWindows, ahead
+from fastdistil.jobs import predict
+from fastdistil.jobs.readers import Row
+from fastdistil.jobs.run import Rows
 
 WORDS = [
     "the",
@@ -597,6 +602,56 @@ def test_on_cuda(dtype, embedder, texts):
     for _ in range(2):
         got = there.encode(texts, max_batch_tokens=500)
         np.testing.assert_allclose(got, expected, atol=1e-4 if dtype is torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_embeddings_of_first_tokens(device, embedder, texts):
+    model = DistilBertModel(embedder.model.config)
+    model.load_state_dict(embedder.model.state_dict())
+    there = Embedder(model.to(device), embedder.tokenizer, pooling="cls", normalize=False, max_length=128)
+    ids = [torch.tensor([one]) for one in embedder.tokenizer.encode_ids(texts, 128)]
+    with torch.inference_mode():
+        expected = torch.cat([embedder.model(one)[0][:, 0] for one in ids]).numpy()
+    for budget in (500, 500, 3_000, None):
+        np.testing.assert_allclose(there.encode(texts, max_batch_tokens=budget), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("task", ["text-classification", "token-classification", "question-answering", "fill-mask"])
+def test_answers_of_a_job(task, device, embedder, texts, monkeypatch):
+    """Those of each text by itself, in its place, also where the next call is made ready while the device computes."""
+    kind, options = pipelines.TASKS[task][1], {"ignore_labels": []} if task == "token-classification" else {}
+    torch.manual_seed(1)
+    here = kind(DistilBertConfig(**embedder.model.config.to_dict() | {"initializer_range": 0.3})).eval()
+    there = kind(here.config).eval()
+    there.load_state_dict(here.state_dict())
+    mask = embedder.tokenizer.mask_token if task == "fill-mask" else ""
+    given = [f"{' '.join(text.split()[:90])} fox {mask}" for text in texts[:60]]
+    asked, one = task == "question-answering", pipelines.TASKS[task][0](here, embedder.tokenizer)
+    monkeypatch.setattr(predict, "AT_ONCE", 25)
+    answer = pipelines.TASKS[task][0](there.to(device), embedder.tokenizer, max_batch_tokens=300)
+    work = predict.Prediction(answer, task, "jsonl", options, "what?" if asked else None)
+    parts = [
+        Rows(n, 20 * n, [Row(i, "", i, text) for i, text in enumerate(given[20 * n : 20 * n + 20])]) for n in range(3)
+    ]
+    for part in parts:
+        part.usable = list(range(20))
+    found = [json.loads(line) for part in work.run(iter(parts)) for call in part.answers for line in call]
+    assert len(found) == len(given)
+    wrong = 0
+    for text, line in zip(given, found, strict=True):
+        alone = one([{"question": "what?", "context": text}] if asked else [text], **options)
+        alone = work.values(alone if work.alone else alone[0])
+        both = json.dumps(line), json.dumps(alone, default=float)
+        numbers, others = zip(*(_apart(text) for text in both), strict=True)
+        wrong += others[0] != others[1] or not np.allclose(*numbers, atol=1e-3)
+    assert wrong <= (0 if device == "cpu" else 3)  # where two labels are as likely
+
+
+def _apart(text):
+    """-> (the numbers in a text, what else is in it)"""
+    number = r"-?\d+\.\d+(?:e-?\d+)?"
+    return [float(found) for found in re.findall(number, text)], re.sub(number, "", text)
 
 
 @pytest.mark.gpu
