@@ -88,7 +88,7 @@ def _failures(result: dict[str, Any]) -> list[str]:
 
 def pipelines_table() -> str:
     """Labels of texts against transformers' pipelines."""
-    lines, machines = _ratios("pipelines.json", "fastdistil, us a text", "us_a_text", ",.0f")
+    lines, machines = _ratios("pipelines.json", "peer's batch size", "batch_size", "d")
     return "\n".join([*lines, "", machines])
 
 

@@ -24,9 +24,10 @@ FEW_ROWS, FEW_ON_INTEL, BLOCKS = range(1, 257), range(4, 16), 8
 # oneDNN's float32 product adds each element in one chain, MKL's in blocks of 192. Cut at so many terms a chain its mean
 # error is at most MKL's and a half, its largest was up to 3.5 times MKL's in results of 1,000 elements and more. A cut
 # copies part of the weights, so it pays from MANY_ROWS rows on; up to SOME_ROWS rows MKL is as quick. On Zen 4
-# cut products took up to 1.4 times as long with fewer, others up to 1.2 times (widths 384 and 768).
+# cut products took up to 1.4 times as long with fewer than MANY_ON_ZEN_4, and those of fewer multiplications than
+# SOME_WORK up to 1.2 times (widths 384 and 768).
 CHAIN, SOME_ROWS, MANY_ROWS = 1_024, 8, 24
-ON_ZEN_4 = 24, 192  # both
+MANY_ON_ZEN_4, SOME_WORK = 192, 5_000_000
 LAID_OUT_FOR = 2_048  # rows, which makes no difference to others
 ONEDNN_ACTIVATIONS = {
     "gelu": ("gelu", "none"),
@@ -209,8 +210,10 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     if x.dtype is not torch.float32 or why_not_onednn() or not torch.backends.mkldnn.enabled:
         return False
     rows, terms = x.shape[0], weight.shape[1]
+    few, many, work = least_work()
     return (
-        rows >= fewest_rows()[terms > CHAIN]
+        rows >= (few if terms <= CHAIN else many)
+        and rows * weight.numel() >= work
         and terms > 0
         and weight.shape[0] > 0
         and weight.is_contiguous()  # a strided weight would take a thousand times as long
@@ -218,9 +221,10 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 @functools.cache
-def fewest_rows() -> tuple[int, int]:
-    """From how many rows on oneDNN multiplies, and where it cuts the product."""
-    return ON_ZEN_4 if is_zen_4() else (SOME_ROWS, MANY_ROWS)
+def least_work() -> tuple[int, int, int]:
+    """From how many rows on oneDNN multiplies, from how many where it cuts the product, and of how many
+    multiplications."""
+    return (SOME_ROWS, MANY_ON_ZEN_4, SOME_WORK) if is_zen_4() else (SOME_ROWS, MANY_ROWS, 0)
 
 
 def grid(rows: int) -> int:

@@ -332,7 +332,8 @@ class DistilBertModel(PreTrainedModel):
         keep = column < at.cu_seqlens.diff()[:, None]  # [batch, max_seqlen]
         row = (starts[:, None] + column).where(keep, 0)
         if row.numel() == 0:
-            return self.embeddings.word_embeddings.weight.new_zeros(len(input_ids), self.config.dim)
+            rows = len(input_ids if only is None else only)
+            return self.embeddings.word_embeddings.weight.new_zeros(rows, self.config.dim)
         ids, positions = input_ids[row], position_ids[row]
         if can_look(ids.device):
             live = int(at.cu_seqlens[-1])

@@ -197,9 +197,9 @@ class Pipeline:
             if not rows:
                 continue
             try:
-                if isinstance(truncation, bool) and not paired:
+                if isinstance(truncation, bool) and all(isinstance(text, str) for text in whole) and not paired:
                     ids = self.tokenizer.encode_ids(whole, max_length if truncation else None)
-                else:  # transformers' names for ways to cut a pair
+                else:  # also by transformers' names for ways to cut a pair
                     both = [pairs[row] for row in rows] if paired else None
                     how: Any = {"truncation": truncation, "max_length": max_length}
                     ids = self.tokenizer(whole, both, **how)["input_ids"]
@@ -415,11 +415,13 @@ class TextClassificationPipeline(Pipeline):
 
     kinds = ("classification", "multilabel_classification")
 
-    def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
-        found = super().__call__(inputs, *args, **options)
+    def ready(self, inputs: Any = None, *args: Any, **options: Any) -> Callable[[], Any]:
+        answers = super().ready(inputs, *args, **options)
         # transformers wraps one text's answer, unless the call itself names top_k
         of_pipeline = "top_k" in self.options and not args and "top_k" not in options
-        return [found] if of_pipeline and isinstance(inputs, str) and self.options["top_k"] != "" else found
+        if of_pipeline and isinstance(inputs, str) and self.options["top_k"] != "":
+            return lambda: [answers()]
+        return answers
 
     def prepare(
         self,
@@ -512,11 +514,8 @@ class TokenClassificationPipeline(Pipeline):
             if (is_split_into_words and words is not text) or not all(isinstance(word, str) for word in words):
                 wanted = "a list of words" if is_split_into_words else "a string"
                 raise TypeError(f"inputs[{row}] must be {wanted}, got {text!r:.80}")
-        limit, unknown, ignored = (
-            self._limit(),
-            self.tokenizer.unk_token_id,
-            ("O",) if ignore_labels is None else ignore_labels,
-        )
+        limit, unknown, ignored = self._limit(), self.tokenizer.unk_token_id, {"O"}
+        ignored = ignored if ignore_labels is None else set(ignore_labels)
         kinds = {i: _Kind.of(label, ignored) for i, label in self.labels.items()}
         starts: list[list[int] | None] = [None] * len(texts)  # of words, where they are given
         windows: list[tuple[int, Encoding]] = []
@@ -629,7 +628,7 @@ class _Kind(NamedTuple):
     group_ignored: bool
 
     @classmethod
-    def of(cls, label: str, ignored: Sequence[str]) -> "_Kind":
+    def of(cls, label: str, ignored: set[str]) -> "_Kind":
         group, tag = label.split("-", 1)[-1], label[2:] if label.startswith(("B-", "I-")) else label
         return cls(label, label.startswith("B-"), tag, group, label in ignored, group in ignored)
 
@@ -783,12 +782,19 @@ class QuestionAnsweringPipeline(Pipeline):
         longest = min(longest, len(end))
         ends = np.concatenate([end, np.zeros(longest - 1, end.dtype)])
         scores = start[:, None] * np.lib.stride_tricks.sliding_window_view(ends, longest)
-        least = np.partition(scores, -candidates, axis=None)[-candidates] if candidates < scores.size else 0
-        order = np.flatnonzero(scores >= least)
-        order = order[np.argsort(-scores.flat[order], kind="stable")][:candidates]
-        found = zip(*(at.tolist() for at in np.unravel_index(order, scores.shape)), strict=True)
-        likely = [(float(scores[i, more]), i, i + more) for i, more in found]
-        return null, [span for span in likely if span[0] > 0 and allowed[span[1]] and allowed[span[2]]]
+        at = np.flatnonzero(scores)
+        if len(at) > candidates:  # a partition of many that are equal would take long
+            values = scores.flat[at]
+            at = at[values >= np.partition(values, -candidates)[-candidates]]
+        at = at[np.argsort(-scores.flat[at], kind="stable")][:candidates]
+        spans = [(i, i + more) for i, more in zip(*(np.unravel_index(at, scores.shape)), strict=True)]
+        if (left := candidates - len(at)) > len(start):  # the first tokens' own, of which none is an answer
+            zeros = np.tril(np.triu(np.outer(start, end)), longest - 1) == 0
+            some = np.flatnonzero(zeros)[:left]
+            spans += [(i, j) for i, j in zip(*np.unravel_index(some, zeros.shape), strict=True) if i <= j < i + longest]
+        return null, [
+            (float(start[i] * end[j]), int(i), int(j)) for i, j in spans if i > 0 and allowed[i] and allowed[j]
+        ]
 
     @staticmethod
     def _characters(window: Encoding, first: int, last: int, align: bool) -> tuple[int, int]:

@@ -827,14 +827,14 @@ def test_other_processors_stand_beside(tmp_path, monkeypatch):
 def test_labels_against_transformers_pipelines(tmp_path, monkeypatch):
     entry = {
         "name": "bench",
-        "extra_info": {"peer": "theirs", "ratio": 3.0, "tokens_per_second": 2000, "us_a_text": 1234.4},
+        "extra_info": {"peer": "theirs", "ratio": 3.0, "tokens_per_second": 2000, "batch_size": 8},
         "stats": {"median": 1.0, "data": [1.0]},
     }
     around = AROUND | {"python": "3.11"}
     record.write(tmp_path / "cpu" / "pipelines.json", {"machine_info": around, "benchmarks": [entry]})
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     head, _, line, *_ = report.pipelines_table().splitlines()
-    assert head.endswith("| fastdistil, us a text |") and line == "| theirs | 3.00x | 2,000 |  | 1,234 |"
+    assert head.endswith("| peer's batch size |") and line == "| theirs | 3.00x | 2,000 |  | 8 |"
 
 
 @pytest.mark.parametrize(

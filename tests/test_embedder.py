@@ -164,6 +164,21 @@ def test_the_last_block_answers_for_what_is_pooled(pooling, watched, checkpoint,
         np.testing.assert_allclose(vector, hidden[0] if pooling == "cls" else hidden.mean(0), atol=1e-6)
 
 
+def test_a_text_of_no_tokens_has_no_first_one(checkpoint, tmp_path):
+    """Where the tokenizer puts nothing around a text; zeros, as the pooling has it."""
+    values = json.loads((checkpoint / "tokenizer.json").read_text())
+    (checkpoint / "tokenizer.json").write_text(json.dumps(values | {"post_processor": None}))
+    for pooling in ("cls", "mean"):
+        own = Embedder.from_pretrained(checkpoint, "cpu", pooling=pooling)
+        found = own.encode(["", "a cat", "", "it sat", ""])
+        assert not found[::2].any() and np.allclose(np.linalg.norm(found[1::2], axis=1), 1, atol=1e-5)
+        assert not own.encode("").any() and not own.encode(["", ""]).any()
+        np.testing.assert_allclose(found[3], own.encode("it sat"), atol=1e-6)
+        own.model.transformer.layer[0].register_forward_hook(lambda *given: None)
+        np.testing.assert_allclose(own.encode(["", "a cat", "", "it sat", ""]), found, atol=1e-6)
+        assert not own.encode(["", ""]).any()
+
+
 @pytest.mark.parametrize(
     "layers",
     [

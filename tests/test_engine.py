@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import threading
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks.corpus import tokenizer_for
 from fastdistil import DistilBertConfig, DistilBertModel, DistilBertTokenizer, Embedder, ops, pipelines
-from fastdistil.engine import runner
+from fastdistil.engine import runner, tokens
 from fastdistil.engine.runner import Engine, GraphCache
 from fastdistil.engine.scheduler import Window, batches, cuda_budget, cuts, distinct, flatten
 from fastdistil.engine.tokens import TextWindows, ahead
@@ -183,6 +184,53 @@ def test_ahead():
 
     with pytest.raises(ValueError, match="no more"):
         list(ahead(failing()))
+    assert list(ahead([])) == []
+
+
+@pytest.mark.parametrize("how", ["closed", "failed"])
+def test_ahead_leaves_who_waits_for_an_idle_input(how, monkeypatch):
+    monkeypatch.setattr(tokens, "LONGEST_END", 0.2)
+    begun, more, after = threading.Event(), threading.Event(), []
+
+    def items():
+        yield 1
+        begun.set()
+        more.wait(60)
+        yield 2
+        after.append("more was made")
+
+    stream = ahead(items())
+    assert next(stream) == 1 and begun.wait(10)
+    start = time.perf_counter()
+    if how == "closed":
+        stream.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            stream.throw(KeyboardInterrupt())
+    assert time.perf_counter() - start < 10
+    more.set()
+    for thread in threading.enumerate():
+        if thread.daemon and thread.name.endswith("(make)"):
+            thread.join(10)
+    assert not after
+
+
+def test_ahead_ends_with_its_thread():
+    """What makes an item is waited for, unless it takes long."""
+    begun, done = threading.Event(), threading.Event()
+
+    def items():
+        yield 1
+        begun.set()
+        time.sleep(0.3)
+        done.set()
+        yield 2
+
+    stream = ahead(items())
+    next(stream)
+    assert begun.wait(10)
+    stream.close()
+    assert done.is_set()
 
 
 # --- engine -------------------------------------------------------------------------------------------------------

@@ -2269,8 +2269,16 @@ def test_texts_are_tokenised_while_a_gpu_is_busy(task, heads, tmp_path, monkeypa
 
     def ran(self, *args, **options):
         events.append(("run", threading.current_thread() is threading.main_thread()))
-        time.sleep(0.05)
+        if on_gpu and (calls := runs()) < 6:  # until the next one is on its way
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and readies() <= calls:
+                time.sleep(0.01)
+            meanwhile.append(readies() > calls)
         yield from run(self, *args, **options)
+
+    on_gpu, meanwhile = False, []
+    readies = lambda: events.count(("ready", False))  # noqa: E731
+    runs = lambda: [what for what, _ in events].count("run")  # noqa: E731
 
     monkeypatch.setattr(Pipeline, "ready", readied)
     monkeypatch.setattr(Pipeline, "run", ran)
@@ -2280,7 +2288,7 @@ def test_texts_are_tokenised_while_a_gpu_is_busy(task, heads, tmp_path, monkeypa
     monkeypatch.setattr(cli, "Job", functools.partial(cli.Job, part_rows=4))
     status = 3 if bad else 0
     assert main([*command, "--output", str(tmp_path / "cpu")]) == status
-    on_cpu = [*events]
+    on_cpu, on_gpu = [*events], True
     events.clear()
     monkeypatch.setattr(Pipeline, "device", property(lambda self: torch.device("cuda")))
     assert main([*command, "--output", str(tmp_path / "gpu")]) == status
@@ -2288,10 +2296,52 @@ def test_texts_are_tokenised_while_a_gpu_is_busy(task, heads, tmp_path, monkeypa
     assert written("gpu") == written("cpu") and len(written("cpu")) >= 3
     assert all(main for _, main in on_cpu) and all(main for what, main in events if what == "run")
     calls = [main for what, main in events if what == "ready"]
-    assert calls.count(False) == 6 and calls.count(True) == (2 if bad else 0)  # what is wrong is said again, by row
-    first = [what for what, _ in events].index("run")
-    assert [what for what, _ in events[:first]] in (["ready"], ["ready", "ready"])
-    assert [what for what, _ in events[first : first + 3]].count("ready") >= 1
+    assert calls.count(False) == 6 and calls.count(True) == (1 if bad else 0)  # those left beside what is wrong
+    assert len(meanwhile) == 5 and all(meanwhile)
+
+
+IDLE = """
+import functools, sys, torch
+from fastdistil import cli
+from fastdistil.jobs import predict
+from fastdistil.pipelines import Pipeline
+predict.AT_ONCE, cli.Job = 2, functools.partial(cli.Job, part_rows=2)
+if sys.argv.pop(1) == "cuda":
+    Pipeline.device = property(lambda self: torch.device("cuda"))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("end", ["interrupt", "bad row"])
+def test_a_job_ends_while_its_input_is_idle(end, device, heads, tmp_path):
+    """Where rows are read ahead, too, and the bad row that is named is the first."""
+    task, output = "text-classification", tmp_path / "o"
+    command = [sys.executable, "-c", IDLE, device, "predict", "--task", task, "--model", heads[task], "--device", "cpu"]
+    command += ["--quiet", "--input", "-", "--output", str(output), "--format", "jsonl", "--no-truncate"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as job:
+        rows = [{"text": f"a cat {i}"} for i in range(4)] + [{"text": "word " * 600}] * (end == "bad row")
+        rows += [{"text": "a dog"}] * (end == "bad row")
+        job.stdin.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        job.stdin.flush()
+        deadline = time.monotonic() + 60
+        while not (output / "part-00000.jsonl").exists() and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if end == "interrupt":
+            job.send_signal(signal.SIGINT)
+        assert job.wait(30) == 1
+        said = job.stderr.read().decode()
+    assert "interrupted; finished parts stay" in said if end == "interrupt" else "line 5: is 602 tokens long" in said
+    assert "Fatal Python error" not in said and (output / "part-00000.jsonl").exists()
+
+
+def test_the_first_failure_is_the_one_that_is_told(checkpoint, tmp_path):
+    """Also where a later row's was met meanwhile, by who reads ahead."""
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": 4}])
+    (job, *_) = make_job(checkpoint, path, tmp_path / "o")
+    reading = module._Reading(read_rows([str(path)], Columns()), job, 0, 9, 0, [])
+    reading.failure = first = ValueError("of a part before")
+    assert list(reading) == [] and reading.failure is first
 
 
 @pytest.mark.parametrize("slow", ["tokenizer", "model"])

@@ -300,7 +300,7 @@ def onednn(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(cpu, "why_not_onednn", lambda: "")
-    monkeypatch.setattr(cpu, "fewest_rows", lambda: (cpu.SOME_ROWS, cpu.MANY_ROWS))
+    monkeypatch.setattr(cpu, "least_work", lambda: (cpu.SOME_ROWS, cpu.MANY_ROWS, 0))
     counts, product = [], torch.ops.mkldnn._linear_pointwise
 
     class Counting:
@@ -461,13 +461,13 @@ def test_where_onednn_is_kept_from_avx512(most, used, name, monkeypatch):
 @pytest.mark.parametrize(
     ("cpuinfo", "elsewhere", "expected"),
     [
-        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", "", (24, 192)),
-        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 25\n", "", (8, 24)),
-        ("cpu family\t: 25\n" * 2 + "cpu family\t: 26\n", "", (24, 192)),
-        ("", "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", (8, 24)),
-        (None, "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", (24, 192)),
-        (None, "AMD64 Family 26 Model 25 Stepping 1, AuthenticAMD", (8, 24)),
-        (None, "", (8, 24)),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", "", (8, 192, 5_000_000)),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 25\n", "", (8, 24, 0)),
+        ("cpu family\t: 25\n" * 2 + "cpu family\t: 26\n", "", (8, 192, 5_000_000)),
+        ("", "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", (8, 24, 0)),
+        (None, "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", (8, 192, 5_000_000)),
+        (None, "AMD64 Family 26 Model 25 Stepping 1, AuthenticAMD", (8, 24, 0)),
+        (None, "", (8, 24, 0)),
     ],
 )
 def test_products_of_few_rows_are_left_to_mkl_on_zen_4(cpuinfo, elsewhere, expected, monkeypatch):
@@ -480,15 +480,15 @@ def test_products_of_few_rows_are_left_to_mkl_on_zen_4(cpuinfo, elsewhere, expec
     monkeypatch.setattr("builtins.open", opened)
     monkeypatch.setattr(cpu.platform, "processor", lambda: elsewhere)
     monkeypatch.setattr(cpu, "is_zen_4", cpu.is_zen_4.__wrapped__)
-    assert cpu.fewest_rows.__wrapped__() == expected
+    assert cpu.least_work.__wrapped__() == expected
     there = "AuthenticAMD" if "vendor_id" in (cpuinfo or "") else ""
     assert cpu.vendor.__wrapped__() == (elsewhere if cpuinfo is None else there)
 
 
 @on_cpu_forms
 def test_the_rows_from_which_onednn_multiplies(onednn, monkeypatch):
-    monkeypatch.setattr(cpu, "fewest_rows", lambda: (10, 20))
-    for terms, least in ((64, 10), (cpu.CHAIN, 10), (cpu.CHAIN + 1, 20)):
+    monkeypatch.setattr(cpu, "least_work", lambda: (10, 20, 12 * 64 * 16))
+    for terms, least in ((64, 12), (cpu.CHAIN, 10), (cpu.CHAIN + 1, 20)):
         for rows in (least - 1, least):
             onednn.clear()
             ops.linear(torch.randn(rows, terms), torch.randn(16, terms), torch.randn(16))

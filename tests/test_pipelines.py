@@ -705,6 +705,49 @@ def test_states_hold_no_more_than_their_own(tokenizer):
         assert one.untyped_storage().nbytes() == one.numel() * 4
 
 
+@pytest.mark.parametrize("spread", [1, 100, 20_000])
+@pytest.mark.parametrize(
+    ("candidates", "longest"), [(1, 15), (12, 15), (50, 15), (12, 1), (12, 3), (30, 1000), (400, 5)]
+)
+def test_spans_by_their_definition(spread, candidates, longest, tokenizer, answerer):
+    """transformers': the likeliest of all pairs of tokens, then without those that are none or outside the text; also
+    where most have no probability at all."""
+    rng = np.random.default_rng(candidates)
+    for text in ("a cat", "the cat sat on a mat and was a dog in paris, or a bird"):
+        window = tokenizer("who?", text).encodings[0]
+        for _ in range(5):
+            logits = np.float32(rng.normal(scale=spread, size=(len(window.ids), 2)))
+            allowed = np.array([i == 1 for i in window.sequence_ids])
+            allowed[0] = True
+            start, end = (pipelines._softmax(np.where(allowed, x, np.float32(-10000))) for x in logits.T)
+            null = float(start[0] * end[0])
+            start[0] = end[0] = 0
+            scores = np.tril(np.triu(np.outer(start, end)), longest - 1)
+            firsts, lasts = np.unravel_index(np.argsort(-scores, axis=None, kind="stable")[:candidates], scores.shape)
+            expected = [
+                (float(scores[i, j]), i, j)
+                for i, j in zip(firsts.tolist(), lasts.tolist(), strict=True)
+                if 0 < i <= j < i + longest and allowed[i] and allowed[j]
+            ]
+            assert answerer._spans(window, logits, candidates, longest) == (null, expected)
+
+
+def test_a_pair_as_the_text_of_a_dictionary(tokenizer):
+    torch.manual_seed(3)
+    model = fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY))
+    ours = pipeline("text-classification", model, tokenizer)
+    assert ours([{"text": ["a cat", "it sat"]}]) == ours([{"text": "a cat", "text_pair": "it sat"}])
+
+
+def test_what_is_ready_is_what_a_call_gives(tokenizer):
+    torch.manual_seed(3)
+    model = fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY))
+    for options in ({}, {"top_k": 2}, {"top_k": None}):
+        ours = pipeline("text-classification", model, tokenizer, **options)
+        for given in ("a cat", ["a cat", "it sat"]):
+            assert ours.ready(given)() == ours(given) and ours.ready(given, top_k=1)() == ours(given, top_k=1)
+
+
 def test_states_are_no_part_of_a_batchs(tokenizer, monkeypatch):
     pipe = pipeline("feature-extraction", fastdistil.DistilBertModel(DistilBertConfig(**TINY)), tokenizer)
     batch = np.zeros((4, 16), np.float32)
@@ -792,7 +835,7 @@ def test_labels_that_are_left_out(ignored, tokenizer, their_tokenizer):
     assert {"O", "B-PER"} <= every and left == every - set(("O",) if ignored is None else ignored)
 
 
-@pytest.mark.parametrize("ignored", [["PER"], ["B-PER"], ["O", "LOC"], []], ids=str)
+@pytest.mark.parametrize("ignored", [["PER"], ["B-PER"], ["O", "LOC"], [], ("PER",), {"LOC": 1}], ids=str)
 @pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
 def test_names_that_are_left_out(strategy, ignored, tokenizer, their_tokenizer):
     """By the name of their group, which has lost its B- or I-."""
@@ -803,6 +846,10 @@ def test_names_that_are_left_out(strategy, ignored, tokenizer, their_tokenizer):
     same(found, theirs(TEXTS, aggregation_strategy=strategy, ignore_labels=ignored))
     left = {entity["entity_group"] for text in found for entity in text}
     assert left == {"O", "PER", "LOC"} - set(ignored)
+    same(ours(TEXTS, aggregation_strategy=strategy, ignore_labels=iter(ignored)), found)  # which is read once
+    assert ours(TEXTS, aggregation_strategy=strategy, ignore_labels="PER") == ours(
+        TEXTS, aggregation_strategy=strategy, ignore_labels=["P", "E", "R"]
+    )
 
 
 def test_transformers_names_for_ways_to_cut(tokenizer):

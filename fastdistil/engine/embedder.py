@@ -402,10 +402,11 @@ class Embedder:
         self, ids: Tensor, cu_seqlens: Tensor, longest: int, positions: Tensor, rows: np.ndarray, full: bool
     ) -> Tensor:
         longest, first = min(longest, self.model.config.max_position_embeddings), None
-        if self.pooling == "cls":  # the last block answers for these rows alone; an empty text of a graph for any
+        if self.pooling == "cls" and len(ids):  # the last block answers for these rows alone; an empty text for any
             first = cu_seqlens[:-1].long().clamp(max=len(ids) - 1)
         hidden = self.model.forward_packed(ids, cu_seqlens, longest, positions, first, all_live=full)
         if first is not None:
+            hidden = hidden.masked_fill((cu_seqlens.diff() == 0)[:, None], 0)
             cu_seqlens = torch.arange(len(cu_seqlens), dtype=torch.int32, device=ids.device)
         # hidden: [tokens, dim], or of the first tokens [batch, dim]
         if not len(self.layers) and self.truncate_dim is None:

@@ -2,10 +2,11 @@
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -43,6 +44,9 @@ def of_column(column: Any) -> tuple[np.ndarray, np.ndarray]:
         rows.append(np.minimum(row, 2**63 - 1).astype(np.int64) if row.dtype == np.uint64 else row)
     ends = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
     return np.concatenate([np.empty(0, np.int32), *(row for row in rows if row.size)]), ends
+
+
+LONGEST_END = 2.0  # seconds
 
 
 class TextWindows:
@@ -125,10 +129,36 @@ _tokenizer: DistilBertTokenizer
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, each made in another thread while the one before it is in use."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, iterator, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, iterator, end)
-            yield item  # type: ignore[misc]
+    """The items, each made in another thread while the one before it is in use. A thread that still waits for its input
+    when nobody wants more, as at the end of an idle pipe, is left to itself."""
+    iterator, made, wanted, end = iter(items), queue.SimpleQueue[Any](), threading.Semaphore(), object()
+    over = False
+
+    def make() -> None:
+        item: Any = None
+        while item is not end:
+            wanted.acquire()
+            if over:
+                return
+            try:
+                item = next(iterator, end)
+            except BaseException as error:  # for the one who asks
+                made.put((end, error))
+                return
+            made.put((item, None))
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            wanted.release()
+            yield item
+    finally:
+        over = True
+        wanted.release()
+        thread.join(LONGEST_END)

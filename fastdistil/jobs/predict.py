@@ -4,7 +4,6 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ OF_A_JOB = {
 
 Asked = dict[tuple[str | None, Any], int]  # (question, text): the position of the first row that has them
 Ready = Callable[[], Any]  # computes the answers of what is asked
-Call = tuple[Rows, list[int], Asked, Ready | None]  # positions of rows of a part, and behind its last call none
+Call = tuple[Rows, list[int], Asked, Ready]  # with the positions of the rows in the part
 
 _ENTITY = {"score": "float", "word": "string", "start": "int", "end": "int"}
 _SPAN = {"score": "float", "start": "int", "end": "int", "answer": "string"}
@@ -103,26 +102,28 @@ class Prediction:
             part, positions, once, ready = call
             if positions:
                 part.answers.append(self._packed(self._answers(part, positions, once, ready)))
+                part.left -= len(positions)
                 self._rows, self._tokens = self._rows + len(positions), self.answer.stages.tokens
-            else:
+            if not part.left:
                 self._rows += len(part.rows) - len(part.usable)  # which needed no answer
                 yield part
 
     def _calls(self, parts: Iterable[Rows]) -> Iterator[Call]:
         for part in parts:
             part.answers = []  # of each call, packed: as objects a whole part's would take far more memory
-            for first in range(0, len(part.usable), AT_ONCE):
+            part.left = len(part.usable)
+            for first in range(0, max(1, part.left), AT_ONCE):  # one of no rows where none can be answered
                 positions = part.usable[first : first + AT_ONCE]
                 once: Asked = {}
                 for position in positions:
                     once.setdefault((part.rows[position].question, part.rows[position].text), position)
-                ready = None
-                with suppress(ValueError, TypeError, MemoryError):  # it is said again, by row
+                try:
                     ready = self.answer.ready([self._input(part, p) for p in once.values()], **self.options)
+                except (ValueError, TypeError, MemoryError) as error:  # which belongs to these rows
+                    ready = _failing(error)
                 yield part, positions, once, ready
-            yield part, [], {}, None
 
-    def _answers(self, part: Rows, positions: list[int], once: Asked, ready: Ready | None) -> list[Any]:
+    def _answers(self, part: Rows, positions: list[int], once: Asked, ready: Ready) -> list[Any]:
         """Answers of rows, None for those that have none; rows that ask for the same are answered once."""
         answers = dict(zip(once.values(), self._answered(part, [*once.values()], ready), strict=True))
         firsts = [once[part.rows[p].question, part.rows[p].text] for p in positions]
@@ -185,6 +186,13 @@ class Prediction:
             # of more text than an array holds, Arrow makes several
             columns[key] = found.chunks if isinstance(found, pyarrow.ChunkedArray) else [found]
         return columns
+
+
+def _failing(error: Exception) -> Ready:
+    def answers() -> Any:
+        raise error
+
+    return answers
 
 
 def _placed(pieces: list[Any], at: list[int | None], kind: Any) -> Any:

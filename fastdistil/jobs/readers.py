@@ -591,7 +591,14 @@ def _wide(begun: bytes) -> str:
 
 def _all_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
     if name == STDIN:
-        yield from sys.stdin.buffer
+        try:
+            number = sys.stdin.buffer.fileno()
+        except OSError:  # somebody's own
+            yield from sys.stdin.buffer
+            return
+        # another buffer than its own, whose lock is asked for when the process ends, perhaps while a thread waits here
+        with open(number, "rb", closefd=False) as file:
+            yield from file
         return
     with open(name, "rb") as raw:
         size = raw.seek(0, io.SEEK_END)

@@ -287,7 +287,7 @@ class _Reading:
                     yield part
                     part, size = Rows(part.number + 1, row.number + 1, [], named), 0
         except (OSError, ValueError) as error:
-            self.failure = error
+            self.failure = self.failure or error  # of a part before, while this one was read ahead
             return
         if part.rows:
             yield part
