@@ -126,6 +126,5 @@ def bench_pipeline_against_transformers(task, size, benchmark, tmp_path):
         answers=told,
         batch_size=batch_size,
     )
-    print(
-        f"\n{batch_size} a batch: {benchmark.extra_info['ratio']:.2f}x, {benchmark.extra_info['us_a_text']:.0f} us a text"
-    )
+    ratio, us = (benchmark.extra_info[key] for key in ("ratio", "us_a_text"))
+    print(f"\n{batch_size} a batch: {ratio:.2f}x, {us:.0f} us a text")
