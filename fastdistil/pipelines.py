@@ -188,21 +188,20 @@ class Pipeline:
         truncation = max_length is not None if truncation is None else truncation
         max_length = self._limit() if max_length is None else max_length
         found: list[list[int]] = [[]] * len(texts)
-        pairs: list[Any] = [(text.get("text_pair") or None) if isinstance(text, dict) else None for text in texts]
+        both = [_pair_of(text) for text in texts]
         for paired in (False, True):
-            rows = [row for row, pair in enumerate(pairs) if (pair is not None) is paired]
+            rows = [row for row, (_, second) in enumerate(both) if (second is not None) is paired]
             if paired and rows:
                 self._check_two_segments()
-            whole = [texts[row]["text"] if isinstance(texts[row], dict) else texts[row] for row in rows]
             if not rows:
                 continue
+            firsts, seconds = map(list, zip(*(both[row] for row in rows), strict=True))
             try:
-                if isinstance(truncation, bool) and all(isinstance(text, str) for text in whole) and not paired:
-                    ids = self.tokenizer.encode_ids(whole, max_length if truncation else None)
+                if isinstance(truncation, bool) and not paired:
+                    ids = self.tokenizer.encode_ids(firsts, max_length if truncation else None)
                 else:  # also by transformers' names for ways to cut a pair
-                    both = [pairs[row] for row in rows] if paired else None
                     how: Any = {"truncation": truncation, "max_length": max_length}
-                    ids = self.tokenizer(whole, both, **how)["input_ids"]
+                    ids = self.tokenizer(firsts, seconds if paired else None, **how)["input_ids"]
             except (ValueError, TypeError) as error:
                 raise type(error)(_with_rows(str(error), rows)) from error
             for row, one in zip(rows, ids, strict=True):
@@ -228,6 +227,16 @@ class Pipeline:
 
 
 _PAIR = {"text", "text_pair"}
+
+
+def _pair_of(text: Any) -> tuple[Any, Any]:
+    """A text, or a dictionary of text and text_pair or of both as text -> (the first, the second or None)"""
+    if isinstance(text, str):
+        return text, None
+    first, second = text["text"], text.get("text_pair") or None
+    if second is None and isinstance(first, (list, tuple)) and len(first) == 2:
+        first, second = first
+    return first, second
 
 
 def _there(values: list[int], device: torch.device) -> Tensor:

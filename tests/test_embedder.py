@@ -177,6 +177,8 @@ def test_a_text_of_no_tokens_has_no_first_one(checkpoint, tmp_path):
         own.model.transformer.layer[0].register_forward_hook(lambda *given: None)
         np.testing.assert_allclose(own.encode(["", "a cat", "", "it sat", ""]), found, atol=1e-6)
         assert not own.encode(["", ""]).any()
+        given = torch.tensor([1, 2, 3]), torch.tensor([0, 0], dtype=torch.int32), 0
+        assert own.model.forward_packed(*given, only=torch.tensor([1])).shape == (1, own.model.config.dim)
 
 
 @pytest.mark.parametrize(

@@ -2300,6 +2300,25 @@ def test_texts_are_tokenised_while_a_gpu_is_busy(task, heads, tmp_path, monkeypa
     assert len(meanwhile) == 5 and all(meanwhile)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_texts_that_there_was_no_memory_for_are_made_ready_once_more(device, heads, tmp_path, monkeypatch):
+    task, ready, times = "text-classification", Pipeline.ready, []
+
+    def hungry(self, *args, **options):
+        times.append(threading.current_thread() is threading.main_thread())
+        if len(times) == 1:
+            raise MemoryError("while the model is at work")
+        return ready(self, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "ready", hungry)
+    monkeypatch.setattr(Pipeline, "device", property(lambda self: torch.device(device)))
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a cat"}, {"text": "a dog"}])
+    command = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--quiet", "--input", str(path)]
+    assert main([*command, "--output", str(tmp_path / "o"), "--format", "jsonl"]) == 0
+    assert len((tmp_path / "o" / "part-00000.jsonl").read_text().splitlines()) == 2
+    assert times == [device == "cpu", True]
+
+
 IDLE = """
 import functools, sys, torch
 from fastdistil import cli

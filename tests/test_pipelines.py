@@ -736,7 +736,16 @@ def test_a_pair_as_the_text_of_a_dictionary(tokenizer):
     torch.manual_seed(3)
     model = fastdistil.DistilBertForSequenceClassification(DistilBertConfig(**TINY))
     ours = pipeline("text-classification", model, tokenizer)
-    assert ours([{"text": ["a cat", "it sat"]}]) == ours([{"text": "a cat", "text_pair": "it sat"}])
+    pair, alone = ours([{"text": "a cat", "text_pair": "it sat"}]), ours(["the mat"])
+    assert pair != ours(["a cat"])
+    for one in (["a cat", "it sat"], ("a cat", "it sat")):
+        same(ours([{"text": one}]), pair)
+        same(ours([{"text": one}, "the mat", {"text": "the mat"}]), [*pair, *alone, *alone])
+    ours.encoder.config.token_types_folded = True
+    with pytest.raises(ValueError, match="converted for one segment"):
+        ours([{"text": ["a cat", "it sat"]}])
+    with pytest.raises(TypeError, match=r"inputs\[1\] must be a string"):
+        ours(["a cat", {"text": ["a", "b", "c"]}])
 
 
 def test_what_is_ready_is_what_a_call_gives(tokenizer):
@@ -745,7 +754,9 @@ def test_what_is_ready_is_what_a_call_gives(tokenizer):
     for options in ({}, {"top_k": 2}, {"top_k": None}):
         ours = pipeline("text-classification", model, tokenizer, **options)
         for given in ("a cat", ["a cat", "it sat"]):
-            assert ours.ready(given)() == ours(given) and ours.ready(given, top_k=1)() == ours(given, top_k=1)
+            found = ours.ready(given)()
+            assert found == ours(given) and ours.ready(given, top_k=1)() == ours(given, top_k=1)
+            assert len(found) == (1 if given == "a cat" else 2) and isinstance(found[0], list if options else dict)
 
 
 def test_states_are_no_part_of_a_batchs(tokenizer, monkeypatch):
@@ -847,9 +858,6 @@ def test_names_that_are_left_out(strategy, ignored, tokenizer, their_tokenizer):
     left = {entity["entity_group"] for text in found for entity in text}
     assert left == {"O", "PER", "LOC"} - set(ignored)
     same(ours(TEXTS, aggregation_strategy=strategy, ignore_labels=iter(ignored)), found)  # which is read once
-    assert ours(TEXTS, aggregation_strategy=strategy, ignore_labels="PER") == ours(
-        TEXTS, aggregation_strategy=strategy, ignore_labels=["P", "E", "R"]
-    )
 
 
 def test_transformers_names_for_ways_to_cut(tokenizer):

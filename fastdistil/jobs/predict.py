@@ -4,6 +4,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,13 @@ class Prediction:
                 once: Asked = {}
                 for position in positions:
                     once.setdefault((part.rows[position].question, part.rows[position].text), position)
+                inputs = [self._input(part, p) for p in once.values()]
                 try:
-                    ready = self.answer.ready([self._input(part, p) for p in once.values()], **self.options)
-                except (ValueError, TypeError, MemoryError) as error:  # which belongs to these rows
+                    ready = self.answer.ready(inputs, **self.options)
+                except (ValueError, TypeError) as error:  # which belongs to these rows
                     ready = _failing(error)
+                except MemoryError:  # once more, when the model is not at work
+                    ready = partial(self.answer, inputs, **self.options)
                 yield part, positions, once, ready
 
     def _answers(self, part: Rows, positions: list[int], once: Asked, ready: Ready) -> list[Any]:

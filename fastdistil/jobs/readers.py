@@ -6,6 +6,7 @@ it is the caller's choice. Rows can be counted and skipped without being parsed.
 
 import codecs
 import csv
+import ctypes
 import glob
 import gzip
 import io
@@ -591,14 +592,9 @@ def _wide(begun: bytes) -> str:
 
 def _all_lines(name: str, progress: Progress | None) -> Iterator[bytes]:
     if name == STDIN:
-        try:
-            number = sys.stdin.buffer.fileno()
-        except OSError:  # somebody's own
-            yield from sys.stdin.buffer
-            return
-        # another buffer than its own, whose lock is asked for when the process ends, perhaps while a thread waits here
-        with open(number, "rb", closefd=False) as file:
-            yield from file
+        # never closed: when the process ends that would ask for its lock, which a thread that waits here holds
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(sys.stdin))
+        yield from sys.stdin.buffer
         return
     with open(name, "rb") as raw:
         size = raw.seek(0, io.SEEK_END)
