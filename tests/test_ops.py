@@ -485,6 +485,23 @@ def test_products_of_few_rows_are_left_to_mkl_on_zen_4(cpuinfo, elsewhere, expec
     assert cpu.vendor.__wrapped__() == (elsewhere if cpuinfo is None else there)
 
 
+def test_what_definitions_make_of_what_is_outside():
+    words, positions, one = torch.randn(5, 8), torch.randn(4, 8), torch.ones(8)
+    ids, at = torch.tensor([0, 4, 5, -1, 2, 2, 2]), torch.tensor([0, 3, 0, 0, 4, -1, 3])
+    found = reference.embed_layer_norm(ids, at, words, positions, one, one, 1e-12)
+    assert found.isnan().all(1).tolist() == [False, False, True, True, True, True, False] and found[0].isfinite().all()
+    qkv = torch.randn(7, 24)
+    for starts, longest, bad in (([0, 3, 7], 4, []), ([0, 3, 7], 3, [3, 4, 5, 6]), ([0, 2, 9], 9, [2, 3, 4, 5, 6])):
+        cu = torch.tensor(starts, dtype=torch.int32)
+        out = reference.attention(qkv, cu, longest, 2)
+        assert out.isnan().all(1).nonzero().flatten().tolist() == bad == out.isnan().any(1).nonzero().flatten().tolist()
+    nothing = torch.zeros(1, dtype=torch.int32)
+    assert torch.equal(reference.attention(qkv, nothing, 4, 2), torch.zeros(7, 8))
+    for mode in ("cls", "mean"):
+        pooled = reference.pool(qkv, torch.tensor([0, 0, 7, 7, 9], dtype=torch.int32), mode)
+        assert not pooled[0].any() and pooled[1].all() and not pooled[2].any() and pooled[3].isnan().all()
+
+
 @on_cpu_forms
 def test_the_rows_from_which_onednn_multiplies(onednn, monkeypatch):
     monkeypatch.setattr(cpu, "least_work", lambda: (10, 20, 12 * 64 * 16))
