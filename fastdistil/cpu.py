@@ -140,7 +140,7 @@ def check_inside(name: str, index: Tensor, table: Tensor) -> None:
 
 @functools.cache
 def why_not_onednn() -> str:
-    """Why float32 products are left to the library torch takes, or "" where oneDNN's are twice as quick.
+    """Why float32 products are left to the library torch takes, or "" where oneDNN's are quicker.
 
     MKL uses AVX-512 on Intel's processors only. On AMD's with AVX-512 oneDNN was 1.9 to 2.3 times as quick from 256
     rows on, as quick or up to twice with fewer (Zen 5; width 768), and 1.0 to 1.2 times on Zen 4, where AVX-512

@@ -567,12 +567,11 @@ class TokenClassificationPipeline(Pipeline):
         """The scores of tokens [tokens, labels] -> those of the words that they form, [words, labels]"""
         found = scores[[first for first, _ in units]]
         for i, (first, end) in enumerate(units):
-            if end - first > 1 and strategy != "first":
-                of_tokens = scores[first:end]
-                surest = strategy == "max"
-                found[i] = (
-                    of_tokens[of_tokens.max(-1).argmax()] if surest else of_tokens.sum(0) / np.float32(end - first)
-                )
+            of_tokens = scores[first:end]
+            if strategy == "max":
+                found[i] = of_tokens[of_tokens.max(-1).argmax()]
+            elif strategy == "average" and end - first > 1:
+                found[i] = of_tokens.sum(0) / np.float32(end - first)
         return found
 
     def _entities(
@@ -797,7 +796,8 @@ class QuestionAnsweringPipeline(Pipeline):
             at = at[values >= np.partition(values, -candidates)[-candidates]]
         at = at[np.argsort(-scores.flat[at], kind="stable")][:candidates]
         spans = [(i, i + more) for i, more in zip(*(np.unravel_index(at, scores.shape)), strict=True)]
-        if (left := candidates - len(at)) > len(start):  # the first tokens' own, of which none is an answer
+        # among pairs of no probability, in their order, the first token's come first, and are no answers
+        if (left := candidates - len(at)) > len(start):
             zeros = np.tril(np.triu(np.outer(start, end)), longest - 1) == 0
             some = np.flatnonzero(zeros)[:left]
             spans += [(i, j) for i, j in zip(*np.unravel_index(some, zeros.shape), strict=True) if i <= j < i + longest]

@@ -164,7 +164,7 @@ def test_the_last_block_answers_for_what_is_pooled(pooling, watched, checkpoint,
         np.testing.assert_allclose(vector, hidden[0] if pooling == "cls" else hidden.mean(0), atol=1e-6)
 
 
-def test_a_text_of_no_tokens_has_no_first_one(checkpoint, tmp_path):
+def test_a_text_of_no_tokens_has_no_first_one(checkpoint):
     """Where the tokenizer puts nothing around a text; zeros, as the pooling has it."""
     values = json.loads((checkpoint / "tokenizer.json").read_text())
     (checkpoint / "tokenizer.json").write_text(json.dumps(values | {"post_processor": None}))

@@ -2371,19 +2371,8 @@ def test_what_a_prediction_waits_for(slow, heads, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(where, name, lambda *a, **k: time.sleep(0.5) or method(*a, **k))
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a cat"}])
     task = "text-classification"
-    command = [
-        "predict",
-        "--task",
-        task,
-        "--model",
-        heads[task],
-        "--device",
-        "cpu",
-        "--input",
-        str(path),
-        "--json-logs",
-    ]
-    assert main([*command, "--output", str(tmp_path / "o")]) == 0
+    command = ["predict", "--task", task, "--model", heads[task], "--device", "cpu", "--input", str(path)]
+    assert main([*command, "--json-logs", "--output", str(tmp_path / "o")]) == 0
     assert json.loads(capsys.readouterr().err.splitlines()[-1])["bottleneck"] == slow
 
 

@@ -17,6 +17,8 @@ from fastdistil.tokenizer import DistilBertTokenizer
 
 Item = TypeVar("Item")
 
+LONGEST_END = 2.0  # seconds that `ahead` waits for its thread
+
 
 def of_column(column: Any) -> tuple[np.ndarray, np.ndarray]:
     """Lists of token ids, in an Arrow column or one by one, as (input_ids, cu_seqlens); an Arrow array's ids are not
@@ -44,9 +46,6 @@ def of_column(column: Any) -> tuple[np.ndarray, np.ndarray]:
         rows.append(np.minimum(row, 2**63 - 1).astype(np.int64) if row.dtype == np.uint64 else row)
     ends = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
     return np.concatenate([np.empty(0, np.int32), *(row for row in rows if row.size)]), ends
-
-
-LONGEST_END = 2.0  # seconds
 
 
 class TextWindows:
