@@ -77,21 +77,28 @@ class Peer:
         return out
 
 
+def in_turns(benchmark, slices, ours, peer):
+    """Times both calls on one slice after the other, the peer's in each round's set-up -> (what ours gave,
+    what the peer's gave, the peer's seconds)"""
+    remaining, results, expected, seconds = list(slices), [], [], []
+
+    def setup():
+        texts = remaining.pop(0)
+        start = time.perf_counter()
+        expected.append(peer(texts))
+        seconds.append(time.perf_counter() - start)
+        return (texts,), {}
+
+    benchmark.pedantic(lambda texts: results.append(ours(texts)), setup=setup, rounds=len(slices))
+    return results, expected, seconds
+
+
 def compare(benchmark, embedder, slices, name, encode_peer, fill):
     """Time both sides slice by slice; the peer runs in each round's set-up, before ours."""
     truth = check_texts(embedder, embedder.encode(slices[0][:64]), slices[0])
     truth.hold(encode_peer(slices[0][:64]), **PEER)
     tokens = [len(embedder.tokenize(texts).ids) for texts in slices]
-    remaining, peer_times, expected, results = list(slices), [], [], []
-
-    def setup():
-        texts = remaining.pop(0)
-        start = time.perf_counter()
-        expected.append(encode_peer(texts))
-        peer_times.append(time.perf_counter() - start)
-        return (texts,), {}
-
-    benchmark.pedantic(lambda texts: results.append(embedder.encode(texts)), setup=setup, rounds=len(slices))
+    results, expected, peer_times = in_turns(benchmark, slices, embedder.encode, encode_peer)
     for mine, theirs in zip(results, expected, strict=True):
         truth.near(mine, theirs)
     cosine = min(float((a * b).sum(1).min()) for a, b in zip(results, expected, strict=True))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.bench_encode_cpu import in_turns
 from benchmarks.corpus import stdlib_docstrings
 from fastdistil import (
     DistilBertConfig,
@@ -104,16 +105,7 @@ def bench_pipeline_against_transformers(task, size, benchmark, tmp_path):
     theirs = functools.partial(peer, batch_size=batch_size)
     check(ours(warm), theirs(warm))
     tokens = [sum(min(len(ids), MAX_LENGTH) for ids in ours.tokenizer.encode_ids(texts)) for texts in slices]
-    remaining, times, expected, results = list(slices), [], [], []
-
-    def setup():
-        texts = remaining.pop(0)
-        start = time.perf_counter()
-        expected.append(theirs(texts))
-        times.append(time.perf_counter() - start)
-        return (texts,), {}
-
-    benchmark.pedantic(lambda texts: results.append(ours(texts)), setup=setup, rounds=ROUNDS)
+    results, expected, times = in_turns(benchmark, slices, ours, theirs)
     told = sum(check(*both) for both in zip(results, expected, strict=True))
     mine = benchmark.stats.stats.data
     benchmark.extra_info.update(
