@@ -40,7 +40,17 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.roofline import CHIPS
-from fastdistil.kernels import _configs, attention, bias_gelu, layer_norm, linear, packing, pooling, qkv_projection
+from fastdistil.kernels import (
+    _configs,
+    attention,
+    bias_gelu,
+    layer_norm,
+    linear,
+    linear_add_layer_norm,
+    packing,
+    pooling,
+    qkv_projection,
+)
 
 ROOT = Path(__file__).resolve().parent
 TABLE = ROOT / "results" / "compile" / f"triton-{triton.__version__}.csv"
@@ -185,8 +195,11 @@ def launch_all(full_precision: str) -> None:
         def rand(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return empty(*shape, dtype=dtype)
 
-        for rows, live in product((_configs.FEW, _configs.FEW + 1, 16_896), (cu, None)):
+        for rows, live in product((16, 32, 64, 65, 16_896), (cu, None)):
             x, wide = rand(rows, dim), rand(rows, 4 * dim)
+            ends = (rand(dim), rand(dim), rand(dim), 1e-12, live)
+            linear_add_layer_norm.linear_add_layer_norm(x, x, rand(dim, dim), *ends)
+            linear_add_layer_norm.linear_add_layer_norm(wide, x, rand(dim, 4 * dim), *ends)
             qkv_projection.qkv_projection(x, rand(3 * dim, dim), rand(3 * dim), live)
             linear.linear(x, rand(dim, dim), rand(dim), live)
             linear.linear(wide, rand(dim, 4 * dim), rand(dim), live)
@@ -233,6 +246,7 @@ def launch_overlapped() -> None:
     with patch.object(_configs.modes, "overlap", True):
         for rows in (x[:64], x[:1_024], x):
             linear.linear(rows, square, vector, cu)
+            linear_add_layer_norm.linear_add_layer_norm(rows, rows, square, vector, vector, vector, 1e-12, cu)
             bias_gelu.bias_gelu(rows, square, vector, "gelu", cu)
         for longest in (16, 128, 512):
             attention.attention(empty(16_896, 3 * 768, dtype=half), cu, longest, 12)
@@ -314,10 +328,15 @@ def resident(row: dict[str, Any]) -> int:
     return chip.resident(int(row["registers"]), warps, int(row["shared"]))
 
 
+def halved(row: dict[str, Any]) -> bool:
+    """Whether it reads half precision: a product in parts, and pooling, write float32."""
+    return not {"*fp16", "*bf16"}.isdisjoint(row["launch"].split())
+
+
 def complaints(row: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a row of the table, whose configurations are shipped untimed."""
     yield from unusable(row)
-    sm, launch, half = int(row["sm"]), row["launch"], "fp32" not in row["launch"]
+    sm, launch, half = int(row["sm"]), row["launch"], halved(row)
     tile = re.search(r"\b(?:BLOCK_M|T)=(\d+)", launch)
     matrix = row["kernel"].startswith("gemm") or tile
     if int(row["offsets64"]) < OFFSETS64[row["kernel"]]:

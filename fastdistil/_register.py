@@ -57,13 +57,14 @@ def register(
     fake: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
-    autocast: str | None,
+    autocast: str | Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """Register `fastdistil::<reference.__name__>` and return the callable op.
 
     reference: the definition in `reference.py`, used on every device that has no form of its own.
     fake: returns an empty tensor of the result's shape, dtype and strides.
-    autocast: how autocast casts floating-point inputs, see `by_autocast`; None: not at all.
+    autocast: how autocast casts floating-point inputs, see `by_autocast`, or what it runs in the op's place; None: it
+    leaves the op alone.
     """
     name = reference.__name__
     forms = {"CPU": cpu or reference, "CUDA": cuda or reference}
@@ -74,7 +75,8 @@ def register(
     op = getattr(torch.ops.fastdistil, name).default
     if autocast is not None:
         for device in forms:
-            _LIBRARY.impl(name, _autocast_form(op, device.lower(), autocast), f"Autocast{device}")
+            form = _autocast_form(op, device.lower(), autocast) if isinstance(autocast, str) else autocast
+            _LIBRARY.impl(name, form, f"Autocast{device}")
     FORMS[name] = {device.lower(): form for device, form in forms.items()}
     return op
 

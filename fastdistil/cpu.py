@@ -130,6 +130,19 @@ def add_layer_norm(
     return torch.layer_norm(y, weight.shape, weight, bias, eps)[:rows]
 
 
+def linear_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    return add_layer_norm(linear(x, weight, bias), residual, norm_weight, norm_bias, eps)
+
+
 def check_inside(name: str, index: Tensor, table: Tensor) -> None:
     """Raise ValueError naming the first index that is no row of the table."""
     outside = ((index < 0) | (index >= table.shape[0])).nonzero()

@@ -48,6 +48,14 @@ def apply_add_norm(module: Any, x: Tensor, residual: Tensor, live: Tensor | None
     return ops.add_layer_norm(x, residual, module.weight, module.bias, module.eps, live)
 
 
+def apply_linear_add_norm(linear: Any, norm: Any, x: Tensor, residual: Tensor, live: Tensor | None) -> Tensor:
+    """LayerNorm(linear(x) + residual); x: [rows, in], residual: [rows, dim] -> [rows, dim]"""
+    if not (is_plain(linear) and is_plain(norm, nn.LayerNorm) and norm.weight.dtype is x.dtype):
+        return apply_add_norm(norm, apply_linear(linear, x, live), residual, live)
+    weights = linear.weight, linear.bias, norm.weight, norm.bias
+    return ops.linear_add_layer_norm(x, residual, *weights, norm.eps, live)
+
+
 class Embeddings(nn.Module):
     def __init__(self, config: DistilBertConfig):
         super().__init__()
@@ -159,7 +167,7 @@ class MultiHeadSelfAttention(nn.Module):
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=self.scaling)
         return self.out_lin(context.transpose(1, 2).flatten(2)), weights
 
-    def packed(
+    def attend(
         self,
         x: Tensor,
         at: Packing,
@@ -167,14 +175,13 @@ class MultiHeadSelfAttention(nn.Module):
         only: Tensor | None = None,
         adapters: Sequence[str] = (),
     ) -> Tensor:
-        """only: [n], the rows to answer for, by default all; every row is attended to. -> [rows or n, dim]"""
+        """What out_lin is applied to. x: [rows, dim]; only: [n], the rows to answer for, by default all; every row is
+        attended to. -> [rows or n, dim]"""
         qkv = self.project(x, at.live)  # [rows, 3 * dim]
         if adapters:
             self._add_low_rank(qkv, x, adapters)
         context = ops.attention(qkv, at.cu_seqlens, at.max_seqlen, self.n_heads, head_scale)  # [rows, dim]
-        if only is not None:
-            return apply_linear(self.out_lin, context[only], None)
-        return apply_linear(self.out_lin, context, at.live)
+        return context if only is None else context[only]
 
     def _add_low_rank(self, qkv: Tensor, x: Tensor, adapters: Sequence[str]) -> None:  # [rows, 3 * dim], [rows, dim]
         for part, linear in zip(qkv.chunk(3, dim=1), self._projections(), strict=True):
@@ -271,15 +278,14 @@ class FFN(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # [B, L, dim] -> [B, L, dim]
         return self.dropout(self.lin2(self.activation(self.lin1(input))))
 
-    def packed(self, x: Tensor, live: Tensor | None) -> Tensor:  # [rows, dim] -> [rows, dim]
+    def hidden(self, x: Tensor, live: Tensor | None) -> Tensor:
+        """What lin2 is applied to. [rows, dim] -> [rows, hidden_dim]"""
         activation = activation_of(self.activation)
         if activation is not None and is_plain(self.lin1):
-            x = ops.bias_gelu(x, self.lin1.weight, self.lin1.bias, activation, live)  # [rows, hidden_dim]
-        elif activation is not None and is_plain(self.lin1, Int8Linear):
-            x = int8.apply([self.lin1], x, activation)  # type: ignore[list-item]
-        else:
-            x = self.activation(self.lin1(x))
-        return apply_linear(self.lin2, x, live)
+            return ops.bias_gelu(x, self.lin1.weight, self.lin1.bias, activation, live)
+        if activation is not None and is_plain(self.lin1, Int8Linear):
+            return int8.apply([self.lin1], x, activation)  # type: ignore[list-item]
+        return self.activation(self.lin1(x))
 
 
 def _attends_whole(attention: Any) -> bool:
@@ -361,12 +367,16 @@ class TransformerBlock(nn.Module):
             leaves = self._leaves(x)
             if leaves is not None:
                 return self._unseen(x, at.starts, only, leaves)
-        context = self.attention.packed(x, at, head_scale, only, adapters)
+        out_lin, lin2 = self.attention.out_lin, self.ffn.lin2
+        context = self.attention.attend(x, at, head_scale, only, adapters)  # [rows or n, dim]
         x, live = (x, at.live) if only is None else (x[only], None)
         if adapters:
-            return self._through(adapters, context, x, lambda x: self.ffn.packed(x, live), live)
-        x = apply_add_norm(self.sa_layer_norm, context, x, live)
-        return apply_add_norm(self.output_layer_norm, self.ffn.packed(x, live), x, live)
+            context = apply_linear(out_lin, context, live)
+            return self._through(
+                adapters, context, x, lambda x: apply_linear(lin2, self.ffn.hidden(x, live), live), live
+            )
+        x = apply_linear_add_norm(out_lin, self.sa_layer_norm, context, x, live)
+        return apply_linear_add_norm(lin2, self.output_layer_norm, self.ffn.hidden(x, live), x, live)
 
     def _leaves(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], ...] | None:
         """(weight, bias) of what `_unseen` computes with; None where a part is not just ours, or the ops' to refuse."""

@@ -140,6 +140,38 @@ def add_layer_norm(
     return _add_layer_norm(x, residual, weight, bias, eps, cu_seqlens)
 
 
+def linear_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(x @ weight.T + bias + residual) over the last dimension -> [rows, dim], what ends each half of a block.
+
+    x: [rows, in]; residual: [rows, dim]; weight: [dim, in]; bias, norm_weight, norm_bias: [dim]. Of few rows on a GPU
+    several programs share a product's depth (split-K), and the LayerNorm adds up their sums.
+    """
+    _check_linear(x, weight, bias, cu_seqlens)
+    _check_tensors(residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
+    _check_eps(eps)
+    if residual.shape != (x.shape[0], weight.shape[0]) or not norm_weight.shape == norm_bias.shape == bias.shape:
+        raise ValueError(
+            f"of x {list(x.shape)} and weight {list(weight.shape)} residual must be "
+            f"{[x.shape[0], weight.shape[0]]}, got {list(residual.shape)}, norm_weight and norm_bias "
+            f"{[weight.shape[0]]}, got {list(norm_weight.shape)} and {list(norm_bias.shape)}"
+        )
+    _check_dtypes(x, residual, norm_weight, norm_bias)
+    if _wants_grad(x, residual, weight, bias, norm_weight, norm_bias):
+        y = reference.linear(x, weight, bias, cu_seqlens)
+        y, residual, norm_weight, norm_bias = _cast("float32", y, residual, norm_weight, norm_bias)
+        return reference.add_layer_norm(y, residual, norm_weight, norm_bias, eps, cu_seqlens)
+    return _linear_add_layer_norm(x, residual, weight, bias, norm_weight, norm_bias, eps, cu_seqlens)
+
+
 def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, head_scale: Tensor | None = None
 ) -> Tensor:
@@ -391,7 +423,7 @@ def _op(
     *,
     fake: Callable[..., Any],
     cpu: Callable[..., Any],
-    autocast: str | None,
+    autocast: str | Callable[..., Any] | None,
     like: int = 0,
     widest: float = math.inf,
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
@@ -465,6 +497,31 @@ _add_layer_norm = _op(
     cpu=cpu.live_only(cpu.add_layer_norm, 2),
     widest=WIDEST_ROW,
     autocast="float32",
+)
+
+
+def _one_after_the_other(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """linear_add_layer_norm by the two ops, which autocast casts differently."""
+    return _add_layer_norm(_linear(x, weight, bias, cu_seqlens), residual, norm_weight, norm_bias, eps, cu_seqlens)
+
+
+_linear_add_layer_norm = _op(
+    reference.linear_add_layer_norm,
+    "linear_add_layer_norm",
+    fake=lambda x, residual, *a, **k: _rows_by(residual, residual.shape[1]),
+    cpu=cpu.live_only(cpu.linear_add_layer_norm, 2),
+    like=1,
+    widest=WIDEST_ROW,
+    autocast=_one_after_the_other,
 )
 _attention = _op(
     reference.attention,

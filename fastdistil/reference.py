@@ -83,6 +83,20 @@ def add_layer_norm(
     return F.layer_norm(x + residual, x.shape[-1:], weight, bias, eps)
 
 
+def linear_add_layer_norm(
+    x: Tensor,  # [rows, in]
+    residual: Tensor,  # [rows, dim]
+    weight: Tensor,  # [dim, in]
+    bias: Tensor,  # [dim]
+    norm_weight: Tensor,  # [dim]
+    norm_bias: Tensor,  # [dim]
+    eps: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # [rows, dim]
+    """LayerNorm(x @ weight.T + bias + residual)."""
+    return add_layer_norm(linear(x, weight, bias), residual, norm_weight, norm_bias, eps)
+
+
 def attention(
     qkv: Tensor,  # [rows, 3 * dim]
     cu_seqlens: Tensor,  # [batch + 1] int32

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdistil.kernels._target import interpreted
 
-FEW = 64  # rows up to which a GEMM waits for its weights
+FEW = 64  # rows up to which a GEMM waits for its weights, which a tile of all rows reads but once
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Gemm:
     flatten: bool = True  # one loop over tiles and their depth, so that loads go on while a tile is stored
     across: bool = False
     split: bool = False
+    parts: int = 1  # programs that share a tile's depth at most, where a LayerNorm behind it adds up what they found
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,17 @@ class Attention:
 RECORDED: dict[tuple[int, str, str], Gemm | Library | Attention | Rows] = {}
 
 SMALL: dict[tuple[str, str], Gemm | Library] = {  # every architecture
-    ("half", "few"): Gemm("pointer", 16, 32, 128, warps=4, stages=5, group=1),
-    ("half", "some"): Gemm("pointer", 64, 64, 64, warps=4, stages=4),
-    ("tf32", "few"): Gemm("pointer", 16, 32, 64, warps=4, stages=3, group=1),
-    ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4),
+    ("half", "16"): Gemm("pointer", 16, 32, 128, warps=4, stages=5, group=1, parts=8),
+    ("half", "32"): Gemm("pointer", 32, 32, 128, warps=4, stages=4, group=1, parts=8),
+    ("half", "64"): Gemm("pointer", 64, 32, 128, warps=4, stages=3, group=1, parts=8),
+    ("half", "some"): Gemm("pointer", 64, 64, 64, warps=4, stages=4, parts=8),
+    ("tf32", "16"): Gemm("pointer", 16, 32, 64, warps=4, stages=3, group=1, parts=8),
+    ("tf32", "32"): Gemm("pointer", 32, 32, 64, warps=4, stages=3, group=1, parts=8),
+    ("tf32", "64"): Gemm("pointer", 64, 32, 64, warps=4, stages=3, group=1, parts=8),
+    ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4, parts=8),
     ("tf32", "many"): Gemm("pointer", 128, 64, 32, warps=8, stages=3),
     # to turn the weight over would cost too much for few rows, and the library's dead rows cost little
-    ("ieee", "few"): Library(),
-    ("ieee", "some"): Library(),
+    **{("ieee", size): Library() for size in ("16", "32", "64", "some")},
     ("ieee", "many/whole"): Library(),
     ("ieee", "many"): Gemm("pointer", 128, 64, 16, warps=8, stages=3, across=True),
 }
@@ -207,13 +211,22 @@ def gemm(
     return _gemm(op, architecture(device), size, precision, aligned, whole, library, modes.exact_gelu, device)
 
 
+def parts(config: Gemm, tiles: int, steps: int, processors: int) -> int:
+    """How many programs share the `steps` of a tile's depth: a power of two, as long as multiprocessors would be idle
+    and each has two steps."""
+    found = 1
+    while 2 * found <= config.parts and 2 * found * tiles <= processors and 4 * found <= steps:
+        found *= 2
+    return found
+
+
 def size_class(op: str, precision: str, m: int, n: int, processors: int) -> str:
-    """few or some rows; many: tiles of 128 x 128 occupy at least half of the chip; wide: half precision without an
-    activation, where the last tiles of 128 x 256 do not leave too much of the chip idle. The batch-invariant mode goes
-    by the layer alone."""
+    """16, 32 or 64: up to so many rows; some: more; many: tiles of 128 x 128 occupy at least half of the chip; wide:
+    half precision without an activation, where the last tiles of 128 x 256 do not leave too much of the chip idle. The
+    batch-invariant mode goes by the layer alone."""
     fixed, tiles = modes.batch_invariant, cdiv(m, 128) * cdiv(n, 128)
     if not fixed and (m <= FEW or 2 * tiles < processors):
-        return "some" if m > FEW else "few"
+        return "some" if m > FEW else str(power_of_two(m))
     if op == "bias_gelu" or precision != "half" or n % 256:
         return "many"
     return "wide" if fixed or WIDE * cdiv(tiles // 2, processors) * 2 <= cdiv(tiles, processors) else "many"

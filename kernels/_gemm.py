@@ -1,13 +1,15 @@
-"""The tile loop that qkv_projection, linear and bias_gelu share.
+"""The tile loop that qkv_projection, linear, bias_gelu and linear_add_layer_norm share.
 
     y = activation(x @ weight.T + bias)
 
 x: [M, K]; weight: [N, K]; bias: [N]; y: [M, N]; accumulated in float32. Both operands are read along K. Tiles whose
 first row is not below the live count exit at once, so padding costs a comparison.
 
-Two families. Pointer: one tile a program, loads through pointers (cp.async pipelined from sm_80 on), any shape. TMA
-(sm_90 on): a grid as large as the chip walks the tiles; operands and result move through tensor descriptors, which
-need strides of 16 bytes. Where `_configs` says so, torch's library computes the product instead, dead rows and all.
+Two families. Pointer: one tile a program, loads through pointers (cp.async pipelined from sm_80 on), any shape; or,
+where tiles are fewer than the chip has room for, a part of a tile's depth a program, y: float32 [PARTS, M, N], whose
+sum over the parts is the product (split-K). TMA (sm_90 on): a grid as large as the chip walks the tiles; operands and
+result move through tensor descriptors, which need strides of 16 bytes. Where `_configs` says so, torch's library
+computes the product instead, dead rows and all.
 """
 
 from collections.abc import Callable
@@ -86,7 +88,7 @@ def gemm_pointer(
     x_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr, batch, M, N, K,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    ACROSS: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, ACROSS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     live = M if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), M)
@@ -94,7 +96,13 @@ def gemm_pointer(
     if m * BLOCK_M < live:
         row = m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
+        steps = tl.cdiv(K, BLOCK_K)
+        first, last = 0, steps
+        if PARTS > 1:
+            each = tl.cdiv(steps, PARTS)
+            first = tl.program_id(1) * each
+            last = tl.minimum(first + each, steps)
+        k = first * BLOCK_K + tl.arange(0, BLOCK_K)
         # rows and columns outside are never stored, and read from row 0 and column 0, or as zeros
         x_at = x_ptr + tl.where(row < live, row, 0).to(tl.int64)[:, None] * K + k[None, :]
         if ACROSS:  # weight: [K, N]
@@ -102,8 +110,8 @@ def gemm_pointer(
         else:
             weight_at = weight_ptr + tl.where(column < N, column, 0).to(tl.int64)[None, :] * K + k[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(0, tl.cdiv(K, BLOCK_K)):
-            left = K - step * BLOCK_K
+        for step in range(first, last):
+            left = K - (step - first) * BLOCK_K
             x = tl.load(x_at) if EVEN_K else tl.load(x_at, mask=k[None, :] < left, other=0.0)
             if ACROSS:
                 weight = tl.load(weight_at, mask=(k[:, None] < left) & (column < N)[None, :], other=0.0)
@@ -113,7 +121,11 @@ def gemm_pointer(
                 weight_at += BLOCK_K
             acc = accumulate(x, weight, acc, PRECISION)
             x_at += BLOCK_K
-        bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+        told = column < N
+        if PARTS > 1:
+            told = told & (first == 0)  # one part has the bias
+            y_ptr += tl.program_id(1).to(tl.int64) * M * N
+        bias = tl.load(bias_ptr + column, mask=told, other=0.0).to(tl.float32)
         y = activate(acc + bias[None, :], ACTIVATION)
         at = row.to(tl.int64)[:, None] * N + column[None, :]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(row < live)[:, None] & (column < N)[None, :])
@@ -165,8 +177,19 @@ LIBRARY: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_seqlens: Tensor | None) -> Tensor:
-    """activation(x @ weight.T + bias): [M, K], [N, K], [N] -> [M, N]; op: whose recorded configuration is used"""
+def gemm(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    cu_seqlens: Tensor | None,
+    in_parts: bool = False,
+) -> Tensor:
+    """activation(x @ weight.T + bias): [M, K], [N, K], [N] -> [M, N]; op: whose recorded configuration is used.
+
+    in_parts: the caller adds up, so that the result may be float32 [parts, M, N] without an activation.
+    """
     (M, K), N = x.shape, weight.shape[0]
     if M == 0 or N == 0:
         return x.new_empty(M, N)
@@ -180,14 +203,16 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
     c = launch.config
     if isinstance(c, _configs.Library):
         return LIBRARY[activation](F.linear(x, weight, bias))
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
+    parts = _configs.parts(c, tiles, _configs.cdiv(K, c.block_k), launch.programs) if in_parts else 1
+    shape, dtype = ((M, N), x.dtype) if parts == 1 else ((parts, M, N), torch.float32)
+    y = torch.empty(shape, dtype=dtype, device=x.device)
     common = dict(
         ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,
         PRECISION=launch.precision,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers, **_configs.every_launch(x.device),
     )  # fmt: skip
-    tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
     if c.family == "tma":
         programs = min(tiles, launch.programs)
         gemm_tma[(programs,)](
@@ -197,7 +222,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
             bias, *_configs.live(cu_seqlens), M, N, K, programs, HALVES=c.halves, FLATTEN=c.flatten, **common,
         )  # fmt: skip
     else:
-        gemm_pointer[(tiles,)](
+        gemm_pointer[(tiles, parts)](
             x,
             weight.T.contiguous() if c.across else weight,
             bias,
@@ -207,6 +232,7 @@ def gemm(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str, cu_s
             N,
             K,
             EVEN_K=K % c.block_k == 0,
+            PARTS=parts,
             ACROSS=c.across,
             **common,
         )

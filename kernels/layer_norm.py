@@ -1,11 +1,12 @@
 """LayerNorm fused with what comes before it: the residual sum, or the embedding lookups.
 
     y[r] = (s[r] - mean(s[r])) / sqrt(var(s[r]) + eps) * weight + bias
-    add_layer_norm    s[r] = x[r] + residual[r]
+    add_layer_norm    s[r] = x[r] + residual[r], or sum(x[:, r]) + residual[r] of a product in parts
     embed_layer_norm  s[r] = word_embeddings[input_ids[r]] + position_embeddings[position_ids[r]]
 
-x, residual, y: [rows, dim]; weight, bias: [dim]; statistics in float32; rows from cu_seqlens[batch] on are left alone.
-A program takes ROWS rows of the whole width, so that weight and bias are read once for all of them.
+x, residual, y: [rows, dim] (x in parts: float32 [PARTS, rows, dim]); weight, bias: [dim]; statistics in float32. Rows
+from cu_seqlens[batch] on are left alone. A program takes ROWS rows of the whole width, so that weight and bias are read
+once for all of them.
 """
 
 import torch
@@ -32,7 +33,7 @@ def _normalize(s, weight_ptr, bias_ptr, columns, inside, eps, DIM: tl.constexpr)
 @triton.jit(do_not_specialize=["batch", "rows"])
 def _add_layer_norm(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr, batch, rows, eps,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     live = rows if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), rows)
@@ -44,6 +45,8 @@ def _add_layer_norm(
         at = row.to(tl.int64)[:, None] * DIM + columns[None, :]
         mask = (row < live)[:, None] & inside[None, :]
         s = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            s += tl.load(x_ptr + part * tl.cast(rows, tl.int64) * DIM + at, mask=mask, other=0.0)
         s += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         y = _normalize(s, weight_ptr, bias_ptr, columns, inside, eps, DIM)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -77,15 +80,17 @@ def _embed_layer_norm(
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, cu_seqlens: Tensor | None = None
-) -> Tensor:  # [rows, dim] x 2 -> [rows, dim]
-    rows, dim = x.shape
-    y = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
+) -> Tensor:  # [rows, dim] x 2, or float32 [parts, rows, dim] and [rows, dim] -> [rows, dim]
+    rows, dim = residual.shape
+    parts = 1 if x.dim() == 2 else x.shape[0]
+    y = torch.empty((rows, dim), dtype=residual.dtype, device=x.device)
     if rows and dim:
-        c = _configs.row_kernel("add_layer_norm", dim, x.dtype, x.device)
-        _add_layer_norm[(_configs.cdiv(rows, c.rows),)](
+        c = _configs.row_kernel("add_layer_norm", dim, y.dtype, y.device)
+        at_once = c.rows if parts == 1 else 1  # a product is in parts where its rows are too few for the chip
+        _add_layer_norm[(_configs.cdiv(rows, at_once),)](
             x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), y,
-            *_configs.live(cu_seqlens), rows, eps, DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
-            **_configs.every_launch(y.device),
+            *_configs.live(cu_seqlens), rows, eps, DIM=dim, BLOCK=c.block, ROWS=at_once, PARTS=parts,
+            num_warps=c.warps, **_configs.every_launch(y.device),
         )  # fmt: skip
     return y
 

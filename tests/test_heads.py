@@ -237,8 +237,8 @@ def test_logits_at_chosen_tokens(monkeypatch):
 
 def watch(monkeypatch):
     """How many rows each block's feed-forward network is given, as it comes."""
-    seen, packed, unseen = [], FFN.packed, cpu.bias_gelu
-    monkeypatch.setattr(FFN, "packed", lambda self, x, live: (seen.append(len(x)), packed(self, x, live))[1])
+    seen, hidden, unseen = [], FFN.hidden, cpu.bias_gelu
+    monkeypatch.setattr(FFN, "hidden", lambda self, x, live: (seen.append(len(x)), hidden(self, x, live))[1])
     monkeypatch.setattr(cpu, "bias_gelu", lambda x, *more: (seen.append(len(x)), unseen(x, *more))[1])
     return seen
 

@@ -1196,7 +1196,7 @@ def test_a_watched_activation_is_called():
     ffn.activation.register_forward_hook(lambda module, args, out: seen.append(out.shape) or out * 2)
     x = torch.randn(5, 48)
     with torch.inference_mode():
-        close(ffn.packed(x, None), ffn(x))
+        close(ffn.lin2(ffn.hidden(x, None)), ffn(x))
     assert seen == [(5, 80)] * 2
 
 
