@@ -61,7 +61,9 @@ def roofline(ax: Any, result: dict[str, Any]) -> bool:
     largest: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
         if row["provider"] == "fastdistil" and row["dtype"] == dtype and "cold" in row:
-            label = row["op"] if row["op"] != "linear" else f"linear, {row['shape'].partition(' x ')[2]}"
+            label = row["op"]
+            if label in ("linear", "linear_add_layer_norm"):  # of two depths
+                label += f", {row['shape'].partition(' x ')[2]}"
             if label not in largest or row["bytes"] > largest[label]["bytes"]:
                 largest[label] = row
     if not largest:

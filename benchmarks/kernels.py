@@ -38,7 +38,7 @@ COMPILED = (16_896, 5_632, 1_024, 64)  # rows at which torch.compile takes part
 NOISY = 0.5  # an interquartile range of so much of the median casts doubt on a ratio
 Item = TypeVar("Item")
 KEPT = 64  # samples of a timing that a result file keeps
-GEMMS = ("qkv_projection", "linear", "bias_gelu")
+GEMMS = ("qkv_projection", "linear", "bias_gelu", "linear_add_layer_norm")
 ROWS = ("add_layer_norm", "embed_layer_norm")
 PLACING = ("pack", "unpack")
 TUNED = (*GEMMS, "attention", *ROWS, "pool")
@@ -62,6 +62,11 @@ class Case:
     @property
     def rows(self) -> Tensor:
         return next((a for a in self.args if isinstance(a, Tensor) and a.is_floating_point()), self.args[0])
+
+    @property
+    def weight(self) -> Tensor:
+        """Of a matrix product: [out, in]"""
+        return self.args[2 if self.op == "linear_add_layer_norm" else 1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,7 +134,7 @@ def ours_pointer(case: Case, stack: ExitStack) -> timing.Run:
 
 
 def _config_of(case: Case, whole: bool = False) -> _configs.Gemm | _configs.Library:
-    m, n = len(case.rows), case.args[1].shape[0]
+    m, n = len(case.rows), len(case.weight)
     return _configs.gemm(case.op, m, n, case.dtype, case.device, True, whole=whole).config
 
 
@@ -142,6 +147,19 @@ def ours_whole(case: Case, stack: ExitStack) -> timing.Run:
         raise Missing("it is what runs anyway")
     op = getattr(ops, case.op)
     return lambda: op(*case.args)
+
+
+@provider("fastdistil, depth not shared", "linear_add_layer_norm")
+def ours_whole_tiles(case: Case, stack: ExitStack) -> timing.Run:
+    """A program a tile, where several share its depth."""
+    if case.device.type != "cuda":
+        raise Missing("no kernel runs on CPU")
+    config, processors = _config_of(case), _configs.processors(case.device)
+    n, k = case.weight.shape
+    if isinstance(config, _configs.Library) or _configs.parts(config, len(case.rows), n, k, processors) == 1:
+        raise Missing("it is what runs anyway")
+    stack.enter_context(patch.object(_configs, "parts", lambda *_: 1))
+    return ours(case, stack)
 
 
 def of_form(form: str) -> Make:
@@ -347,10 +365,18 @@ def cases(
         args = rand(rows, k), rand(n, k, scale=k**-0.5), rand(n, scale=0.1), *more
         return Case(op, f"{rows} x {n} x {k}", args, roofline.gemm(op, rows, n, k, size), whole(rows))
 
+    args: tuple[Any, ...]
+
     def norm() -> tuple[Tensor, Tensor, float]:
         return 1 + rand(dim, scale=0.1), rand(dim, scale=0.1), 1e-12
 
-    if op in GEMMS:
+    if op == "linear_add_layer_norm":
+        for rows, depth in product(many, (dim, hidden)):
+            weights = rand(dim, depth, scale=depth**-0.5), rand(dim, scale=0.1)
+            args = rand(rows, depth), rand(rows, dim), *weights, *norm()
+            cost = roofline.linear_add_layer_norm(rows, dim, depth, size)
+            yield Case(op, f"{rows} x {dim} x {depth}", args, cost, whole(rows))
+    elif op in GEMMS:
         for rows in many:
             if op == "qkv_projection":
                 yield gemm(rows, 3 * dim, dim)
@@ -562,7 +588,7 @@ def errors(result: Tensor, truth: Tensor) -> dict[str, float]:
 
 def _by_onednn(case: Case) -> bool:
     """Then only the order of the sums differs from eager's, and the largest error may be further from its."""
-    return case.op in GEMMS and case.device.type == "cpu" and cpu.by_onednn(case.rows, case.args[1])
+    return case.op in GEMMS and case.device.type == "cpu" and cpu.by_onednn(case.rows, case.weight)
 
 
 def _time(run: timing.Run, device: torch.device, seconds: float) -> tuple[timing.Timing, timing.Timing]:

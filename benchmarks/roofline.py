@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ EXPONENTIALS = 16  # a clock and multiprocessor
 SCORE, GELU = 6, 20  # float32 instructions for each score of attention and each number that GELU is taken of, about
 # of the multipliers' rate in IEEE precision, for q @ k.T waits for shared memory two to three times as long (counted)
 IEEE_ATTENTION = 0.4
-GEMMS = ("qkv_projection", "linear", "bias_gelu")
+GEMMS = ("qkv_projection", "linear", "bias_gelu", "linear_add_layer_norm")
 EFFICIENCY = 0.8  # of a chip's peak, what dense matrix products reach at best (H200: 785 of 989 TFLOP/s, published)
 
 
@@ -52,7 +52,8 @@ class Op:
     """One launch: FLOPs of matrix products, bytes read and written.
 
     shape: m, n, k of a GEMM, rows and width of the others (of pack: batch and length); lengths: of the sequences, where
-    they matter.
+    they matter. depth: of the product that a LayerNorm ends, whose parts it may have to add up. steps: the launches of
+    an op that has several.
     """
 
     name: str
@@ -61,6 +62,8 @@ class Op:
     shape: tuple[int, ...]
     lengths: tuple[int, ...] = ()
     heads: int = 0
+    depth: int = 0
+    steps: tuple["Op", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,21 @@ def add_layer_norm(rows: int, dim: int, size: int) -> Op:
     return Op("add_layer_norm", 0, size * (3 * rows * dim + 2 * dim), (rows, dim))
 
 
+def product_and_norm(rows: int, dim: int, depth: int, size: int) -> tuple[Op, Op]:
+    """The two launches of linear_add_layer_norm: [rows, depth] @ [dim, depth].T + [dim], and LayerNorm of it and a
+    residual. What the second reads is counted as if it were not in parts."""
+    return (
+        gemm("linear_add_layer_norm", rows, dim, depth, size),
+        replace(add_layer_norm(rows, dim, size), depth=depth),
+    )
+
+
+def linear_add_layer_norm(rows: int, dim: int, depth: int, size: int) -> Op:
+    steps = product_and_norm(rows, dim, depth, size)
+    moved = sum(step.bytes for step in steps) - 2 * size * rows * dim  # but for what lies between the two
+    return Op("linear_add_layer_norm", steps[0].flops, moved, (rows, dim, depth), steps=steps)
+
+
 def embed_layer_norm(rows: int, dim: int, size: int, vocabulary: int = 30_522, positions: int = 512) -> Op:
     """Two int32 ids a row, and of the tables what random ids ask for, each row once -> [rows, dim]"""
     words = vocabulary * (1 - (1 - 1 / vocabulary) ** rows)
@@ -150,11 +168,9 @@ def forward(lengths: list[int], shape: Shape = BASE, dtype: str = "bfloat16") ->
     layer = [
         gemm("qkv_projection", rows, 3 * dim, dim, size),
         attention(lengths, dim, shape.heads, size),
-        gemm("linear", rows, dim, dim, size),
-        add_layer_norm(rows, dim, size),
+        *product_and_norm(rows, dim, dim, size),
         gemm("bias_gelu", rows, shape.hidden, dim, size),
-        gemm("linear", rows, dim, shape.hidden, size),
-        add_layer_norm(rows, dim, size),
+        *product_and_norm(rows, dim, shape.hidden, size),
     ]
     return [embed_layer_norm(rows, dim, size), *layer * shape.layers, pool(lengths, dim, size)]
 
@@ -198,26 +214,37 @@ def launches(chip: Chip, op: Op, dtype: str) -> list[Launch]:
     return (_gemm if op.name in GEMMS else _attention if op.name == "attention" else _rows)(chip, op, dtype)
 
 
-def _gemm(chip: Chip, op: Op, dtype: str) -> list[Launch]:
+def _config(chip: Chip, name: str, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+    """The configuration that a product is launched with, and in how many parts its depth is."""
     from fastdistil.kernels import _configs as configs  # needs Triton
 
-    m, n, k = op.shape
+    m, n, k = shape
     kind = {"float32": "ieee", "tf32": "tf32"}.get(dtype, "half")
-    size = configs.size_class(op.name, kind, m, n, chip.processors)
+    size = configs.size_class(name, kind, m, n, chip.processors)
     aligned = k > 0 and k * BYTES[dtype] % 16 == 0 and n * BYTES[dtype] % 16 == 0
     table = configs.GEMM[chip.arch] if aligned else configs.AMPERE
     config = table.get((kind, size)) or table[kind, "many"]
-    recorded = configs.RECORDED.get((chip.arch, op.name, f"{kind}/{size}")) if aligned else None
+    recorded = configs.RECORDED.get((chip.arch, name, f"{kind}/{size}")) if aligned else None
     config = recorded if isinstance(recorded, (configs.Gemm, configs.Library)) else config
-    if isinstance(config, configs.Library):
+    if isinstance(config, configs.Library) or name != "linear_add_layer_norm":
+        return config, 1
+    return config, configs.parts(config, m, n, k, chip.processors)
+
+
+def _gemm(chip: Chip, op: Op, dtype: str) -> list[Launch]:
+    m, n, k = op.shape
+    config, parts = _config(chip, op.name, op.shape, dtype)
+    if not hasattr(config, "family"):  # the library's
         return []
     wanted = f"BLOCK_M={config.block_m} BLOCK_N={config.block_n} BLOCK_K={config.block_k}"
+    steps = math.ceil(math.ceil(k / config.block_k) / parts)  # of a program
+    deep, written = min(k, steps * config.block_k), BYTES[dtype] if parts == 1 else 4
     one = Launch(
-        math.ceil(m / config.block_m) * math.ceil(n / config.block_n),
-        _resident(chip, f"gemm_{config.family}", dtype, config.warps, wanted),
-        moved=BYTES[dtype] * ((config.block_m + config.block_n) * k + config.block_m * config.block_n),
-        waits=max(1.0, math.ceil(k / config.block_k) / max(1, config.stages - 1)),
-        products=2.0 * config.block_m * config.block_n * k,
+        math.ceil(m / config.block_m) * math.ceil(n / config.block_n) * parts,
+        _resident(chip, f"gemm_{config.family}", dtype, config.warps, wanted, f"PARTS={parts}"),
+        moved=BYTES[dtype] * (config.block_m + config.block_n) * deep + written * config.block_m * config.block_n,
+        waits=max(1.0, steps / max(1, config.stages - 1)),
+        products=2.0 * config.block_m * config.block_n * deep,
         vector=GELU * config.block_m * config.block_n * (op.name == "bias_gelu"),
         pipelined=True,
     )
@@ -282,10 +309,15 @@ def _rows(chip: Chip, op: Op, dtype: str) -> list[Launch]:
         steps = max(1, c.stages - 1) * c.rows
         lengths = Counter(op.lengths).items()
         return [Launch(count, resident, BYTES[dtype] * n * dim + 4 * dim, 2 + n / steps) for n, count in lengths]
-    programs = math.ceil(rows / c.rows) * math.ceil(dim / c.block)
-    return (
-        [Launch(programs, resident, op.bytes / programs, 3 if op.name == "embed_layer_norm" else 2)] if programs else []
-    )
+    moved, at_once, parts = op.bytes, c.rows, 1
+    if op.depth:
+        _, parts = _config(chip, "linear_add_layer_norm", (rows, dim, op.depth), dtype)
+    if parts > 1:
+        at_once = 1
+        moved += (4 * parts - BYTES[dtype]) * rows * dim
+        resident = _resident(chip, op.name, dtype, c.warps, f"PARTS={parts}", f"BLOCK={c.block}")
+    programs = math.ceil(rows / at_once) * math.ceil(dim / c.block)
+    return [Launch(programs, resident, moved / programs, 3 if op.name == "embed_layer_norm" else 2)] if programs else []
 
 
 @cache
@@ -304,6 +336,8 @@ def _resident(chip: Chip, kernel: str, dtype: str, warps: int, wanted: str, *clo
     and of what is closer as much as the compile table has."""
     numbers = {"float32": "*fp32", "tf32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}.get(dtype, "")
     of_kernel = [row for row in _table() if (row["sm"], row["kernel"]) == (str(chip.arch), kernel)]
+    if numbers == "*fp32":  # what else writes float32 reads half precision
+        of_kernel = [row for row in of_kernel if {"*fp16", "*bf16"}.isdisjoint(row["launch"].split())]
     found = [row for row in of_kernel if {numbers, *wanted.split()} <= {"", *row["launch"].split()}]
     if not found:
         raise LookupError(f"the compile table has no {kernel} {wanted} for sm_{chip.arch} in {dtype}")
@@ -319,6 +353,8 @@ def seconds(chip: Chip, op: Op, dtype: str = "bfloat16") -> float:
     waits of the others; none is quicker than its longest program; the chip's memory gives no op more than 90 % of its
     bandwidth.
     """
+    if op.steps:
+        return sum(seconds(chip, step, dtype) for step in op.steps) + GAP * (len(op.steps) - 1)
     parts, moving = launches(chip, op, dtype), op.bytes / (0.9 * chip.bandwidth)
     if not parts:
         return max(moving, op.flops / (EFFICIENCY * chip.rate(dtype)))

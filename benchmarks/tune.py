@@ -71,7 +71,7 @@ def class_of(case: Case, processors: int) -> str:
     """As the functions of kernels/_configs.py name it."""
     kind = _configs.matmul_precision() if case.dtype is torch.float32 else "half"
     if case.op in kernels.GEMMS:
-        m, n = case.rows.shape[0], case.args[1].shape[0]
+        m, n = len(case.rows), len(case.weight)
         return f"{kind}/{_configs.size_class(case.op, kind, m, n, processors)}"
     if case.op == "attention":
         _, _, longest, heads = case.args
@@ -84,7 +84,11 @@ def candidates(op: str, name: str, arch: int) -> Iterator[Config]:
     """Every configuration worth compiling for a class; most are thrown out by the compile gate."""
     kind, _, rest = name.partition("/")
     if op in kernels.GEMMS:
-        yield from _gemms(kind, rest, arch)
+        for config in _gemms(kind, rest, arch):
+            yield config
+            fewer = rest.isdigit() or rest == "some"  # tiles than a chip has room for
+            if op == "linear_add_layer_norm" and fewer and isinstance(config, Gemm) and config.family == "pointer":
+                yield replace(config, parts=8)
     elif op == "attention":
         yield from _attentions(rest.partition("/")[2])
     else:
@@ -96,7 +100,8 @@ def candidates(op: str, name: str, arch: int) -> Iterator[Config]:
 
 def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm | Library]:
     yield Library()
-    few, descriptors = size == "few", kind == "half" and arch in (90, 100) and size != "few"
+    few = size.isdigit()
+    descriptors = kind == "half" and arch in (90, 100) and not few
     depths = {"half": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[kind]
     tall = (16, 32, 64) if few else (64, 128) if size == "some" else (128,) if descriptors else (64, 128)
     for m, n, k, stages in product(tall, (16,) * few + (32, 64, 128, 256), depths, (2, 3, 5) if few else (3, 4)):
@@ -163,7 +168,8 @@ def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Itera
             continue
         with compile_gate.recorded(arch) as launches, forced(arch, found, config):
             launch(*args)
-        wanted.setdefault(launches[-1], []).append(config)
+        launched = launches[0 if found.op in kernels.GEMMS else -1]  # what may stand behind a product is another class
+        wanted.setdefault(launched, []).append(config)
     for entry, row in compile_gate.compile_all(list(wanted), jobs, keep=case.device.type == "cuda"):
         for config in wanted[entry]:
             yield config, row if isinstance(row, str) else "; ".join(_unfit(row, config)) or None
@@ -177,9 +183,17 @@ def _unfit(row: dict[str, Any], config: Config) -> Iterator[str]:
 
 
 def _launcher(op: str) -> Any:
-    from fastdistil.kernels import attention, bias_gelu, layer_norm, linear, pooling, qkv_projection
+    from fastdistil.kernels import (
+        attention,
+        bias_gelu,
+        layer_norm,
+        linear,
+        linear_add_layer_norm,
+        pooling,
+        qkv_projection,
+    )
 
-    modules = (qkv_projection, linear, bias_gelu, attention, layer_norm, pooling)
+    modules = (qkv_projection, linear, bias_gelu, linear_add_layer_norm, attention, layer_norm, pooling)
     return next(getattr(module, op) for module in modules if hasattr(module, op))
 
 
@@ -299,7 +313,7 @@ def tune(
 
 def decided(scores: dict[str, float], name: str) -> dict[str, str | None]:
     """What of a class's finalists is recorded: the winner, and of GEMMs what serves where no row is dead."""
-    library, everywhere = _written(Library()), name.endswith("/few")
+    library, everywhere = _written(Library()), name.rpartition("/")[2].isdigit()
     kernels_only = {config: s for config, s in scores.items() if everywhere or config != library}
     best = min(kernels_only, key=kernels_only.__getitem__, default=None)
     before = 1.0 if best is None else min(1.0, kernels_only[best])

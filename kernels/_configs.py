@@ -211,10 +211,10 @@ def gemm(
     return _gemm(op, architecture(device), size, precision, aligned, whole, library, modes.exact_gelu, device)
 
 
-def parts(config: Gemm, tiles: int, steps: int, processors: int) -> int:
-    """How many programs share the `steps` of a tile's depth: a power of two, as long as multiprocessors would be idle
-    and each has two steps."""
-    found = 1
+def parts(config: Gemm, m: int, n: int, k: int, processors: int) -> int:
+    """How many programs share the depth of a tile of [m, k] @ [n, k].T: a power of two, as long as multiprocessors
+    would be idle and each has two steps."""
+    tiles, steps, found = cdiv(m, config.block_m) * cdiv(n, config.block_n), cdiv(k, config.block_k), 1
     while 2 * found <= config.parts and 2 * found * tiles <= processors and 4 * found <= steps:
         found *= 2
     return found

@@ -203,8 +203,7 @@ def gemm(
     c = launch.config
     if isinstance(c, _configs.Library):
         return LIBRARY[activation](F.linear(x, weight, bias))
-    tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
-    parts = _configs.parts(c, tiles, _configs.cdiv(K, c.block_k), launch.programs) if in_parts else 1
+    parts = _configs.parts(c, M, N, K, launch.programs) if in_parts else 1
     shape, dtype = ((M, N), x.dtype) if parts == 1 else ((parts, M, N), torch.float32)
     y = torch.empty(shape, dtype=dtype, device=x.device)
     common = dict(
@@ -213,6 +212,7 @@ def gemm(
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers, **_configs.every_launch(x.device),
     )  # fmt: skip
+    tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
     if c.family == "tma":
         programs = min(tiles, launch.programs)
         gemm_tma[(programs,)](

@@ -67,7 +67,7 @@ def test_bytes_of_a_layer():
     ops = roofline.forward([128] * (rows // 128), BASE, "bfloat16")[1:8]
     tokens = rows // 128 * 128
     found = {name: sum(op.bytes for op in ops if op.name == name) / tokens for name in {op.name for op in ops}}
-    gemms = found["qkv_projection"] + found["linear"] + found["bias_gelu"]
+    gemms = found["qkv_projection"] + found["linear_add_layer_norm"] + found["bias_gelu"]
     assert gemms == pytest.approx(24_576, rel=1e-3) and found["attention"] == 6_144
     assert found["add_layer_norm"] == pytest.approx(9_216, rel=1e-3)
 
@@ -149,8 +149,18 @@ def test_launches_of_the_model_by_hand():
     pooled = launched(roofline.pool([512, 16, 16], 768, 2))  # 8 rows at a time, 3 on their way
     assert [(part.programs, part.waits) for part in pooled] == [(1, 2 + 512 / 24), (2, 2 + 16 / 24)]
     assert launched(roofline.add_layer_norm(17, 768, 2))[0].programs == 5
-    (gemm,) = launched(roofline.gemm("linear", 64, 768, 3_072, 2))  # 16 x 32, 128 deep, 5 stages
-    assert gemm.programs == 4 * 24 and gemm.moved == 2 * (48 * 3_072 + 16 * 32) and gemm.waits == 24 / 4
+    (gemm,) = launched(roofline.gemm("linear", 64, 768, 3_072, 2))  # 64 x 32, 128 deep, 3 stages
+    assert gemm.programs == 24 and gemm.moved == 2 * (96 * 3_072 + 64 * 32) and gemm.waits == 24 / 2
+    both = roofline.linear_add_layer_norm(64, 768, 3_072, 2)
+    (shared,), (norm,) = map(launched, both.steps)  # four programs a tile, which they write in float32
+    assert shared.programs == 4 * 24 and shared.moved == 2 * 96 * 768 + 4 * 64 * 32 and shared.waits == 6 / 2
+    assert shared.products == gemm.products / 4 and norm.programs == 64
+    assert norm.moved * 64 == both.steps[1].bytes + (4 * 4 - 2) * 64 * 768
+    assert both.bytes == 2 * (64 * 3_072 + 768 * 3_072 + 768 + 2 * 64 * 768 + 2 * 768)
+    chip = CHIPS["H200"]
+    assert roofline.seconds(chip, both) == sum(roofline.seconds(chip, one) for one in both.steps) + roofline.GAP
+    (many,), (norm,) = map(launched, roofline.product_and_norm(16_896, 768, 768, 2))
+    assert many == launched(roofline.gemm("linear", 16_896, 768, 768, 2))[0] and norm.programs == 16_896 // 4
     (odd,) = launched(roofline.gemm("linear", 20_000, 100, 256, 2))
     assert odd.waits == 8 / 2
     (odd,) = launched(roofline.gemm("linear", 20_000, 256, 100, 2))  # no strides of 16 bytes: by pointers, 32 deep
@@ -203,7 +213,7 @@ def test_predictions_of_what_was_not_compiled(monkeypatch):
     assert roofline.microseconds(chip, roofline.add_layer_norm(64, 760, 2), "bfloat16") > 0
     assert roofline.predict(chip, [100] * 10, Shape(2_048, 8_192, 2, 16), "float32") > 0
     assert roofline.predict(chip, [1, 700], Shape(96, 200, 1, 3), "float16") > 0
-    class_of = (90, "linear", "half/few")
+    class_of = (90, "linear", "half/16")
     monkeypatch.setitem(_configs.RECORDED, class_of, Gemm("pointer", 16, 48, 80, warps=4, stages=3))
     op = roofline.gemm("linear", 16, 768, 768, 2)
     assert roofline.microseconds(chip, op, "bfloat16") is None and roofline.microseconds(None, op, "bfloat16") is None
@@ -525,7 +535,7 @@ def test_classes_are_what_is_looked_up(monkeypatch):
     monkeypatch.setattr(_configs, "processors", lambda device: 132)
     matrix = shapes.with_dtypes(shapes.FULL, ["bfloat16", "float32"])
     meta, seen = torch.device("meta"), set()
-    for found in tune.classes(matrix, meta, 132, ("qkv_projection", "linear", "bias_gelu", "attention", "pool")):
+    for found in tune.classes(matrix, meta, 132, (*kernels.GEMMS, "attention", "pool")):
         seen.add((found.op, found.name))
         for case in found.cases:
             marked = {
@@ -539,12 +549,13 @@ def test_classes_are_what_is_looked_up(monkeypatch):
                 elif case.op == "pool":
                     looked = _configs.row_kernel("pool", case.rows.shape[1], case.dtype, meta)
                 else:
-                    m, n = len(case.rows), case.args[1].shape[0]
+                    m, n = len(case.rows), len(case.weight)
                     looked = _configs.gemm(case.op, m, n, case.dtype, meta, True).config
             assert looked == marked, (found.op, found.name, case.name)
     assert {
         ("linear", "half/wide"),
         ("linear", "ieee/some"),
+        ("linear_add_layer_norm", "half/64"),
         ("attention", "half/64/16"),
         ("pool", "half/1024"),
     } <= seen
@@ -613,8 +624,8 @@ LIBRARY, TILES = "Library()", "Gemm(family='tma', block_m=128)"
         ({TILES: 0.9, LIBRARY: 0.8}, "half/many", TILES, LIBRARY),
         ({TILES: 1.1, LIBRARY: 0.96}, "half/wide", None, LIBRARY),
         ({LIBRARY: 0.9}, "ieee/some", None, LIBRARY),
-        ({TILES: 0.9, LIBRARY: 0.8}, "half/few", LIBRARY, None),
-        ({TILES: 0.8, LIBRARY: 1.0}, "ieee/few", TILES, None),
+        ({TILES: 0.9, LIBRARY: 0.8}, "half/64", LIBRARY, None),
+        ({TILES: 0.8, LIBRARY: 1.0}, "ieee/16", TILES, None),
     ],
 )
 def test_where_the_library_is_recorded(scores, name, winner, whole):
@@ -625,8 +636,8 @@ def test_the_library_is_a_candidate_that_nobody_compiles(monkeypatch):
     case = next(
         kernels.cases("linear", shapes.with_dtypes(shapes.FULL, ["float32"]), torch.float32, torch.device("meta"))
     )
-    found = tune.Class("linear", "ieee/few", (case,))
-    every = list(tune.candidates("linear", "ieee/few", 90))
+    found = tune.Class("linear", "ieee/16", (case,))
+    every = list(tune.candidates("linear", "ieee/16", 90))
     assert _configs.Library() in every and {(c.across, c.split) for c in every[1:]} == {
         (False, False),
         (True, False),
@@ -655,7 +666,7 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch):
     """Where the time ran out before anything was timed."""
     configs = [Gemm("pointer", 16, n, 32, 4, stages) for n in (32, 64, 128, 256) for stages in (2, 3)]
     case = types.SimpleNamespace(name="a case", device=CPU)
-    found, clock, asked = tune.Class("linear", "half/few", (case,)), [0.0], []
+    found, clock, asked = tune.Class("linear", "half/16", (case,)), [0.0], []
 
     def compiled(found, some, arch, jobs):
         asked.extend(some)
@@ -1124,9 +1135,8 @@ def test_pictures(results, tmp_path):
     fill = drawn[directory / "cpu-fill-light.svg"]
     assert "transformers sdpa" in fill and "fastdistil" in fill and "Speedup by fill, 2 texts of at most 16" in fill
     points = drawn[directory / "cpu-roofline-dark.svg"]
-    assert "linear, 32 x 64 (40 x 32 x 64)" in points and all(
-        f"{op} (" in points for op in kernels.OPS if op != "linear"
-    )
+    assert "linear, 32 x 64 (40 x 32 x 64)" in points and "linear_add_layer_norm, 32 x 64 (" in points
+    assert all(f"{op} (" in points for op in kernels.OPS if not op.startswith("linear"))
     assert "cpu-error-dark.svg" in drawn[directory / "README.md"]
     figures.draw(results, directory)
     assert drawn == {p: p.read_text() for p in directory.iterdir()}  # the same bytes again
@@ -1147,7 +1157,7 @@ def test_the_table_of_kernels(results, monkeypatch):
     table = report.kernels_table().splitlines()
     rows = [line for line in table if line.startswith("| ") and "IQR" not in line]
     by_length = 2 * 2 + 3 * 2  # attention of two forms; pool, pack, unpack
-    assert table[0].startswith("| op, float32 |") and len(rows) == 4 + 2 + by_length  # GEMMs, row ops
+    assert table[0].startswith("| op, float32 |") and len(rows) == 6 + 2 + by_length  # GEMMs, row ops
     assert (
         any(line.startswith("| linear, 40 x 32 x 64 | 2,000 (2,000) | 2,000 |") for line in rows)
         and "An H200" in table[-1]

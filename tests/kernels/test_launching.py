@@ -76,13 +76,14 @@ def test_a_launch_allocates_its_result_and_does_nothing_else():
     half = torch.float16
     x, cu = e(300, 768, dtype=half), e(9)
     wide, weight, bias = e(300, 3 * 768, dtype=half), e(768, 768, dtype=half), e(768, dtype=half)
-    ids = e(300, dtype=torch.int64)
+    ids, ends = e(300, dtype=torch.int64), compile_gate.linear_add_layer_norm.linear_add_layer_norm
     calls = [
         lambda: compile_gate.linear.linear(x, weight, bias, cu),
         lambda: compile_gate.qkv_projection.qkv_projection(x, e(2304, 768, dtype=half), e(2304, dtype=half), cu),
         lambda: compile_gate.bias_gelu.bias_gelu(x, weight, bias, "gelu", cu),
         *(lambda n=n: compile_gate.attention.attention(wide, cu, n, 12, e(12, dtype=half)) for n in (16, 64, 512)),
         lambda: compile_gate.layer_norm.add_layer_norm(x, x, bias, bias, 1e-12, cu),
+        lambda: ends(x, x, weight, bias, bias, bias, 1e-12, cu),
         lambda: compile_gate.layer_norm.embed_layer_norm(ids, ids, weight, weight, bias, bias, 1e-12, cu),
         lambda: compile_gate.pooling.pool(x, cu, "mean", True),
     ]
@@ -92,7 +93,7 @@ def test_a_launch_allocates_its_result_and_does_nothing_else():
                 call()
             # arguments made by the lambdas above are allocations too: all are `empty`, none reads or computes
             assert set(seen.calls) == {"aten.empty.memory_format"}
-    assert len(launches) == len(calls)
+    assert len(launches) == len(calls) + 1  # linear_add_layer_norm has two
 
 
 def test_one_kernel_whatever_the_batch():
@@ -111,7 +112,9 @@ def test_one_kernel_whatever_the_batch():
     assert launched(1500, 1) == launched(2048, 16) == launched(5760, 33)
     assert launched(4096, 1) == launched(5632, 16) == launched(16_897, 33)
     assert launched(65, 1) == launched(1280, 16)
-    assert launched(1, 1) == launched(16, 16) == launched(64, 3)
+    assert (
+        launched(1, 1) == launched(16, 16) != launched(17, 1) == launched(32, 3) != launched(33, 1) == launched(64, 3)
+    )
 
 
 def test_batch_invariant_launches_are_the_same_for_every_size(modes):
@@ -123,6 +126,9 @@ def test_batch_invariant_launches_are_the_same_for_every_size(modes):
             x = e(rows, 768, dtype=half)
             compile_gate.linear.linear(x, e(768, 768, dtype=half), e(768, dtype=half), e(9))
             compile_gate.linear.linear(e(rows, 3072, dtype=half), e(768, 3072, dtype=half), e(768, dtype=half), e(9))
+            ends, vector = e(rows, 3072, dtype=half), e(768, dtype=half)
+            norm = vector, vector, vector, 1e-12, e(9)
+            compile_gate.linear_add_layer_norm.linear_add_layer_norm(ends, x, e(768, 3072, dtype=half), *norm)
             compile_gate.attention.attention(e(rows, 2304, dtype=half), e(9), longest, 12)
         return [entry.key for entry in launches]
 
@@ -153,6 +159,7 @@ def test_the_memory_checked_pass_launches_every_kernel():
         "linear": g.linear,
         "attention": g.attention,
         "add_layer_norm": g.layer_norm,
+        "linear_add_layer_norm": g.linear_add_layer_norm,
         "bias_gelu": g.bias_gelu,
         "pool": g.pooling,
         "pack": g.packing,
@@ -207,8 +214,39 @@ def test_wide_tiles():
         assert size("bias_gelu", rows, 3_072) == size("linear", rows, 768, "ieee") == "many"
         assert size("linear", rows, 768 + 128) == "many"
     assert size("linear", 5_760, 768) == "many"  # 135 tiles
-    found = [size("linear", rows, 768) for rows in (64, 65, 1_280, 1_408)]
-    assert found == ["few", "some", "some", "many"]
+    found = [size("linear", rows, 768) for rows in (1, 16, 17, 33, 64, 65, 1_280, 1_408)]
+    assert found == ["16", "16", "32", "64", "64", "some", "some", "many"]
+
+
+def test_how_many_programs_share_a_tile():
+    """While multiprocessors are idle, and none has a single step of its depth."""
+    config = dataclasses.replace(_configs.SMALL["half", "16"], parts=8)
+    base, told = (768, 3_072), [(16, 768, 768), (16, 384, 1_536), (1, 32, 8_192), (1, 32, 256), (1, 32, 512)]
+    assert [_configs.parts(config, rows, *base, 132) for rows in (1, 16, 17, 33, 49)] == [4, 4, 2, 1, 1]
+    assert [_configs.parts(config, *one, 132) for one in told] == [2, 4, 8, 1, 2]
+    assert _configs.parts(config, 16, *base, 58) == 2 and _configs.parts(config, 16, *base, 10_000) == 8
+    assert _configs.parts(dataclasses.replace(config, parts=1), 16, *base, 132) == 1
+
+    def launched(rows, depth):
+        e, half = compile_gate.empty, torch.float16
+        vector = e(768, dtype=half)
+        with compile_gate.recorded(90) as launches:
+            compile_gate.linear_add_layer_norm.linear_add_layer_norm(
+                *(e(rows, depth, dtype=half), e(rows, 768, dtype=half), e(768, depth, dtype=half)),
+                *(vector, vector, vector, 1e-12, e(9)),
+            )
+        return [re.findall(r"PARTS=(\d)", one.describe()) for one in launches], launches
+
+    for rows, depth, parts in (
+        (16, 3_072, "4"),
+        (64, 768, "2"),
+        (128, 3_072, "4"),
+        (256, 3_072, "2"),
+        (384, 3_072, "1"),
+    ):
+        assert launched(rows, depth)[0] == [[parts], [parts]]
+    assert [[parts] for parts in "1"] == launched(16_896, 768)[0][1:]
+    assert "ROWS=1 " in launched(64, 3_072)[1][1].describe() and "ROWS=4 " in launched(384, 3_072)[1][1].describe()
 
 
 def test_recorded_configurations_come_first():

@@ -23,8 +23,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         qkv = ops.qkv_projection(x, r(3 * d, d), r(3 * d), cu)
         y = ops.linear(ops.attention(qkv, cu, max(lengths), 3, r(3)), r(d, d), r(d), cu)
         x = ops.add_layer_norm(y, x, r(d), r(d), 1e-12, cu)
-        h = ops.bias_gelu(x, r(4 * d, d), r(4 * d), "gelu", cu)
-        ops.pool(ops.linear(h, r(d, 4 * d), r(d), cu), cu, "mean", True)
+        h = ops.bias_gelu(x, r(16 * d, d), r(16 * d), "gelu", cu)
+        x = ops.linear_add_layer_norm(h, x, r(d, 16 * d), r(d), r(d), r(d), 1e-12, cu)  # in parts
+        ops.pool(x, cu, "mean", True)
         ops.linear(r(rows, 33), r(17, 33), r(17))  # no stride of 16 bytes
         keep = torch.arange(max(lengths), device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
         target = ops.pack(keep, keep.long(), keep[:1].int())[2]
