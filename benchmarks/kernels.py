@@ -38,7 +38,7 @@ COMPILED = (16_896, 5_632, 1_024, 64)  # rows at which torch.compile takes part
 NOISY = 0.5  # an interquartile range of so much of the median casts doubt on a ratio
 Item = TypeVar("Item")
 KEPT = 64  # samples of a timing that a result file keeps
-GEMMS = ("qkv_projection", "linear", "bias_gelu", "linear_add_layer_norm")
+GEMMS = ("qkv_projection", "bias_gelu", "linear_add_layer_norm", "linear")
 ROWS = ("add_layer_norm", "embed_layer_norm")
 PLACING = ("pack", "unpack")
 TUNED = (*GEMMS, "attention", *ROWS, "pool")
@@ -149,14 +149,19 @@ def ours_whole(case: Case, stack: ExitStack) -> timing.Run:
     return lambda: op(*case.args)
 
 
+def parts(case: Case, config: _configs.Gemm, processors: int) -> int:
+    """How many programs share a tile's depth."""
+    n, k = case.weight.shape
+    return _configs.parts(config, len(case.rows), n, k, processors)
+
+
 @provider("fastdistil, depth not shared", "linear_add_layer_norm")
 def ours_whole_tiles(case: Case, stack: ExitStack) -> timing.Run:
     """A program a tile, where several share its depth."""
     if case.device.type != "cuda":
         raise Missing("no kernel runs on CPU")
-    config, processors = _config_of(case), _configs.processors(case.device)
-    n, k = case.weight.shape
-    if isinstance(config, _configs.Library) or _configs.parts(config, len(case.rows), n, k, processors) == 1:
+    config = _config_of(case)
+    if isinstance(config, _configs.Library) or parts(case, config, _configs.processors(case.device)) == 1:
         raise Missing("it is what runs anyway")
     stack.enter_context(patch.object(_configs, "parts", lambda *_: 1))
     return ours(case, stack)

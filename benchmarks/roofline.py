@@ -224,7 +224,8 @@ def _config(chip: Chip, name: str, shape: tuple[int, ...], dtype: str) -> tuple[
     aligned = k > 0 and k * BYTES[dtype] % 16 == 0 and n * BYTES[dtype] % 16 == 0
     table = configs.GEMM[chip.arch] if aligned else configs.AMPERE
     config = table.get((kind, size)) or table[kind, "many"]
-    recorded = configs.RECORDED.get((chip.arch, name, f"{kind}/{size}")) if aligned else None
+    key = chip.arch, configs.searched_as(name, size), f"{kind}/{size}"
+    recorded = configs.RECORDED.get(key) if aligned else None
     config = recorded if isinstance(recorded, (configs.Gemm, configs.Library)) else config
     if isinstance(config, configs.Library) or name != "linear_add_layer_norm":
         return config, 1

@@ -30,7 +30,7 @@ class Matrix:
 
 FULL = Matrix(
     BASE,
-    rows=(16_896, 5_632, 8_192, 32_768, 1_024, 4_096, 11_264, 256, 64, 16),
+    rows=(16_896, 5_632, 8_192, 32_768, 1_024, 4_096, 11_264, 256, 64, 32, 16),
     lengths=LENGTHS,
     attended=ATTENDED,
     batches=(256, 1, 32, 8),

@@ -61,8 +61,10 @@ def classes(matrix: shapes.Matrix, device: torch.device, processors: int, names:
             if dtype is torch.float16:
                 continue  # shares its configurations with bfloat16
             for case in kernels.cases(op, matrix, dtype, device):
-                if op != "attention" or "fixed" not in case.name:
-                    found.setdefault(class_of(case, processors), []).append(case)
+                name = class_of(case, processors)
+                of_another = op in kernels.GEMMS and _configs.searched_as(op, name.rpartition("/")[2]) != op
+                if not of_another and (op != "attention" or "fixed" not in case.name):
+                    found.setdefault(name, []).append(case)
         for name, cases in found.items():
             yield Class(op, name, tuple(cases))
 
@@ -103,7 +105,15 @@ def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm | Library]:
     few = size.isdigit()
     descriptors = kind == "half" and arch in (90, 100) and not few
     depths = {"half": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[kind]
-    tall = (16, 32, 64) if few else (64, 128) if size == "some" else (128,) if descriptors else (64, 128)
+    tall = (
+        [m for m in (16, 32, 64) if m <= int(size)]
+        if few
+        else (64, 128)
+        if size == "some"
+        else (128,)
+        if descriptors
+        else (64, 128)
+    )
     for m, n, k, stages in product(tall, (16,) * few + (32, 64, 128, 256), depths, (2, 3, 5) if few else (3, 4)):
         for warps in {4 if m * n <= 64 * 128 else 8, 8 if m * n >= 64 * 64 else 4}:
             plain = Gemm("pointer", m, n, k, warps, stages, group=1 if few else 8)
@@ -156,23 +166,29 @@ def forced(arch: int, found: Class, config: Config | None) -> Iterator[None]:
 
 def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Iterator[tuple[Config, str | None]]:
     """Each configuration, and why it is not worth timing or None."""
-    case = found.cases[0]
-    alone = found.op in kernels.SELF_CONTAINED
-    given = case.args if alone else (*case.args, case.cu_seqlens)  # as the encoder calls it
-    args = [a.to("meta") if isinstance(a, Tensor) else a for a in given]
-    launch = _launcher(found.op)
-    wanted: dict[compile_gate.Entry, list[Config]] = {}  # some differ in more than their binary
+    device, launch = found.cases[0].device, _launcher(found.op)
+    processors = _configs.processors(device) if device.type == "cuda" else 132
+    binaries: dict[Config, set[compile_gate.Entry]] = {}  # cases differ in how many programs share a tile
     for config in configs:
         if isinstance(config, Library):
             yield config, None
             continue
-        with compile_gate.recorded(arch) as launches, forced(arch, found, config):
-            launch(*args)
-        launched = launches[0 if found.op in kernels.GEMMS else -1]  # what may stand behind a product is another class
-        wanted.setdefault(launched, []).append(config)
-    for entry, row in compile_gate.compile_all(list(wanted), jobs, keep=case.device.type == "cuda"):
-        for config in wanted[entry]:
-            yield config, row if isinstance(row, str) else "; ".join(_unfit(row, config)) or None
+        for case in found.cases:
+            alone = found.op in kernels.SELF_CONTAINED
+            given = case.args if alone else (*case.args, case.cu_seqlens)  # as the encoder calls it
+            with compile_gate.recorded(arch, processors) as launches, forced(arch, found, config):
+                launch(*(a.to("meta") if isinstance(a, Tensor) else a for a in given))
+            # what stands behind a product is of another class
+            binaries.setdefault(config, set()).add(launches[0 if found.op in kernels.GEMMS else -1])
+    left = {config: set(entries) for config, entries in binaries.items()}
+    verdicts: dict[Config, list[str]] = {config: [] for config in binaries}
+    every = dict.fromkeys(entry for entries in binaries.values() for entry in entries)
+    for entry, row in compile_gate.compile_all(list(every), jobs, keep=device.type == "cuda"):
+        for config in [config for config, entries in left.items() if entry in entries]:
+            verdicts[config] += [row] if isinstance(row, str) else _unfit(row, config)
+            left[config].discard(entry)
+            if not left[config]:
+                yield config, "; ".join(dict.fromkeys(verdicts[config])) or None
 
 
 def _unfit(row: dict[str, Any], config: Config) -> Iterator[str]:
@@ -224,6 +240,15 @@ def score(times: list[float], before: list[float]) -> float:
     return math.exp(sum(math.log(t / b) for t, b in zip(times, before, strict=True)) / len(times))
 
 
+def _is_shared_by_none(found: Class, config: Config) -> bool:
+    """Whether its tiles' depth could be shared, and in no case is: then there is a configuration that does the same."""
+    if not isinstance(config, Gemm) or config.parts == 1:
+        return False
+    device = found.cases[0].device
+    processors = _configs.processors(device) if device.type == "cuda" else 132
+    return all(kernels.parts(case, config, processors) == 1 for case in found.cases)
+
+
 @torch.inference_mode()
 def tune(
     found: Class,
@@ -238,7 +263,11 @@ def tune(
     device = found.cases[0].device
     row: dict[str, Any] = {"arch": arch, "op": found.op, "class": found.name, "cases": [c.name for c in found.cases]}
     row["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    every = {_written(config): config for config in candidates(found.op, found.name, arch)}
+    every = {
+        _written(config): config
+        for config in candidates(found.op, found.name, arch)
+        if not _is_shared_by_none(found, config)
+    }
     unfit: dict[str, str] = dict((before or {}).get("unfit", {}))
     tried: dict[str, float] = dict((before or {}).get("tried", {}))
     wrong: dict[str, str] = dict((before or {}).get("wrong", {}))

@@ -158,11 +158,13 @@ def linear_add_layer_norm(
     _check_linear(x, weight, bias, cu_seqlens)
     _check_tensors(residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
     _check_eps(eps)
-    if residual.shape != (x.shape[0], weight.shape[0]) or not norm_weight.shape == norm_bias.shape == bias.shape:
+    rows, dim = x.shape[0], weight.shape[0]
+    if residual.shape != (rows, dim):
+        raise ValueError(f"residual must be [{rows}, {dim}] as x @ weight.T is, got {list(residual.shape)}")
+    if not norm_weight.shape == norm_bias.shape == bias.shape:
         raise ValueError(
-            f"of x {list(x.shape)} and weight {list(weight.shape)} residual must be "
-            f"{[x.shape[0], weight.shape[0]]}, got {list(residual.shape)}, norm_weight and norm_bias "
-            f"{[weight.shape[0]]}, got {list(norm_weight.shape)} and {list(norm_bias.shape)}"
+            f"norm_weight {list(norm_weight.shape)} and norm_bias {list(norm_bias.shape)} must be [{dim}] as x @ "
+            "weight.T is wide"
         )
     _check_dtypes(x, residual, norm_weight, norm_bias)
     if _wants_grad(x, residual, weight, bias, norm_weight, norm_bias):

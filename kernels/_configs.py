@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdistil.kernels._target import interpreted
 
-FEW = 64  # rows up to which a GEMM waits for its weights, which a tile of all rows reads but once
+FEW, COLUMNS = 64, 32  # rows up to which a GEMM waits for its weights, and the columns of its tiles then
 
 
 @dataclass
@@ -93,19 +93,19 @@ class Attention:
     only: tuple[int, ...] = ()
 
 
-# (architecture, op, shape class) -> configuration. Shape classes: of GEMMs "half/many" (precision, size), before it
-# "half/many/whole" where the host knows that no row is dead, of attention "half/64/128" (head size, or 256 or 512, see
-# below; longest sequence or any), of row kernels "half/1024" (width as a power of two)
+# (architecture, op as `searched_as` has it, shape class) -> configuration. Shape classes: of GEMMs "half/many"
+# (precision, size), before it "half/many/whole" where the host knows that no row is dead, of attention "half/64/128"
+# (head size, or 256 or 512, see below; longest sequence or any), of row kernels "half/1024" (width as a power of two)
 RECORDED: dict[tuple[int, str, str], Gemm | Library | Attention | Rows] = {}
 
 SMALL: dict[tuple[str, str], Gemm | Library] = {  # every architecture
-    ("half", "16"): Gemm("pointer", 16, 32, 128, warps=4, stages=5, group=1, parts=8),
-    ("half", "32"): Gemm("pointer", 32, 32, 128, warps=4, stages=4, group=1, parts=8),
-    ("half", "64"): Gemm("pointer", 64, 32, 128, warps=4, stages=3, group=1, parts=8),
+    ("half", "16"): Gemm("pointer", 16, COLUMNS, 128, warps=4, stages=5, group=1, parts=8),
+    ("half", "32"): Gemm("pointer", 32, COLUMNS, 128, warps=4, stages=4, group=1, parts=8),
+    ("half", "64"): Gemm("pointer", 64, COLUMNS, 128, warps=4, stages=3, group=1, parts=8),
     ("half", "some"): Gemm("pointer", 64, 64, 64, warps=4, stages=4, parts=8),
-    ("tf32", "16"): Gemm("pointer", 16, 32, 64, warps=4, stages=3, group=1, parts=8),
-    ("tf32", "32"): Gemm("pointer", 32, 32, 64, warps=4, stages=3, group=1, parts=8),
-    ("tf32", "64"): Gemm("pointer", 64, 32, 64, warps=4, stages=3, group=1, parts=8),
+    ("tf32", "16"): Gemm("pointer", 16, COLUMNS, 64, warps=4, stages=3, group=1, parts=8),
+    ("tf32", "32"): Gemm("pointer", 32, COLUMNS, 64, warps=4, stages=3, group=1, parts=8),
+    ("tf32", "64"): Gemm("pointer", 64, COLUMNS, 64, warps=4, stages=3, group=1, parts=8),
     ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4, parts=8),
     ("tf32", "many"): Gemm("pointer", 128, 64, 32, warps=8, stages=3),
     # to turn the weight over would cost too much for few rows, and the library's dead rows cost little
@@ -220,13 +220,27 @@ def parts(config: Gemm, m: int, n: int, k: int, processors: int) -> int:
     return found
 
 
+def searched_as(op: str, size: str) -> str:
+    """The op whose configuration serves: where nobody shares a tile's depth, that of the product alone."""
+    return "linear" if op == "linear_add_layer_norm" and size in ("many", "wide") else op
+
+
+def _height(op: str, m: int, n: int, processors: int) -> int:
+    """Rows of a tile, of few: all of them, so that the weights are read but once, where programs share its depth; else
+    as few as leave no multiprocessor more than one tile."""
+    shared = op == "linear_add_layer_norm"
+    return next(
+        rows for rows in (16, 32, 64) if rows >= m or (not shared and cdiv(m, rows) * cdiv(n, COLUMNS) <= processors)
+    )
+
+
 def size_class(op: str, precision: str, m: int, n: int, processors: int) -> str:
-    """16, 32 or 64: up to so many rows; some: more; many: tiles of 128 x 128 occupy at least half of the chip; wide:
-    half precision without an activation, where the last tiles of 128 x 256 do not leave too much of the chip idle. The
-    batch-invariant mode goes by the layer alone."""
+    """16, 32 or 64: few rows, in tiles of so many; some: more rows; many: tiles of 128 x 128 occupy at least half of
+    the chip; wide: half precision without an activation, where the last tiles of 128 x 256 do not leave too much of the
+    chip idle. The batch-invariant mode goes by the layer alone."""
     fixed, tiles = modes.batch_invariant, cdiv(m, 128) * cdiv(n, 128)
     if not fixed and (m <= FEW or 2 * tiles < processors):
-        return "some" if m > FEW else str(power_of_two(m))
+        return "some" if m > FEW else str(_height(op, m, n, processors))
     if op == "bias_gelu" or precision != "half" or n % 256:
         return "many"
     return "wide" if fixed or WIDE * cdiv(tiles // 2, processors) * 2 <= cdiv(tiles, processors) else "many"
@@ -246,7 +260,8 @@ def _gemm(
 ) -> GemmLaunch:
     table = GEMM[arch] if aligned else AMPERE
     sizes = [f"{size}/whole", size, "many/whole", "many"] if whole else [size, "many"]
-    found = [RECORDED.get((arch, op, f"{precision}/{s}")) for s in sizes[: len(sizes) // 2]] if aligned else []
+    name = searched_as(op, size)
+    found = [RECORDED.get((arch, name, f"{precision}/{s}")) for s in sizes[: len(sizes) // 2]] if aligned else []
     found += [table.get((precision, s)) for s in sizes]
     config = next(c for c in found if isinstance(c, Gemm) or (library and isinstance(c, Library)))
     split = isinstance(config, Gemm) and config.split

@@ -203,7 +203,7 @@ def gemm(
     c = launch.config
     if isinstance(c, _configs.Library):
         return LIBRARY[activation](F.linear(x, weight, bias))
-    parts = _configs.parts(c, M, N, K, launch.programs) if in_parts else 1
+    parts = _configs.parts(c, M, N, K, launch.programs) if in_parts and c.family == "pointer" else 1
     shape, dtype = ((M, N), x.dtype) if parts == 1 else ((parts, M, N), torch.float32)
     y = torch.empty(shape, dtype=dtype, device=x.device)
     common = dict(

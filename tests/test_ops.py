@@ -667,11 +667,11 @@ def test_scores_that_are_all_minus_infinity_give_nan_whatever_the_batch():
         ),
         (
             lambda: ops.linear_add_layer_norm(*torch.ones(2, 2, 3), torch.ones(4, 3), *torch.ones(3, 4), 1e-5),
-            r"residual must be \[2, 4\], got \[2, 3\]",
+            r"residual must be \[2, 4\] as x @ weight.T is, got \[2, 3\]",
         ),
         (
             lambda: ops.linear_add_layer_norm(*torch.ones(3, 3, 3), torch.ones(3), *torch.ones(2, 4), 1e-5),
-            r"norm_weight and norm_bias \[3\], got \[4\] and \[4\]",
+            r"norm_weight \[4\] and norm_bias \[4\] must be \[3\]",
         ),
         (
             lambda: ops.linear_add_layer_norm(*torch.ones(3, 3, 3), *torch.ones(2, 3), torch.ones(3).half(), 1e-5),

@@ -266,3 +266,143 @@ def test_a_model_in_bfloat16_stays_so_on_gpus(checkpoint, monkeypatch):
     monkeypatch.setattr(ray, "remote", lambda **_: lambda cls: Mock(remote=lambda *given: seen.append(given)))
     module.RayEmbedding(Embedder.from_pretrained(checkpoint, "cpu", "bfloat16"), "npy")
     assert seen[0][2] is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "found"), [(3, None, 3), (None, {"CPU": 2.0}, 2), (None, {"CPU": 0.0}, 1), (None, {}, 1)]
+)
+def test_an_actor_has_the_threads_that_ray_gave_it(asked, given, found, checkpoint, monkeypatch):
+    """Ray sets OMP_NUM_THREADS to 1."""
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: Mock(get_assigned_resources=lambda: given))
+    module.EmbedBatches(checkpoint, device="cpu", threads=asked)
+    if asked is None:
+        module._Worker(Embedder.from_pretrained(checkpoint, device="cpu"), "cpu", torch.float32, None)
+    assert counts == [found] * (2 if asked is None else 1)
+
+
+def test_an_actor_computes_as_it_is_told(checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "_set_threads", lambda threads: None)
+    worker = module._Worker(Embedder.from_pretrained(checkpoint, device="cpu"), "meta", torch.float16, 100)
+    assert worker.embedder.model.dtype is torch.float16 and worker.embedder.model.device.type == "meta"
+    assert worker.pid() == os.getpid()
+    worker.embedder = Mock()
+    worker.encode(["a"])
+    assert worker.embedder._encode.call_args.args[:2] == (["a"], 100)
+    embed = module.EmbedBatches(checkpoint, output_column="vector", max_batch_tokens=100, device="cpu")
+    monkeypatch.setattr(embed, "embedder", Mock())
+    embed({"text": np.array(["a"])})
+    assert embed.embedder.encode.call_args.args == (["a"], 100)
+    with pytest.raises(TypeError, match="the batch is a list; give map_batches batch_format='numpy'"):
+        embed(["a"])
+
+
+def with_actors(monkeypatch, checkpoint, count, started):
+    """-> (a job's work on `count` actors that answer when they are asked, they, the calls: (actor, how many chunks are
+    under way))"""
+    embedder, calls, flying = Embedder.from_pretrained(checkpoint, device="cpu"), [], []
+
+    def actor(number):
+        def remote(texts):
+            flying.append(texts)
+            calls.append((number, len(flying)))
+            return lambda: (flying.remove(texts), embedder._encode(texts, None, False, None, None, 0, {}), {})[1:]
+
+        return Mock(encode=Mock(remote=remote))
+
+    for name, stub in (("is_initialized", lambda: not started), ("init", Mock())):
+        monkeypatch.setattr(ray, name, stub)
+    actors = [actor(number) for number in range(count)]
+    monkeypatch.setattr(module.RayEmbedding, "_start", lambda self, *_: setattr(self, "actors", list(actors)))
+    monkeypatch.setattr(module, "CHUNK", 4)
+    work = module.RayEmbedding(embedder, "npy")
+    work.ray = Mock(get=lambda found: found())
+    return work, actors, calls
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_what_actors_are_given(started, checkpoint, texts, tmp_path, monkeypatch):
+    """Two chunks each at a time, in turn; they end with the job, and so does a cluster that was started for it."""
+    work, actors, calls = with_actors(monkeypatch, checkpoint, 2, started)
+    (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in texts[:30]))
+    job = Job([str(tmp_path / "in.txt")], tmp_path / "o", "embed", checkpoint, "npy", {}, part_rows=20)
+    done = run_job(job, work, Log(quiet=True))
+    assert [number for number, _ in calls] == [0, 1] * 4 and [most for _, most in calls] == [1, 2, 3, *[4] * 5]
+    assert [part.rows for part in done.parts] == [20, 10] and work.answered() == (30, None)
+    assert work.bottleneck() == "actors"
+    found = np.concatenate([vectors for _, vectors in Index(tmp_path / "o").parts()])
+    np.testing.assert_allclose(found, work.embedder.encode(texts[:30]), atol=1e-6)
+    assert [call.args[0] for call in work.ray.kill.call_args_list] == actors
+    assert work.ray.shutdown.called == started
+
+
+def test_parts_are_there_as_soon_as_they_are_whole(checkpoint, texts, tmp_path, monkeypatch):
+    """A job that is stopped has lost what the actors had, and nothing before."""
+    work, actors, _ = with_actors(monkeypatch, checkpoint, 2, False)
+    (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in texts[:40]))
+    get, answered = work.ray.get, []
+
+    def interrupted(found):
+        if len(answered) == 7:
+            raise KeyboardInterrupt
+        answered.append(found)
+        return get(found)
+
+    work.ray.get = interrupted
+    job = Job([str(tmp_path / "in.txt")], tmp_path / "o", "embed", checkpoint, "npy", {}, part_rows=8)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, work, Log(quiet=True))
+    assert len(list((tmp_path / "o").glob("part-*.npy"))) == 3
+    assert [call.args[0] for call in work.ray.kill.call_args_list] == actors and not work.actors
+
+
+def test_actors_are_started_again_without_end(checkpoint, monkeypatch):
+    """A job outlives its machines."""
+    options, seen = {}, []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
+    monkeypatch.setattr(ray, "put", lambda value: ("put", value))
+
+    def remote(**given):
+        options.update(given)
+        return lambda cls: Mock(remote=lambda *args: seen.append(args))
+
+    monkeypatch.setattr(ray, "remote", remote)
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu")
+    work = module.RayEmbedding(embedder, "npy", max_batch_tokens=100)
+    assert options == {"max_restarts": -1, "max_task_retries": -1, "num_cpus": 1, "num_gpus": 0}
+    assert seen == [(("put", embedder), "cpu", torch.float32, 100)] * 3 and work.placed == {}
+    seen.clear()
+    module.RayEmbedding(embedder, "npy", actors=9)  # on somebody's cluster, which may grow
+    assert len(seen) == 9
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0, "GPU": 2.0})
+    module.RayEmbedding(embedder, "npy")
+    assert len(seen) == 11 and options["num_gpus"] == 1
+
+
+def test_how_a_cluster_is_found(checkpoint, monkeypatch):
+    """RAY_ADDRESS as Ray reads it; one that is started here has the CPUs that were asked for."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(module.RayEmbedding, "_start", lambda self, *_: None)
+    embedder, asked, reached = Embedder.from_pretrained(checkpoint, device="cpu"), [], []
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options))
+    monkeypatch.setattr(module, "_reach", reached.append)
+    for address, variable, alone in (
+        *[(None, None, True), (None, "", True), (None, "local", True), ("local", None, True)],
+        *[(None, "10.0.0.1:6379", False), ("auto", None, False), ("10.0.0.2:6379", "10.0.0.1:6379", False)],
+    ):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("RAY_ADDRESS", variable)
+        work = module.RayEmbedding(embedder, "npy", address=address, num_cpus=7)
+        assert work.alone is alone and asked[-1]["address"] == address and reached[-1] == (address or variable or "")
+        assert ("num_cpus" in asked[-1]) is alone and asked[-1].get("num_cpus", 7) == 7
+
+
+def test_an_ipv6_cluster_where_nobody_listens():
+    with pytest.raises(ConnectionError, match=r"there is no Ray cluster at \[::1\]:1: .*(refused|assign)"):
+        module._reach("[::1]:1")
+    with pytest.raises(ConnectionError, match="there is no Ray cluster at localhost:99999"):
+        module._reach("localhost:99999")
+    module._reach("auto")
