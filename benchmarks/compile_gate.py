@@ -213,6 +213,8 @@ def launch_all(full_precision: str) -> None:
             for rows, width, depth in product((16, 32, 64, 65, 192), (512, dim), (2_048, 3 * odd)):
                 residual, ends = rand(rows, width), (rand(width), rand(width), rand(width), 1e-12, cu)
                 linear_add_layer_norm.linear_add_layer_norm(rand(rows, depth), residual, rand(width, depth), *ends)
+            for rows, width, depth in product((16, 65, 16_896), (312, 600), (312, 600)):  # of which 8 is a divisor
+                linear.linear(rand(rows, depth), rand(width, depth), rand(width), cu)
         # beside the widths' own: powers of two, multiples of 8 and of 4, and those whose loads and masks cost most
         sizes = {dim // heads} | ({1, 8, 16, 24, 33, 65, 80, 96, 100, 127, 128} if dim == 768 else set())
         for longest, size, scaled in product((16, 32, 64, 128, 512), sorted(sizes), (False, True)):
@@ -353,6 +355,8 @@ def complaints(row: dict[str, Any]) -> Iterator[str]:
         yield "two programs of 256 threads do not fit a multiprocessor's registers"
     if half and sm == 90 and re.search(r"\bHEAD=(?:32|64)\b", launch) and resident(row) < 2:
         yield "a program alone on a multiprocessor, with nothing to do while it loads"
+    if row["kernel"] == "gemm_pointer" and "VECTOR=1 " not in launch and not int(row["ldgsts"]):
+        yield "no asynchronous copy"
     if matrix and half and not int(row["hgmma"]) + int(row["hmma"]):
         yield "no matrix instruction"
     if matrix and half and sm == 90 and tile and int(tile[1]) >= 64 and not int(row["hgmma"]):

@@ -114,6 +114,11 @@ SMALL: dict[tuple[str, str], Gemm | Library] = {  # every architecture
     ("ieee", "many"): Gemm("pointer", 128, 64, 16, warps=8, stages=3, across=True),
 }
 AMPERE = SMALL | {("half", "many"): Gemm("pointer", 128, 128, 32, warps=8, stages=3)}
+# numbers read one by one, which take registers each
+UNALIGNED = AMPERE | {
+    **{("half", str(m)): Gemm("pointer", m, COLUMNS, 32, warps=4, stages=2, group=1, parts=8) for m in (16, 32, 64)},
+    ("half", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=2, parts=8),
+}
 # two programs of 128 x 128 share a multiprocessor, so that one's activation overlaps the other's loop; tiles of 128 x
 # 256 read a quarter less of L2 for the same products, which is what the roofline model has the smaller ones wait for
 TWO = Gemm("tma", 128, 128, 64, warps=8, stages=3, halves=2, per_sm=2, registers=128)
@@ -258,7 +263,7 @@ def _gemm(
     exact: bool,
     device: torch.device,
 ) -> GemmLaunch:
-    table = GEMM[arch] if aligned else AMPERE
+    table = GEMM[arch] if aligned else UNALIGNED
     sizes = [f"{size}/whole", size, "many/whole", "many"] if whole else [size, "many"]
     name = searched_as(op, size)
     found = [RECORDED.get((arch, name, f"{precision}/{s}")) for s in sizes[: len(sizes) // 2]] if aligned else []

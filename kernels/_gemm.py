@@ -88,9 +88,12 @@ def gemm_pointer(
     x_ptr, weight_ptr, bias_ptr, y_ptr, cu_seqlens_ptr, batch, M, N, K,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    PARTS: tl.constexpr, ACROSS: tl.constexpr, OVERLAP: tl.constexpr,
+    VECTOR: tl.constexpr, PARTS: tl.constexpr, ACROSS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
+    # of an argument the compiler knows no more than whether 16 divides it: rows of 312 would be read one by one
+    K = K // VECTOR * VECTOR
+    N = N // VECTOR * VECTOR
     live = M if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), M)
     m, n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     if m * BLOCK_M < live:
@@ -232,6 +235,7 @@ def gemm(
             N,
             K,
             EVEN_K=K % c.block_k == 0,
+            VECTOR=16 // size if aligned else 1,
             PARTS=parts,
             ACROSS=c.across,
             **common,

@@ -11,7 +11,7 @@ from fastdistil.kernels import _configs, _gemm
 from fastdistil.testing import cu_seqlens, hold_to_definition
 
 ROWS = [1, 3, 63, 65, 127, 129, 300]
-WIDTHS = [(48, 80), (384, 100), (768, 33), (1000, 130)]  # in, out
+WIDTHS = [(48, 80), (384, 100), (768, 33), (1000, 130), (72, 56), (130, 40)]  # in, out
 CONFIGS = list(
     dict.fromkeys(
         (kind, c)

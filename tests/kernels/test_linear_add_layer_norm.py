@@ -85,6 +85,16 @@ def test_every_configuration(kind, config, rows, dtype, device, shared, tf32):
     assert found[0] > 1
 
 
+def test_tensor_descriptors_share_no_depth(device, shared):
+    """They would leave all parts but one as memory happened to be."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("tensor descriptors' tiles need the shared memory of sm_90 or sm_100")
+    found = shared(Gemm("tma", 64, 64, 32, warps=4, stages=2, parts=8))
+    args = arguments(65, 512, 64, torch.float16, device)
+    hold_to_definition("linear_add_layer_norm", *args, 1e-12, cu_seqlens([65], device), live=65, dead=9, rows=(0, 1))
+    assert not found
+
+
 @pytest.mark.parametrize("most", [1, 8])
 def test_dead_rows_are_left_alone_and_the_count_is_cut_to_the_capacity(most, device, shared, guarded, monkeypatch):
     shared(Gemm("pointer", 16, 32, 16, warps=4, stages=2, parts=most))
