@@ -149,12 +149,12 @@ def test_launches_of_the_model_by_hand():
     pooled = launched(roofline.pool([512, 16, 16], 768, 2))  # 8 rows at a time, 3 on their way
     assert [(part.programs, part.waits) for part in pooled] == [(1, 2 + 512 / 24), (2, 2 + 16 / 24)]
     assert launched(roofline.add_layer_norm(17, 768, 2))[0].programs == 5
-    (gemm,) = launched(roofline.gemm("linear", 64, 768, 3_072, 2))  # 64 x 32, 128 deep, 3 stages
-    assert gemm.programs == 24 and gemm.moved == 2 * (96 * 3_072 + 64 * 32) and gemm.waits == 24 / 2
+    (gemm,) = launched(roofline.gemm("linear", 64, 768, 3_072, 2))  # 16 x 32, 128 deep, 5 stages
+    assert gemm.programs == 4 * 24 and gemm.moved == 2 * (48 * 3_072 + 16 * 32) and gemm.waits == 24 / 4
     both = roofline.linear_add_layer_norm(64, 768, 3_072, 2)
     (shared,), (norm,) = map(launched, both.steps)  # four programs a tile, which they write in float32
     assert shared.programs == 4 * 24 and shared.moved == 2 * 96 * 768 + 4 * 64 * 32 and shared.waits == 6 / 2
-    assert shared.products == gemm.products / 4 and norm.programs == 64
+    assert shared.products == 2 * 64 * 32 * 768 and norm.programs == 64
     assert norm.moved * 64 == both.steps[1].bytes + (4 * 4 - 2) * 64 * 768
     assert both.bytes == 2 * (64 * 3_072 + 768 * 3_072 + 768 + 2 * 64 * 768 + 2 * 768)
     chip = CHIPS["H200"]
@@ -660,6 +660,54 @@ def test_what_spills_is_not_timed():
     assert list(tune.compiled(found, [alone], 90, 1)) == [(alone, "a multiprocessor holds 1, not 2")]
     row = {"registers": "64", "shared": "60000", "launch": "x warps=4 stages=3"}
     assert [compile_gate.resident(row | {"sm": sm}) for sm in ("80", "86", "90", "120")] == [2, 1, 3, 1]
+
+
+def test_every_case_of_a_product_is_compiled(monkeypatch):
+    """How many programs share its depth differs; what is judged is the product, not the LayerNorm behind it."""
+    matrix = replace(shapes.with_dtypes(shapes.FULL, ["bfloat16"]), rows=(256, 1_024, 64))
+    meta, seen = torch.device("meta"), []
+    (found,) = [
+        one for one in tune.classes(matrix, meta, 132, ("linear_add_layer_norm",)) if one.name == "half/some"
+    ]  # of many rows the product alone is searched
+    assert {one.name for one in tune.classes(matrix, meta, 132, ("linear_add_layer_norm",))} == {"half/some", "half/64"}
+
+    def compile_all(entries, jobs, keep):
+        seen.extend(entries)
+        for entry in entries:
+            spills = "9" if "PARTS=2" in entry.describe() else "0"
+            yield entry, {"spills": spills, "shared": "0", "sm": "90", "registers": "64", "launch": "warps=4"}
+
+    monkeypatch.setattr(compile_gate, "compile_all", compile_all)
+    alone = Gemm("pointer", 64, 64, 64, 4, 3)
+    verdicts = dict(tune.compiled(found, [alone, replace(alone, parts=8), Gemm("pointer", 64, 32, 64, 4, 3)], 90, 1))
+    assert [entry.name for entry in seen] == ["gemm_pointer"] * 3
+    assert verdicts == {alone: None, replace(alone, parts=8): "9 spills", Gemm("pointer", 64, 32, 64, 4, 3): None}
+
+
+def test_a_depth_that_nobody_would_share_is_no_candidate(monkeypatch):
+    matrix = replace(shapes.with_dtypes(shapes.FULL, ["bfloat16"]), rows=(1_024, 16))
+    found = {one.name: one for one in tune.classes(matrix, torch.device("meta"), 132, ("linear_add_layer_norm",))}
+    some, few = Gemm("pointer", 64, 64, 64, 4, 3, parts=8), Gemm("pointer", 16, 32, 128, 4, 3, parts=8)
+    assert tune._is_shared_by_none(found["half/some"], some) and not tune._is_shared_by_none(found["half/16"], few)
+    assert not tune._is_shared_by_none(found["half/some"], replace(some, parts=1))
+    assert not tune._is_shared_by_none(found["half/some"], _configs.Library())
+    asked = []
+    with monkeypatch.context() as few_of_them:
+        few_of_them.setattr(tune, "candidates", lambda *args: [some, replace(some, parts=1)])
+        few_of_them.setattr(tune, "compiled", lambda found, configs, *rest: (asked.extend(configs), [])[1])
+        tune.tune(found["half/some"], 90, 9e9, 2)
+    assert asked == [replace(some, parts=1)]
+    heights = {
+        size: {c.block_m for c in tune.candidates("linear", f"half/{size}", 90) if isinstance(c, Gemm)}
+        for size in ("16", "32", "64")
+    }
+    assert heights == {"16": {16}, "32": {16, 32}, "64": {16, 32, 64}}
+    shared = {c.parts for c in tune.candidates("linear_add_layer_norm", "half/16", 90) if isinstance(c, Gemm)}
+    assert shared == {1, 8} and {c.parts for c in tune.candidates("linear", "half/16", 90) if isinstance(c, Gemm)} == {
+        1
+    }
+    every = tune.candidates("linear_add_layer_norm", "half/some", 90)
+    assert all(c.parts == 1 for c in every if isinstance(c, Gemm) and c.family == "tma")
 
 
 def test_what_was_compiled_is_not_compiled_again(monkeypatch):

@@ -931,3 +931,15 @@ def test_an_empty_sequence_gives_no_nan_to_a_gradient():
     assert torch.autograd.gradcheck(lambda x, s: ops.attention(x, starts, 4, 2, s), (qkv, scale))
     with torch.autograd.detect_anomaly(check_nan=True):
         ops.attention(qkv, starts, 4, 2).sum().backward()
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_a_gradient_of_any_argument_of_a_products_norm(wanted):
+    """Of LayerNorms alone, as some train, too."""
+    args = [a.requires_grad_(i == wanted) for i, a in enumerate(case("linear_add_layer_norm", [3, 7])[:6])]
+    out = ops.linear_add_layer_norm(*args, 1e-12)
+    (found,) = torch.autograd.grad(out.square().sum(), args[wanted])
+    x, residual, weight, bias, scale, shift = args
+    plain = torch.nn.functional.layer_norm(x @ weight.T + bias + residual, (DIM,), scale, shift, 1e-12)
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(found, torch.autograd.grad(plain.square().sum(), args[wanted])[0])

@@ -112,9 +112,7 @@ def test_one_kernel_whatever_the_batch():
     assert launched(1500, 1) == launched(2048, 16) == launched(5760, 33)
     assert launched(4096, 1) == launched(5632, 16) == launched(16_897, 33)
     assert launched(65, 1) == launched(1280, 16)
-    assert (
-        launched(1, 1) == launched(16, 16) != launched(17, 1) == launched(32, 3) != launched(33, 1) == launched(64, 3)
-    )
+    assert launched(1, 1) == launched(16, 16) == launched(64, 3)
 
 
 def test_batch_invariant_launches_are_the_same_for_every_size(modes):
@@ -214,8 +212,35 @@ def test_wide_tiles():
         assert size("bias_gelu", rows, 3_072) == size("linear", rows, 768, "ieee") == "many"
         assert size("linear", rows, 768 + 128) == "many"
     assert size("linear", 5_760, 768) == "many"  # 135 tiles
-    found = [size("linear", rows, 768) for rows in (1, 16, 17, 33, 64, 65, 1_280, 1_408)]
-    assert found == ["16", "16", "32", "64", "64", "some", "some", "many"]
+    assert [size("linear", rows, 768) for rows in (64, 65, 1_280, 1_408)] == ["16", "some", "some", "many"]
+
+
+def test_tiles_of_few_rows():
+    """As low as leaves no multiprocessor two of them; where programs share a tile's depth, of all rows."""
+
+    def sizes(op, n, processors=132):
+        return [_configs.size_class(op, "half", rows, n, processors) for rows in (1, 16, 17, 32, 33, 64)]
+
+    assert sizes("linear_add_layer_norm", 768) == ["16", "16", "32", "32", "64", "64"]
+    assert sizes("linear", 768) == ["16"] * 6 and sizes("linear", 768, 58) == ["16", "16", "16", "16", "32", "32"]
+    assert sizes("qkv_projection", 2_304) == ["16", "16", "32", "32", "64", "64"]
+    assert sizes("qkv_projection", 2_304, 148) == ["16", "16", "16", "16", "32", "32"]
+    assert sizes("bias_gelu", 1_536) == ["16", "16", "16", "16", "32", "32"]
+
+
+@pytest.mark.parametrize("size", ["16", "some", "many", "wide"])
+def test_whose_configuration_serves_where_a_norm_follows(size):
+    """The product's own, but where programs may share its depth."""
+    assert _configs.searched_as("bias_gelu", size) == "bias_gelu"
+    mine, rows = (
+        _configs.Gemm("pointer", 32, 32, 32, warps=2, stages=2),
+        {"16": 9, "some": 99, "many": 8_192}.get(size, 16_896),
+    )
+    device = torch.device("meta")
+    for op, others in (("linear", ("many", "wide")), ("linear_add_layer_norm", ("16", "some"))):
+        with patch.dict(_configs.RECORDED, {(90, op, f"half/{size}"): mine}), compile_gate.recorded(90):
+            found = _configs.gemm("linear_add_layer_norm", rows, 768, torch.float16, device, True).config
+            assert (found is mine) == (size in others)
 
 
 def test_how_many_programs_share_a_tile():
@@ -247,6 +272,24 @@ def test_how_many_programs_share_a_tile():
         assert launched(rows, depth)[0] == [[parts], [parts]]
     assert [[parts] for parts in "1"] == launched(16_896, 768)[0][1:]
     assert "ROWS=1 " in launched(64, 3_072)[1][1].describe() and "ROWS=4 " in launched(384, 3_072)[1][1].describe()
+
+
+def test_a_width_that_8_divides_is_read_16_bytes_at_a_time():
+    """The compiler is told of multiples of 16 alone."""
+    e, half = compile_gate.empty, torch.float16
+    for width, wide in ((312, True), (600, True), (301, False)):
+        with compile_gate.recorded(80) as launches:
+            compile_gate.linear.linear(e(300, width, dtype=half), e(312, width, dtype=half), e(312, dtype=half))
+        row = compile_gate.compiled(launches[0])
+        assert (int(row["wide"]) > 8 and int(row["ldgsts"]) > 8) is wide, row
+        assert bool(list(compile_gate.complaints(row | {"ldgsts": "0"}))) is wide
+    row = {"kernel": "gemm_pointer", "sm": "80", "spills": "0", "shared": "0", "hgmma": "0", "hmma": "9", "ldgsts": "9"}
+    told = [("gemm_pointer", "PARTS=2", 4), ("gemm_pointer", "PARTS=1", 3), ("add_layer_norm", "PARTS=4", 9)]
+    for kernel, parts, least in told:
+        one = row | {"kernel": kernel, "launch": f"*fp16 *fp32 {parts} VECTOR=8 warps=4", "registers": "9", "wide": "9"}
+        assert not list(compile_gate.complaints(one | {"offsets64": str(least)}))
+        (why,) = compile_gate.complaints(one | {"offsets64": str(least - 1)})
+        assert why == f"{least - 1} pointers have 64-bit offsets, not {least}"
 
 
 def test_recorded_configurations_come_first():
