@@ -82,6 +82,11 @@ def class_of(case: Case, processors: int) -> str:
     return f"{'float32' if case.dtype is torch.float32 else 'half'}/{_configs.power_of_two(case.rows.shape[1])}"
 
 
+def _processors(device: torch.device) -> int:
+    """Of an H200 where none is at hand."""
+    return _configs.processors(device) if device.type == "cuda" else 132
+
+
 def candidates(op: str, name: str, arch: int) -> Iterator[Config]:
     """Every configuration worth compiling for a class; most are thrown out by the compile gate."""
     kind, _, rest = name.partition("/")
@@ -167,7 +172,7 @@ def forced(arch: int, found: Class, config: Config | None) -> Iterator[None]:
 def compiled(found: Class, configs: list[Config], arch: int, jobs: int) -> Iterator[tuple[Config, str | None]]:
     """Each configuration, and why it is not worth timing or None."""
     device, launch = found.cases[0].device, _launcher(found.op)
-    processors = _configs.processors(device) if device.type == "cuda" else 132
+    processors = _processors(device)
     binaries: dict[Config, set[compile_gate.Entry]] = {}  # cases differ in how many programs share a tile
     for config in configs:
         if isinstance(config, Library):
@@ -244,8 +249,7 @@ def _is_shared_by_none(found: Class, config: Config) -> bool:
     """Whether its tiles' depth could be shared, and in no case is: then there is a configuration that does the same."""
     if not isinstance(config, Gemm) or config.parts == 1:
         return False
-    device = found.cases[0].device
-    processors = _configs.processors(device) if device.type == "cuda" else 132
+    processors = _processors(found.cases[0].device)
     return all(kernels.parts(case, config, processors) == 1 for case in found.cases)
 
 
@@ -412,7 +416,7 @@ def run(
     }
     # what other kernels, candidates or compilers gave here holds no more
     rows = [row for row in rows if (row["arch"], row.get("gpu")) != (arch, card) or row.get("of") == about["of"]]
-    processors = _configs.processors(device) if device.type == "cuda" else 132
+    processors = _processors(device)
     limited = patch.object(sys.modules[__name__], "candidates", _first(most)) if most else patch.dict({})
     with limited, timing.Watch() as watch:
         for found in classes(matrix, device, processors, names):
