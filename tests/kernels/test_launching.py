@@ -223,6 +223,7 @@ def test_tiles_of_few_rows():
 
     assert sizes("linear_add_layer_norm", 768) == ["16", "16", "32", "32", "64", "64"]
     assert sizes("linear", 768) == ["16"] * 6 and sizes("linear", 768, 58) == ["16", "16", "16", "16", "32", "32"]
+    assert sizes("linear", 768, 96)[-1] == "16" and sizes("linear", 768, 95)[-1] == "32"
     assert sizes("qkv_projection", 2_304) == ["16", "16", "32", "32", "64", "64"]
     assert sizes("qkv_projection", 2_304, 148) == ["16", "16", "16", "16", "32", "32"]
     assert sizes("bias_gelu", 1_536) == ["16", "16", "16", "16", "32", "32"]
