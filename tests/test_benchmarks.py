@@ -683,7 +683,7 @@ def test_every_case_of_a_product_is_compiled(monkeypatch):
     monkeypatch.setattr(compile_gate, "compile_all", compile_all)
     alone = Gemm("pointer", 64, 64, 64, 4, 3)
     verdicts = list(tune.compiled(found, [alone, replace(alone, parts=8), Gemm("pointer", 64, 32, 64, 4, 3)], 90, 1))
-    assert [entry.name for entry in seen] == ["gemm_pointer"] * 3
+    assert [entry.name for entry in seen] == ["gemm_pointer"] * 3 and all(len(c.weight) == 768 for c in found.cases)
     assert sorted(verdicts, key=str) == sorted(
         [(alone, None), (replace(alone, parts=8), "9 spills"), (Gemm("pointer", 64, 32, 64, 4, 3), None)], key=str
     )
