@@ -407,3 +407,24 @@ def test_an_ipv6_cluster_where_nobody_listens():
     with pytest.raises(ConnectionError, match="there is no Ray cluster at localhost:99999"):
         module._reach("localhost:99999")
     module._reach("auto")
+
+
+def test_a_last_part_of_bad_rows(checkpoint, tmp_path, monkeypatch):
+    work, _, calls = with_actors(monkeypatch, checkpoint, 1, False)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * 4 + "{}\n" * 6)
+    job = Job(
+        [str(tmp_path / "in.jsonl")], tmp_path / "o", "embed", checkpoint, "npy", {}, on_error="skip", part_rows=4
+    )
+    done = run_job(job, work, Log(quiet=True))
+    assert len(calls) == 1 and done.finished and [part.rows for part in done.parts] == [4, 0, 0]
+
+
+def test_a_cluster_elsewhere_may_grow(checkpoint, monkeypatch):
+    """More actors than it has CPUs wait there until it has."""
+    for name, stub in (("is_initialized", lambda: False), ("init", Mock()), ("put", lambda value: value)):
+        monkeypatch.setattr(ray, name, stub)
+    monkeypatch.setattr(module, "_reach", lambda address: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda cls: Mock())
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu")
+    assert len(module.RayEmbedding(embedder, "npy", actors=6, address="auto").actors) == 6
