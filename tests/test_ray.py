@@ -409,14 +409,16 @@ def test_an_ipv6_cluster_where_nobody_listens():
     module._reach("auto")
 
 
-def test_a_last_part_of_bad_rows(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("good", [4, 0])
+def test_parts_of_bad_rows_alone(good, checkpoint, tmp_path, monkeypatch):
     work, _, calls = with_actors(monkeypatch, checkpoint, 1, False)
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * 4 + "{}\n" * 6)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * good + "{}\n" * 6)
     job = Job(
         [str(tmp_path / "in.jsonl")], tmp_path / "o", "embed", checkpoint, "npy", {}, on_error="skip", part_rows=4
     )
     done = run_job(job, work, Log(quiet=True))
-    assert len(calls) == 1 and done.finished and [part.rows for part in done.parts] == [4, 0, 0]
+    assert len(calls) == (good > 0) and done.finished
+    assert [part.rows for part in done.parts] == [*[4] * (good > 0), 0, 0]
 
 
 def test_a_cluster_elsewhere_may_grow(checkpoint, monkeypatch):
