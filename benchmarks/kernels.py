@@ -126,16 +126,16 @@ def ours_pointer(case: Case, stack: ExitStack) -> timing.Run:
     if not isinstance(config, _configs.Gemm) or config.family == "pointer":
         raise Missing("it runs anyway, or the library's product does")
 
-    def pointer(op: str, m: int, n: int, dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> Any:
-        return real(op, m, n, dtype, device, False)
+    def pointer(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> Any:
+        return real(op, m, n, k, dtype, device, False)
 
     stack.enter_context(patch.object(_configs, "gemm", pointer))
     return ours(case, stack)
 
 
 def _config_of(case: Case, whole: bool = False) -> _configs.Gemm | _configs.Library:
-    m, n = len(case.rows), len(case.weight)
-    return _configs.gemm(case.op, m, n, case.dtype, case.device, True, whole=whole).config
+    n, k = case.weight.shape
+    return _configs.gemm(case.op, len(case.rows), n, k, case.dtype, case.device, True, whole=whole).config
 
 
 @provider("fastdistil, no row dead", *GEMMS)

@@ -220,9 +220,10 @@ def _config(chip: Chip, name: str, shape: tuple[int, ...], dtype: str) -> tuple[
 
     m, n, k = shape
     kind = {"float32": "ieee", "tf32": "tf32"}.get(dtype, "half")
-    size = configs.size_class(name, kind, m, n, chip.processors)
-    aligned = k > 0 and k * BYTES[dtype] % 16 == 0 and n * BYTES[dtype] % 16 == 0
-    table = configs.GEMM[chip.arch] if aligned else configs.UNALIGNED
+    size = configs.size_class(name, kind, m, n, k, chip.processors)
+    odd = k == 0 or k * BYTES[dtype] % 16 > 0
+    aligned = not odd and n * BYTES[dtype] % 16 == 0
+    table = configs.GEMM[chip.arch] if aligned else configs.UNALIGNED if odd else configs.AMPERE
     config = table.get((kind, size)) or table[kind, "many"]
     key = chip.arch, configs.searched_as(name, size), f"{kind}/{size}"
     recorded = configs.RECORDED.get(key) if aligned else None

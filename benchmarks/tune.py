@@ -73,8 +73,8 @@ def class_of(case: Case, processors: int) -> str:
     """As the functions of kernels/_configs.py name it."""
     kind = _configs.matmul_precision() if case.dtype is torch.float32 else "half"
     if case.op in kernels.GEMMS:
-        m, n = len(case.rows), len(case.weight)
-        return f"{kind}/{_configs.size_class(case.op, kind, m, n, processors)}"
+        n, k = case.weight.shape
+        return f"{kind}/{_configs.size_class(case.op, kind, len(case.rows), n, k, processors)}"
     if case.op == "attention":
         _, _, longest, heads = case.args
         size = case.rows.shape[1] // 3 // heads
@@ -87,15 +87,16 @@ def _processors(device: torch.device) -> int:
     return _configs.processors(device) if device.type == "cuda" else 132
 
 
-def candidates(op: str, name: str, arch: int) -> Iterator[Config]:
-    """Every configuration worth compiling for a class; most are thrown out by the compile gate."""
+def candidates(op: str, name: str, arch: int, tallest: int = _configs.FEW) -> Iterator[Config]:
+    """Every configuration worth compiling for a class of cases of up to so many rows; most are thrown out by the
+    compile gate."""
     kind, _, rest = name.partition("/")
     if op in kernels.GEMMS:
-        for config in _gemms(kind, rest, arch):
+        for config in _gemms(kind, rest, arch, tallest):
             yield config
             fewer = rest.isdigit() or rest == "some"  # tiles than a chip has room for
             if op == "linear_add_layer_norm" and fewer and isinstance(config, Gemm) and config.family == "pointer":
-                yield replace(config, parts=8)
+                yield from (replace(config, parts=parts) for parts in (2, 4, 8))
     elif op == "attention":
         yield from _attentions(rest.partition("/")[2])
     else:
@@ -105,13 +106,13 @@ def candidates(op: str, name: str, arch: int) -> Iterator[Config]:
                 yield Rows(rows, block, warps, stages)
 
 
-def _gemms(kind: str, size: str, arch: int) -> Iterator[Gemm | Library]:
+def _gemms(kind: str, size: str, arch: int, tallest: int) -> Iterator[Gemm | Library]:
     yield Library()
     few = size.isdigit()
     descriptors = kind == "half" and arch in (90, 100) and not few
     depths = {"half": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[kind]
     tall = (
-        [m for m in (16, 32, 64) if m <= int(size)]
+        [m for m in (16, 32, 64) if m <= _configs.power_of_two(tallest)]
         if few
         else (64, 128)
         if size == "some"
@@ -245,12 +246,12 @@ def score(times: list[float], before: list[float]) -> float:
     return math.exp(sum(math.log(t / b) for t, b in zip(times, before, strict=True)) / len(times))
 
 
-def _is_shared_by_none(found: Class, config: Config) -> bool:
-    """Whether its tiles' depth could be shared, and in no case is: then there is a configuration that does the same."""
+def _is_another(found: Class, config: Config) -> bool:
+    """Whether in no case as many programs share a tile's depth as might: then fewer would do the same."""
     if not isinstance(config, Gemm) or config.parts == 1:
         return False
     processors = _processors(found.cases[0].device)
-    return all(kernels.parts(case, config, processors) == 1 for case in found.cases)
+    return all(kernels.parts(case, config, processors) < config.parts for case in found.cases)
 
 
 @torch.inference_mode()
@@ -267,11 +268,9 @@ def tune(
     device = found.cases[0].device
     row: dict[str, Any] = {"arch": arch, "op": found.op, "class": found.name, "cases": [c.name for c in found.cases]}
     row["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    every = {
-        _written(config): config
-        for config in candidates(found.op, found.name, arch)
-        if not _is_shared_by_none(found, config)
-    }
+    tallest = max((len(case.rows) for case in found.cases), default=0) if found.op in kernels.GEMMS else 0
+    possible = candidates(found.op, found.name, arch, tallest)
+    every = {_written(config): config for config in possible if not _is_another(found, config)}
     unfit: dict[str, str] = dict((before or {}).get("unfit", {}))
     tried: dict[str, float] = dict((before or {}).get("tried", {}))
     wrong: dict[str, str] = dict((before or {}).get("wrong", {}))
@@ -423,6 +422,8 @@ def run(
             key = arch, found.op, found.name, card
             known = next((row for row in rows if (row["arch"], row["op"], row["class"], row.get("gpu")) == key), None)
             others = [other for other in rows if other is not known]
+            if known is not None and known.get("cases") != [case.name for case in found.cases]:
+                known = None  # other shapes
             if known is not None and "stopped" not in known:
                 continue
             if time.monotonic() > deadline:
@@ -455,8 +456,8 @@ def sources() -> str:
 def _first(most: int) -> Any:
     every = candidates
 
-    def few(op: str, name: str, arch: int) -> Iterator[Config]:
-        found = list(every(op, name, arch))
+    def few(*given: Any) -> Iterator[Config]:
+        found = list(every(*given))
         yield from found[:: max(1, len(found) // most)][:most]
 
     return few

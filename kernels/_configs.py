@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdistil.kernels._target import interpreted
 
 FEW, COLUMNS = 64, 32  # rows up to which a GEMM waits for its weights, and the columns of its tiles then
+DEPTH = {"half": 128, "tf32": 64, "ieee": 64}  # and how deep these are
 
 
 @dataclass
@@ -99,13 +100,13 @@ class Attention:
 RECORDED: dict[tuple[int, str, str], Gemm | Library | Attention | Rows] = {}
 
 SMALL: dict[tuple[str, str], Gemm | Library] = {  # every architecture
-    ("half", "16"): Gemm("pointer", 16, COLUMNS, 128, warps=4, stages=5, group=1, parts=8),
-    ("half", "32"): Gemm("pointer", 32, COLUMNS, 128, warps=4, stages=4, group=1, parts=8),
-    ("half", "64"): Gemm("pointer", 64, COLUMNS, 128, warps=4, stages=3, group=1, parts=8),
+    ("half", "16"): Gemm("pointer", 16, COLUMNS, DEPTH["half"], warps=4, stages=5, group=1, parts=8),
+    ("half", "32"): Gemm("pointer", 32, COLUMNS, DEPTH["half"], warps=4, stages=4, group=1, parts=8),
+    ("half", "64"): Gemm("pointer", 64, COLUMNS, DEPTH["half"], warps=4, stages=3, group=1, parts=8),
     ("half", "some"): Gemm("pointer", 64, 64, 64, warps=4, stages=4, parts=8),
-    ("tf32", "16"): Gemm("pointer", 16, COLUMNS, 64, warps=4, stages=3, group=1, parts=8),
-    ("tf32", "32"): Gemm("pointer", 32, COLUMNS, 64, warps=4, stages=3, group=1, parts=8),
-    ("tf32", "64"): Gemm("pointer", 64, COLUMNS, 64, warps=4, stages=3, group=1, parts=8),
+    ("tf32", "16"): Gemm("pointer", 16, COLUMNS, DEPTH["tf32"], warps=4, stages=3, group=1, parts=8),
+    ("tf32", "32"): Gemm("pointer", 32, COLUMNS, DEPTH["tf32"], warps=4, stages=3, group=1, parts=8),
+    ("tf32", "64"): Gemm("pointer", 64, COLUMNS, DEPTH["tf32"], warps=4, stages=3, group=1, parts=8),
     ("tf32", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=4, parts=8),
     ("tf32", "many"): Gemm("pointer", 128, 64, 32, warps=8, stages=3),
     # to turn the weight over would cost too much for few rows, and the library's dead rows cost little
@@ -114,7 +115,7 @@ SMALL: dict[tuple[str, str], Gemm | Library] = {  # every architecture
     ("ieee", "many"): Gemm("pointer", 128, 64, 16, warps=8, stages=3, across=True),
 }
 AMPERE = SMALL | {("half", "many"): Gemm("pointer", 128, 128, 32, warps=8, stages=3)}
-# numbers read one by one, which take registers each
+# where rows are read number by number, each of which takes a register
 UNALIGNED = AMPERE | {
     **{("half", str(m)): Gemm("pointer", m, COLUMNS, 32, warps=4, stages=2, group=1, parts=8) for m in (16, 32, 64)},
     ("half", "some"): Gemm("pointer", 64, 64, 32, warps=4, stages=2, parts=8),
@@ -205,15 +206,23 @@ def _row_kernel(op: str, dim: int, kind: str, arch: int) -> Rows:
 
 
 def gemm(
-    op: str, m: int, n: int, dtype: torch.dtype, device: torch.device, aligned: bool, whole: bool = False
+    op: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+    whole: bool = False,
+    odd: bool = False,
 ) -> GemmLaunch:
-    """m, n: rows and columns of the result. aligned: pointers and row strides are multiples of 16 bytes, which tensor
-    descriptors need. whole: no row is dead."""
+    """[m, k] @ [n, k].T. aligned: pointers and row strides are multiples of 16 bytes, which tensor descriptors need.
+    whole: no row is dead. odd: it is the rows to be read that are not aligned."""
     precision = matmul_precision() if dtype is torch.float32 else "half"
-    size = size_class(op, precision, m, n, processors(device))
+    size = size_class(op, precision, m, n, k, processors(device))
     # the library's kernels go by the number of rows, and under the interpreter it is ours that are run
     library = not modes.batch_invariant and not interpreted()
-    return _gemm(op, architecture(device), size, precision, aligned, whole, library, modes.exact_gelu, device)
+    return _gemm(op, architecture(device), size, precision, aligned, odd, whole, library, modes.exact_gelu, device)
 
 
 def parts(config: Gemm, m: int, n: int, k: int, processors: int) -> int:
@@ -230,22 +239,22 @@ def searched_as(op: str, size: str) -> str:
     return "linear" if op == "linear_add_layer_norm" and size in ("many", "wide") else op
 
 
-def _height(op: str, m: int, n: int, processors: int) -> int:
+def _height(op: str, precision: str, m: int, n: int, k: int, processors: int) -> int:
     """Rows of a tile, of few: all of them, so that the weights are read but once, where programs share its depth; else
     as few as leave no multiprocessor more than one tile."""
-    shared = op == "linear_add_layer_norm"
+    shared = op == "linear_add_layer_norm" and k > 3 * DEPTH[precision]
     return next(
         rows for rows in (16, 32, 64) if rows >= m or (not shared and cdiv(m, rows) * cdiv(n, COLUMNS) <= processors)
     )
 
 
-def size_class(op: str, precision: str, m: int, n: int, processors: int) -> str:
+def size_class(op: str, precision: str, m: int, n: int, k: int, processors: int) -> str:
     """16, 32 or 64: few rows, in tiles of so many; some: more rows; many: tiles of 128 x 128 occupy at least half of
     the chip; wide: half precision without an activation, where the last tiles of 128 x 256 do not leave too much of the
     chip idle. The batch-invariant mode goes by the layer alone."""
     fixed, tiles = modes.batch_invariant, cdiv(m, 128) * cdiv(n, 128)
     if not fixed and (m <= FEW or 2 * tiles < processors):
-        return "some" if m > FEW else str(_height(op, m, n, processors))
+        return "some" if m > FEW else str(_height(op, precision, m, n, k, processors))
     if op == "bias_gelu" or precision != "half" or n % 256:
         return "many"
     return "wide" if fixed or WIDE * cdiv(tiles // 2, processors) * 2 <= cdiv(tiles, processors) else "many"
@@ -258,12 +267,13 @@ def _gemm(
     size: str,
     precision: str,
     aligned: bool,
+    odd: bool,
     whole: bool,
     library: bool,
     exact: bool,
     device: torch.device,
 ) -> GemmLaunch:
-    table = GEMM[arch] if aligned else UNALIGNED
+    table = GEMM[arch] if aligned else UNALIGNED if odd else AMPERE
     sizes = [f"{size}/whole", size, "many/whole", "many"] if whole else [size, "many"]
     name = searched_as(op, size)
     found = [RECORDED.get((arch, name, f"{precision}/{s}")) for s in sizes[: len(sizes) // 2]] if aligned else []

@@ -139,10 +139,11 @@ def gemm_tma(
     x_desc, weight_desc, y_desc, bias_ptr, cu_seqlens_ptr, batch, M, N, K, programs,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALVES: tl.constexpr, FLATTEN: tl.constexpr, OVERLAP: tl.constexpr,
+    VECTOR: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     live = M if cu_seqlens_ptr is None else tl.minimum(tl.load(cu_seqlens_ptr + batch), M)
+    N = N // VECTOR * VECTOR
     m_tiles = tl.cdiv(live, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, flatten=FLATTEN):
@@ -201,8 +202,9 @@ def gemm(
     if _configs.modes.batch_invariant:  # one family, wherever the memory lies
         x, weight = (t.clone() if t.data_ptr() % 16 else t for t in (x, weight))
     # what torch allocates, as it will the result, is aligned
-    aligned = K > 0 and K * size % 16 == 0 and N * size % 16 == 0 and not any(t.data_ptr() % 16 for t in (x, weight))
-    launch = _configs.gemm(op, M, N, x.dtype, x.device, aligned, whole=cu_seqlens is None)
+    odd = K == 0 or K * size % 16 > 0 or any(t.data_ptr() % 16 for t in (x, weight))
+    aligned = not odd and N * size % 16 == 0
+    launch = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned, whole=cu_seqlens is None, odd=odd)
     c = launch.config
     if isinstance(c, _configs.Library):
         return LIBRARY[activation](F.linear(x, weight, bias))
@@ -212,6 +214,7 @@ def gemm(
     common = dict(
         ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,
         PRECISION=launch.precision,
+        VECTOR=16 // size if aligned else 1,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers, **_configs.every_launch(x.device),
     )  # fmt: skip
@@ -235,7 +238,6 @@ def gemm(
             N,
             K,
             EVEN_K=K % c.block_k == 0,
-            VECTOR=16 // size if aligned else 1,
             PARTS=parts,
             ACROSS=c.across,
             **common,

@@ -83,9 +83,11 @@ def _reach(address: str) -> None:
     """ConnectionError where nobody listens at host:port: Ray itself goes on trying for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdecimal():
+        if int(port) > 65_535:  # which the system would take for another
+            raise ConnectionError(f"there is no Ray cluster at {address}: a port is at most 65535")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except (OSError, OverflowError, UnicodeError) as error:
+        except (OSError, UnicodeError) as error:
             raise ConnectionError(f"there is no Ray cluster at {address}: {error}") from error
 
 
