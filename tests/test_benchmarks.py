@@ -552,8 +552,8 @@ def test_classes_are_what_is_looked_up(monkeypatch):
                 elif case.op == "pool":
                     looked = _configs.row_kernel("pool", case.rows.shape[1], case.dtype, meta)
                 else:
-                    m, n = len(case.rows), len(case.weight)
-                    looked = _configs.gemm(case.op, m, n, case.dtype, meta, True).config
+                    m, (n, k) = len(case.rows), case.weight.shape
+                    looked = _configs.gemm(case.op, m, n, k, case.dtype, meta, True).config
             assert looked == marked, (found.op, found.name, case.name)
     assert {
         ("linear", "half/wide"),
@@ -696,24 +696,24 @@ def test_a_depth_that_nobody_would_share_is_no_candidate(monkeypatch):
     matrix = replace(shapes.with_dtypes(shapes.FULL, ["bfloat16"]), rows=(1_024, 16))
     found = {one.name: one for one in tune.classes(matrix, torch.device("meta"), 132, ("linear_add_layer_norm",))}
     some, few = Gemm("pointer", 64, 64, 64, 4, 3, parts=8), Gemm("pointer", 16, 32, 128, 4, 3, parts=8)
-    assert tune._is_shared_by_none(found["half/some"], some) and not tune._is_shared_by_none(found["half/16"], few)
-    assert not tune._is_shared_by_none(found["half/some"], replace(some, parts=1))
-    assert not tune._is_shared_by_none(found["half/some"], _configs.Library())
+    assert tune._is_another(found["half/some"], some) and tune._is_another(found["half/16"], few)
+    assert [tune._is_another(found["half/16"], replace(few, parts=n)) for n in (1, 2, 4)] == [False] * 3
+    assert not tune._is_another(found["half/some"], replace(some, parts=1))
+    assert not tune._is_another(found["half/some"], _configs.Library())
     asked = []
     with monkeypatch.context() as few_of_them:
         few_of_them.setattr(tune, "candidates", lambda *args: [some, replace(some, parts=1)])
         few_of_them.setattr(tune, "compiled", lambda found, configs, *rest: (asked.extend(configs), [])[1])
         tune.tune(found["half/some"], 90, 9e9, 2)
     assert asked == [replace(some, parts=1)]
-    heights = {
-        size: {c.block_m for c in tune.candidates("linear", f"half/{size}", 90) if isinstance(c, Gemm)}
-        for size in ("16", "32", "64")
-    }
-    assert heights == {"16": {16}, "32": {16, 32}, "64": {16, 32, 64}}
+    heights = [
+        {c.block_m for c in tune.candidates("linear", "half/16", 90, n) if isinstance(c, Gemm)} for n in (9, 32, 64)
+    ]
+    assert heights == [{16}, {16, 32}, {16, 32, 64}]
     shared = {c.parts for c in tune.candidates("linear_add_layer_norm", "half/16", 90) if isinstance(c, Gemm)}
-    assert shared == {1, 8} and {c.parts for c in tune.candidates("linear", "half/16", 90) if isinstance(c, Gemm)} == {
-        1
-    }
+    assert shared == {1, 2, 4, 8} and {
+        c.parts for c in tune.candidates("linear", "half/16", 90) if isinstance(c, Gemm)
+    } == {1}
     every = tune.candidates("linear_add_layer_norm", "half/some", 90)
     assert all(c.parts == 1 for c in every if isinstance(c, Gemm) and c.family == "tma")
 
@@ -721,7 +721,7 @@ def test_a_depth_that_nobody_would_share_is_no_candidate(monkeypatch):
 def test_what_was_compiled_is_not_compiled_again(monkeypatch):
     """Where the time ran out before anything was timed."""
     configs = [Gemm("pointer", 16, n, 32, 4, stages) for n in (32, 64, 128, 256) for stages in (2, 3)]
-    case = types.SimpleNamespace(name="a case", device=CPU)
+    case = types.SimpleNamespace(name="a case", rows=[0], device=CPU)
     found, clock, asked = tune.Class("linear", "half/16", (case,)), [0.0], []
 
     def compiled(found, some, arch, jobs):
@@ -762,7 +762,7 @@ def test_a_class_cut_off_is_gone_on_with(monkeypatch, tmp_path):
             return [1.0 if config is None or config.block_n < 128 else 0.5]
 
     configs = [Gemm("pointer", 16, n, 32, 4, stages) for n in (32, 64, 128, 256) for stages in (2, 3)]
-    case = types.SimpleNamespace(name="a case", device=types.SimpleNamespace(type="cuda"))
+    case = types.SimpleNamespace(name="a case", rows=[0], device=types.SimpleNamespace(type="cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(tune, "Trial", Trial)
     monkeypatch.setattr(tune, "candidates", lambda *args: configs)
@@ -785,13 +785,16 @@ def test_a_class_cut_off_is_gone_on_with(monkeypatch, tmp_path):
     assert len(timed) == 6 and len(set(timed)) == 6 and "stopped" not in second and len(second["wrong"]) == 3
     assert second["winner"] == tune._written(configs[5]) and tune.run(*arguments, minutes=1)[1] == second
     assert len(timed) == 6 and any("max error" in line for line in tune.lines([second]))
+    another = types.SimpleNamespace(**vars(case) | {"name": "another case"})  # of which nothing is known
+    monkeypatch.setattr(tune, "classes", lambda *args: [tune.Class("linear", "half/many", (case, another))])
+    assert tune.run(*arguments, minutes=1)[1]["cases"] == ["a case", "another case"] and len(timed) == 12
     (_, row) = record.read(tmp_path / "tune.json")["rows"]
     assert row["commit"] == record.commit() and row["triton"] and row["date"]
     for other in ("triton", "torch"):  # by another compiler: nothing of it holds
         monkeypatch.setattr(getattr(tune, other), "__version__", "9.9")
         (_, again) = tune.run(*arguments, minutes=1)
         assert again["of"] != row["of"] and again["winner"] == second["winner"]
-    assert len(timed) == 18
+    assert len(timed) == 24
     kernels_here = shutil.copytree(tune.CONFIGS.parent, tmp_path / "kernels")
     before = tune.made_of()
     monkeypatch.setattr(tune, "CONFIGS", kernels_here / tune.CONFIGS.name)
@@ -1737,7 +1740,7 @@ def test_tuning_on_a_broken_device_goes_on_behind_it(monkeypatch, tmp_path):
             return [slow]
 
     configs = [Gemm("pointer", 16, n, 32, 4, 2) for n in (32, 64, 128)]
-    case = types.SimpleNamespace(name="a case", device=torch.device("cuda", 0))
+    case = types.SimpleNamespace(name="a case", rows=[0], device=torch.device("cuda", 0))
     for name, value in {
         "Trial": Trial,
         "candidates": lambda *args: configs,

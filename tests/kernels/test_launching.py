@@ -204,7 +204,7 @@ def test_wide_tiles():
     """DistilBERT-base on 132 multiprocessors: where no activation follows and their last wave is not too empty."""
 
     def size(op, rows, n, precision="half"):
-        return _configs.size_class(op, precision, rows, n, 132)
+        return _configs.size_class(op, precision, rows, n, 768, 132)
 
     for rows in (5_632, 8_192, 11_264, 16_896):
         assert size("qkv_projection", rows, 2_304) == "wide"
@@ -218,10 +218,13 @@ def test_wide_tiles():
 def test_tiles_of_few_rows():
     """As low as leaves no multiprocessor two of them; where programs share a tile's depth, of all rows."""
 
-    def sizes(op, n, processors=132):
-        return [_configs.size_class(op, "half", rows, n, processors) for rows in (1, 16, 17, 32, 33, 64)]
+    def sizes(op, n, processors=132, k=768, precision="half"):
+        return [_configs.size_class(op, precision, rows, n, k, processors) for rows in (1, 16, 17, 32, 33, 64)]
 
     assert sizes("linear_add_layer_norm", 768) == ["16", "16", "32", "32", "64", "64"]
+    shallow = dict(op="linear_add_layer_norm", n=384, k=384)  # three steps, which nobody shares
+    assert sizes(**shallow) == sizes("linear", 384) == ["16"] * 6
+    assert sizes(**shallow, precision="tf32")[-1] == "64" and sizes(**shallow | {"k": 385})[-1] == "64"
     assert sizes("linear", 768) == ["16"] * 6 and sizes("linear", 768, 58) == ["16", "16", "16", "16", "32", "32"]
     assert sizes("linear", 768, 96)[-1] == "16" and sizes("linear", 768, 95)[-1] == "32"
     assert sizes("qkv_projection", 2_304) == ["16", "16", "32", "32", "64", "64"]
@@ -240,7 +243,7 @@ def test_whose_configuration_serves_where_a_norm_follows(size):
     device = torch.device("meta")
     for op, others in (("linear", ("many", "wide")), ("linear_add_layer_norm", ("16", "some"))):
         with patch.dict(_configs.RECORDED, {(90, op, f"half/{size}"): mine}), compile_gate.recorded(90):
-            found = _configs.gemm("linear_add_layer_norm", rows, 768, torch.float16, device, True).config
+            found = _configs.gemm("linear_add_layer_norm", rows, 768, 768, torch.float16, device, True).config
             assert (found is mine) == (size in others)
 
 
@@ -283,7 +286,14 @@ def test_a_width_that_8_divides_is_read_16_bytes_at_a_time():
             compile_gate.linear.linear(e(300, width, dtype=half), e(312, width, dtype=half), e(312, dtype=half))
         row = compile_gate.compiled(launches[0])
         assert (int(row["wide"]) > 8 and int(row["ldgsts"]) > 8) is wide, row
+        assert row["spills"] == "0" and ("BLOCK_K=64" in row["launch"]) is wide  # number by number in shallow tiles
         assert bool(list(compile_gate.complaints(row | {"ldgsts": "0"}))) is wide
+    with compile_gate.recorded(80) as launches:  # a classifier's two columns do not matter to what is read
+        compile_gate.linear.linear(e(16, 768, dtype=half), e(2, 768, dtype=half), e(2, dtype=half))
+    assert int(compile_gate.compiled(launches[0])["wide"]) > 8
+    with compile_gate.recorded(100) as launches:
+        compile_gate.linear.linear(e(16_896, 312, dtype=half), e(600, 312, dtype=half), e(600, dtype=half))
+    assert launches[0].name == "gemm_tma" and compile_gate.compiled(launches[0])["spills"] == "0"
     row = {"kernel": "gemm_pointer", "sm": "80", "spills": "0", "shared": "0", "hgmma": "0", "hmma": "9", "ldgsts": "9"}
     told = [("gemm_pointer", "PARTS=2", 4), ("gemm_pointer", "PARTS=1", 3), ("add_layer_norm", "PARTS=4", 9)]
     for kernel, parts, least in told:
@@ -296,10 +306,10 @@ def test_a_width_that_8_divides_is_read_16_bytes_at_a_time():
 def test_recorded_configurations_come_first():
     device, mine = torch.device("meta"), _configs.Gemm("pointer", 32, 32, 32, warps=2, stages=2)
     with patch.dict(_configs.RECORDED, {(90, "linear", "half/many"): mine}), compile_gate.recorded(90):
-        assert _configs.gemm("linear", 5760, 768, torch.float16, device, True).config is mine
-        assert _configs.gemm("bias_gelu", 5760, 768, torch.float16, device, True).config is not mine
+        assert _configs.gemm("linear", 5760, 768, 768, torch.float16, device, True).config is mine
+        assert _configs.gemm("bias_gelu", 5760, 768, 768, torch.float16, device, True).config is not mine
     with compile_gate.recorded(80):
-        assert _configs.gemm("linear", 5760, 768, torch.float16, device, True).config.family == "pointer"
+        assert _configs.gemm("linear", 5760, 768, 768, torch.float16, device, True).config.family == "pointer"
 
 
 def test_launches_that_overlap_wait_for_the_one_before(modes):
@@ -324,7 +334,7 @@ def test_where_the_library_serves(modes):
     device, library, mine = torch.device("meta"), _configs.Library(), _configs.Gemm("pointer", 32, 32, 32, 2, 2)
 
     def config(rows, dtype, whole, aligned=True):
-        return _configs.gemm("linear", rows, 768, dtype, device, aligned, whole=whole).config
+        return _configs.gemm("linear", rows, 768, 768, dtype, device, aligned, whole=whole).config
 
     with compile_gate.recorded(90):
         for rows, whole, found in ((8, False, True), (300, False, True), (16_896, False, False), (16_896, True, True)):
