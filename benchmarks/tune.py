@@ -111,15 +111,9 @@ def _gemms(kind: str, size: str, arch: int, tallest: int) -> Iterator[Gemm | Lib
     few = size.isdigit()
     descriptors = kind == "half" and arch in (90, 100) and not few
     depths = {"half": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[kind]
-    tall = (
-        [m for m in (16, 32, 64) if m <= _configs.power_of_two(tallest)]
-        if few
-        else (64, 128)
-        if size == "some"
-        else (128,)
-        if descriptors
-        else (64, 128)
-    )
+    tall: tuple[int, ...] = (128,) if descriptors and size != "some" else (64, 128)
+    if few:
+        tall = tuple(m for m in (16, 32, 64) if m <= _configs.power_of_two(tallest))
     for m, n, k, stages in product(tall, (16,) * few + (32, 64, 128, 256), depths, (2, 3, 5) if few else (3, 4)):
         for warps in {4 if m * n <= 64 * 128 else 8, 8 if m * n >= 64 * 64 else 4}:
             plain = Gemm("pointer", m, n, k, warps, stages, group=1 if few else 8)
