@@ -23,6 +23,22 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture(params=["transposed", "sliced columns", "every other row", "misaligned"])
+def as_layout(request):
+    """as_layout(t): the same numbers, lying otherwise."""
+
+    def lay(t):
+        if request.param == "transposed":
+            return t.contiguous() if t.dim() == 1 else t.T.contiguous().T
+        if request.param == "sliced columns":
+            return torch.cat([t, t], dim=-1)[..., : t.shape[-1]]
+        if request.param == "every other row":
+            return t.repeat_interleave(2, dim=0)[::2]
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)  # 2 or 4 bytes past a multiple of 16
+
+    return lay
+
+
 @pytest.fixture
 def guarded(monkeypatch):
     """What a launcher allocates lies between guards; the returned function tells whether they are whole."""
