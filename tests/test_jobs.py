@@ -1053,6 +1053,7 @@ def test_a_lock_alone_is_nothing_to_lose(tmp_path):
         ("1", ["cuda:1"]),
         ("0,1", ["cuda:0", "cuda:1"]),
         ("cuda:0, 1,cuda:2", ["cuda:0", "cuda:1", "cuda:2"]),
+        ("xpu:0,1", ["xpu:0", "xpu:1"]),
         ("cpu,cpu", ["cpu", "cpu"]),
         ("cuda,cuda:0", "device cuda:0 is named twice"),
         ("cuda:1,01", "device cuda:1 is named twice"),
@@ -1066,6 +1067,29 @@ def test_which_devices_are_named(given, found):
         return
     with pytest.raises(ValueError, match=found):
         processes.split_devices(given)
+
+
+@pytest.mark.parametrize("status", [1, 2, -9, 4])
+def test_what_is_said_of_a_process_that_failed(status):
+    """Of one that was killed what to do; one that ended by itself has said so."""
+    message = str(processes.Failed("cuda:1", status))
+    assert message.startswith(f"the process on cuda:1 ended with status {status}")
+    assert ("--resume" in message) == (status not in (1, 2))
+
+
+def test_which_shards_several_devices_take(tmp_path, monkeypatch):
+    """Of three jobs on two devices each the second has the third and the fourth of six, which others merge."""
+    seen = []
+    monkeypatch.setattr(processes, "_together", lambda *given: (seen.append(given), [0, processes.REJECTED])[1])
+    monkeypatch.setattr(processes, "merge", lambda *_, **__: pytest.fail("merged"))
+    options = dict(shard=1, shards=3, resume=False, overwrite=False)
+    assert processes.run_on(["cuda:0", "cuda:1"], ["embed"], tmp_path / "o", **options) is True
+    devices, commands, _, directories, replaced = seen[0]
+    assert devices == ["cuda:0", "cuda:1"] and replaced == []
+    assert directories == [processes.shard_directory(tmp_path / "o", i, 6) for i in (2, 3)]
+    for device, directory, index, command in zip(devices, directories, ("2", "3"), commands, strict=True):
+        tail = ["--device", device, "--output", str(directory), "--num-shards", "6", "--shard-index", index]
+        assert command[1:] == ["-m", "fastdistil.cli", "embed", *tail]
 
 
 def test_ids_of_rows_are_integers_in_parquet(checkpoint, tmp_path):
