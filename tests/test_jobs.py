@@ -1069,6 +1069,26 @@ def test_which_devices_are_named(given, found):
         processes.split_devices(given)
 
 
+def test_what_several_devices_would_lose(tmp_path, monkeypatch):
+    """A shard's parts are a job's, too; an unfinished merge of finished shards is gone on with."""
+    shards = [processes.shard_directory(tmp_path, i, 2) for i in range(2)]
+    shards[1].mkdir()
+    processes._refuse(tmp_path, shards, 2, resume=False, overwrite=False)
+    (shards[1] / "part-00000.npy").write_bytes(b"")
+    with pytest.raises(FileExistsError, match=f"is not empty .{shards[1].name}."):
+        processes._refuse(tmp_path, shards, 2, resume=False, overwrite=False)
+    processes._refuse(tmp_path, shards, 2, resume=False, overwrite=True)
+    (tmp_path / processes.MANIFEST).write_text("{}")
+    monkeypatch.setattr(processes, "_is_merged", lambda output: False)
+    for finished in (shards, shards[:1]):
+        monkeypatch.setattr(processes, "_is_finished", finished.__contains__)
+        if finished == shards:
+            processes._refuse(tmp_path, shards, 2, resume=True, overwrite=False)
+        else:
+            with pytest.raises(FileExistsError, match="holds an unfinished job on one device"):
+                processes._refuse(tmp_path, shards, 2, resume=True, overwrite=False)
+
+
 @pytest.mark.parametrize("status", [1, 2, -9, 4])
 def test_what_is_said_of_a_process_that_failed(status):
     """Of one that was killed what to do; one that ended by itself has said so."""
