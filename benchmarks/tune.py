@@ -240,8 +240,9 @@ def score(times: list[float], before: list[float]) -> float:
     return math.exp(sum(math.log(t / b) for t, b in zip(times, before, strict=True)) / len(times))
 
 
-def _is_another(found: Class, config: Config) -> bool:
-    """Whether in no case as many programs share a tile's depth as might: then fewer would do the same."""
+def _has_idle_parts(found: Class, config: Config) -> bool:
+    """Whether in no case as many programs share a tile's depth as may: then the candidate that lets fewer do so runs
+    the same."""
     if not isinstance(config, Gemm) or config.parts == 1:
         return False
     processors = _processors(found.cases[0].device)
@@ -264,7 +265,7 @@ def tune(
     row["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     tallest = max((len(case.rows) for case in found.cases), default=0) if found.op in kernels.GEMMS else 0
     possible = candidates(found.op, found.name, arch, tallest)
-    every = {_written(config): config for config in possible if not _is_another(found, config)}
+    every = {_written(config): config for config in possible if not _has_idle_parts(found, config)}
     unfit: dict[str, str] = dict((before or {}).get("unfit", {}))
     tried: dict[str, float] = dict((before or {}).get("tried", {}))
     wrong: dict[str, str] = dict((before or {}).get("wrong", {}))

@@ -417,7 +417,7 @@ class TransformerBlock(nn.Module):
         context = cpu.attend(cpu.linear(x, w_qkv, b_qkv), starts, own["attention"].n_heads)  # [rows, dim]
         if only is not None:
             context, x = context[only], x[only]
-        x = cpu.add_layer_norm(cpu.linear(context, w_out, b_out), x, w_norm, b_norm, own["sa_layer_norm"].eps)
+        x = cpu.linear_add_layer_norm(context, x, w_out, b_out, w_norm, b_norm, own["sa_layer_norm"].eps)
         activation: Any = activation_of(own["ffn"].activation)
         y = cpu.feed_forward(x, w_1, b_1, w_2, b_2, activation)  # [rows, dim]
         return cpu.add_layer_norm(y, x, w_last, b_last, own["output_layer_norm"].eps)

@@ -696,10 +696,10 @@ def test_a_depth_that_nobody_would_share_is_no_candidate(monkeypatch):
     matrix = replace(shapes.with_dtypes(shapes.FULL, ["bfloat16"]), rows=(1_024, 16))
     found = {one.name: one for one in tune.classes(matrix, torch.device("meta"), 132, ("linear_add_layer_norm",))}
     some, few = Gemm("pointer", 64, 64, 64, 4, 3, parts=8), Gemm("pointer", 16, 32, 128, 4, 3, parts=8)
-    assert tune._is_another(found["half/some"], some) and tune._is_another(found["half/16"], few)
-    assert [tune._is_another(found["half/16"], replace(few, parts=n)) for n in (1, 2, 4)] == [False] * 3
-    assert not tune._is_another(found["half/some"], replace(some, parts=1))
-    assert not tune._is_another(found["half/some"], _configs.Library())
+    assert tune._has_idle_parts(found["half/some"], some) and tune._has_idle_parts(found["half/16"], few)
+    assert [tune._has_idle_parts(found["half/16"], replace(few, parts=n)) for n in (1, 2, 4)] == [False] * 3
+    assert not tune._has_idle_parts(found["half/some"], replace(some, parts=1))
+    assert not tune._has_idle_parts(found["half/some"], _configs.Library())
     asked = []
     with monkeypatch.context() as few_of_them:
         few_of_them.setattr(tune, "candidates", lambda *args: [some, replace(some, parts=1)])
@@ -710,10 +710,8 @@ def test_a_depth_that_nobody_would_share_is_no_candidate(monkeypatch):
         {c.block_m for c in tune.candidates("linear", "half/16", 90, n) if isinstance(c, Gemm)} for n in (9, 32, 64)
     ]
     assert heights == [{16}, {16, 32}, {16, 32, 64}]
-    shared = {c.parts for c in tune.candidates("linear_add_layer_norm", "half/16", 90) if isinstance(c, Gemm)}
-    assert shared == {1, 2, 4, 8} and {
-        c.parts for c in tune.candidates("linear", "half/16", 90) if isinstance(c, Gemm)
-    } == {1}
+    for op, shared in (("linear_add_layer_norm", {1, 2, 4, 8}), ("linear", {1})):
+        assert {c.parts for c in tune.candidates(op, "half/16", 90) if isinstance(c, Gemm)} == shared
     every = tune.candidates("linear_add_layer_norm", "half/some", 90)
     assert all(c.parts == 1 for c in every if isinstance(c, Gemm) and c.family == "tma")
 
