@@ -363,10 +363,10 @@ class TransformerBlock(nn.Module):
         adapters: Sequence[str] = (),
     ) -> Tensor:
         """x: [rows, dim] -> [rows, dim], or of the rows in `only` [n] -> [n, dim]"""
-        if at.starts is not None and not adapters and head_scale is None and type(x) is Tensor:
+        if (at.starts is not None or at.launched) and not adapters and head_scale is None and type(x) is Tensor:
             leaves = self._leaves(x)
             if leaves is not None:
-                return self._unseen(x, at.starts, only, leaves)
+                return self._unseen(x, at, only, leaves)
         out_lin, lin2 = self.attention.out_lin, self.ffn.lin2
         context = self.attention.attend(x, at, head_scale, only, adapters)  # [rows or n, dim]
         x, live = (x, at.live) if only is None else (x[only], None)
@@ -382,14 +382,14 @@ class TransformerBlock(nn.Module):
         """(weight, bias) of what `_unseen` computes with; None where a part is not just ours, or the ops' to refuse."""
         own: Any = self._modules
         attention, ffn = own["attention"], own["ffn"]
-        dtype, dim, of_attention, of_ffn = x.dtype, x.shape[1], attention._modules, ffn._modules
-        names = ("q_lin", "k_lin", "v_lin", "out_lin")
-        q, k, v, out = (weights_of(of_attention.get(name), nn.Linear, dtype) for name in names)
-        lin1, lin2 = (weights_of(of_ffn.get(name), nn.Linear, dtype) for name in ("lin1", "lin2"))
+        dim, of_attention, of_ffn = x.shape[1], attention._modules, ffn._modules
+        linears = [of_attention.get(name) for name in ("q_lin", "k_lin", "v_lin", "out_lin")]
+        linears += [of_ffn.get("lin1"), of_ffn.get("lin2")]
         norms = own.get("sa_layer_norm"), own.get("output_layer_norm")
-        norm, last = (weights_of(one, nn.LayerNorm, dtype) for one in norms)
-        if not (q and k and v and out and norm and lin1 and lin2 and last and attention._qkv):
+        of_linears, of_norms = weights_of(linears, nn.Linear, x), weights_of(norms, nn.LayerNorm, x)
+        if not (of_linears and of_norms and attention._qkv):
             return None
+        (q, k, v, out, lin1, lin2), (norm, last) = of_linears, of_norms
         hidden = lin1[1].numel()
         fits = all(are_of(leaf, dim, dim) for leaf in (q, k, v, out)) and are_of(lin1, hidden, dim)
         fits = fits and are_of(lin2, dim, hidden) and are_of(norm, dim) and are_of(last, dim)
@@ -408,19 +408,27 @@ class TransformerBlock(nn.Module):
         (w_qkv, _), (w_out, _), _, (w_1, _), (w_2, _), _ = leaves
         return w_qkv, w_out, w_1, w_2
 
-    def _unseen(
-        self, x: Tensor, starts: list[int], only: Tensor | None, leaves: tuple[tuple[Tensor, Tensor], ...]
-    ) -> Tensor:
-        """`packed` by the ops' CPU forms as they are: of one text's time their checks and dispatch are a good part."""
+    def _unseen(self, x: Tensor, at: Packing, only: Tensor | None, leaves: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
+        """`packed` by the ops' forms as they are: of few texts' time their checks and dispatch are a good part."""
         own: Any = self._modules
         (w_qkv, b_qkv), (w_out, b_out), (w_norm, b_norm), (w_1, b_1), (w_2, b_2), (w_last, b_last) = leaves
-        context = cpu.attend(cpu.linear(x, w_qkv, b_qkv), starts, own["attention"].n_heads)  # [rows, dim]
-        if only is not None:
-            context, x = context[only], x[only]
-        x = cpu.linear_add_layer_norm(context, x, w_out, b_out, w_norm, b_norm, own["sa_layer_norm"].eps)
+        eps, last_eps, heads = own["sa_layer_norm"].eps, own["output_layer_norm"].eps, own["attention"].n_heads
         activation: Any = activation_of(own["ffn"].activation)
-        y = cpu.feed_forward(x, w_1, b_1, w_2, b_2, activation)  # [rows, dim]
-        return cpu.add_layer_norm(y, x, w_last, b_last, own["output_layer_norm"].eps)
+        if at.starts is not None:
+            context = cpu.attend(cpu.linear(x, w_qkv, b_qkv), at.starts, heads)  # [rows, dim]
+            if only is not None:
+                context, x = context[only], x[only]
+            x = cpu.linear_add_layer_norm(context, x, w_out, b_out, w_norm, b_norm, eps)
+            y = cpu.feed_forward(x, w_1, b_1, w_2, b_2, activation)  # [rows, dim]
+            return cpu.add_layer_norm(y, x, w_last, b_last, last_eps)
+        run, live = ops.launches, at.live
+        qkv = run.qkv_projection(x, w_qkv, b_qkv, live)  # [rows, 3 * dim]
+        context = run.attention(qkv, at.cu_seqlens, at.max_seqlen, heads)  # [rows, dim]
+        if only is not None:
+            context, x, live = context[only], x[only], None
+        x = run.linear_add_layer_norm(context, x, w_out, b_out, w_norm, b_norm, eps, live)
+        y = run.bias_gelu(x, w_1, b_1, activation, live)  # [rows, hidden_dim]
+        return run.linear_add_layer_norm(y, x, w_2, b_2, w_last, b_last, last_eps, live)
 
     def _through(
         self, adapters: Sequence[str], context: Tensor, x: Tensor, ffn: Callable, live: Tensor | None

@@ -20,7 +20,7 @@ from fastdistil.config import DistilBertConfig
 from fastdistil.inputs import INTEGERS, Inputs, check_chosen, flat_positions, pick, size_of
 from fastdistil.layers import Embeddings, Transformer, TransformerBlock, given_options, rows_of
 from fastdistil.outputs import BaseModelOutput
-from fastdistil.packing import Packing, find_tokens
+from fastdistil.packing import Packing, find_tokens, past_the_ops
 from fastdistil.plain import AS_WRITTEN, is_hooked, is_ours, is_touched
 from fastdistil.pretrained import PreTrainedModel
 
@@ -319,8 +319,8 @@ class DistilBertModel(PreTrainedModel):
         if not self._can_pack():
             return self._padded(input_ids, position_ids, at, only)
         with torch.no_grad():
-            if all_live and ops.is_unseen(input_ids.device):
-                at = replace(at, starts=cu_seqlens.tolist())
+            by_forms, launched = past_the_ops(input_ids.device)
+            at = replace(at, starts=cu_seqlens.tolist() if all_live and by_forms else None, launched=launched)
             table = self.embeddings.word_embeddings.weight
             x = self.embeddings.packed(table, input_ids, position_ids, at.live)
             return self.transformer.packed(x, at, None, every=False, only=only, adapters=self._adapters(None))[-1]

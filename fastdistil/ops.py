@@ -6,7 +6,7 @@ live. `cu_seqlens` is int32 `[batch + 1]` on the rows' device and its values are
 
 When a gradient or a transform of torch.func is asked for, the differentiable definition in `reference.py` runs
 instead of the registered op.
-On CPU a model's inference that nothing looks into goes around both, see `is_unseen`.
+A model's inference that nothing looks into goes around both, see `is_unseen`.
 Wrong arguments raise ValueError or TypeError naming the argument.
 """
 
@@ -16,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _every_module
 
 from fastdistil import cpu, reference
-from fastdistil._register import by_autocast, can_look, is_exported_to_onnx, is_one_of, is_transformed, register
+from fastdistil._register import FORMS, by_autocast, can_look, is_exported_to_onnx, is_one_of, is_transformed, register
 from fastdistil.kernels import _configs, _target
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -328,21 +329,27 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def is_unseen(device: torch.device) -> bool:
-    """Whether a call is inference on CPU that nothing looks into: no compiler, transform, gradient, autocast, mode,
-    profiler or hook on every module. Then an op's CPU form may be called as it is, without its checks and dispatch."""
+    """Whether a call is inference that nothing looks into: no compiler, transform, gradient, autocast, mode, profiler
+    or hook on every module. Then an op's form may be called as it is, without its checks and dispatch: on CPU that of
+    `cpu`, and where `runs_kernels` the one in `launches`."""
     return (
-        can_look(device)
-        and not _target.interpreted()  # then the form is a kernel
+        device.type in ("cpu", "cuda")
+        and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not is_transformed()
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(device.type)
         and not torch.jit.is_tracing()
         and not torch._C._autograd._profiler_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not (_every_module._global_forward_hooks or _every_module._global_forward_pre_hooks)
     )
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether the ops launch kernels on a device."""
+    return _target.why_not(device) is None
 
 
 def _cast(kind: str, *tensors: Tensor | None) -> list[Any]:
@@ -567,3 +574,5 @@ _unpack = _op(
     cpu=reference.unpack,
     autocast=None,
 )
+
+launches: Any = SimpleNamespace(**{name: forms["cuda"] for name, forms in FORMS.items()})  # without checks and dispatch

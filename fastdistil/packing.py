@@ -25,7 +25,9 @@ class Packing:
     target: int64 [batch * length], the packed row of each flat padded position, -1 where padded; None as above, and
         where the rows are exactly the live tokens.
     live: what row-wise ops are told of the live count: cu_seqlens, or None when no row is dead.
-    starts: the values of cu_seqlens, where every row is live and nothing looks into the call (see `ops.is_unseen`).
+    starts: the values of cu_seqlens, on CPU where every row is live and nothing looks into the call (see
+        `ops.is_unseen`).
+    launched: whether nothing looks into the call where the ops run kernels.
     """
 
     batch: int
@@ -36,6 +38,7 @@ class Packing:
     target: Tensor | None = None
     live: Tensor | None = None
     starts: list[int] | None = None
+    launched: bool = False
 
     def pack(self, x: Tensor) -> Tensor:
         """[batch, length, ...] -> [rows, ...]"""
@@ -71,6 +74,14 @@ class Packing:
         return row, self.source[row] == flat
 
 
+def past_the_ops(device: torch.device) -> tuple[bool, bool]:
+    """Whether blocks may call the ops' CPU forms, or their kernels, as they are."""
+    if not ops.is_unseen(device):
+        return False, False
+    launched = ops.runs_kernels(device)
+    return not launched and device.type == "cpu", launched
+
+
 def find_rows(keep: Tensor | None, batch: int, length: int, device: torch.device) -> Packing:
     """Locate the live tokens. keep: bool [batch, length], True at real tokens, anywhere; None when all are real."""
     return find_tokens(keep, batch, length, device, None, None)[0]
@@ -82,19 +93,20 @@ def find_tokens(
     """`find_rows`, and the ids and positions of the rows, [rows] each. ids: [batch, length]; positions: [1 or batch,
     length]."""
     exact = can_look(device) and not torch.jit.is_tracing()
+    by_forms, launched = past_the_ops(device)
     if keep is None or (exact and bool(keep.all())):
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-        starts = [b * length for b in range(batch + 1)] if ops.is_unseen(device) else None
-        at = Packing(batch, length, cu_seqlens, length, starts=starts)
+        starts = [b * length for b in range(batch + 1)] if by_forms else None
+        at = Packing(batch, length, cu_seqlens, length, starts=starts, launched=launched)
     elif exact:
         lengths = keep.sum(1, dtype=torch.int32)
         cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         source = keep.reshape(-1).nonzero().squeeze(1)
-        starts = cu_seqlens.tolist() if ops.is_unseen(device) else None
-        at = Packing(batch, length, cu_seqlens, int(lengths.max()), source, starts=starts)
+        starts = cu_seqlens.tolist() if by_forms else None
+        at = Packing(batch, length, cu_seqlens, int(lengths.max()), source, starts=starts, launched=launched)
     else:
         cu_seqlens, source, target, *of_rows = ops.pack(keep, ids, positions)
-        at = Packing(batch, length, cu_seqlens, length, source, target, live=cu_seqlens)
+        at = Packing(batch, length, cu_seqlens, length, source, target, live=cu_seqlens, launched=launched)
         return at, None if ids is None else of_rows[0], None if positions is None else of_rows[1]
     ids, positions = (None if x is None else at.pack(x.expand(batch, length)) for x in (ids, positions))
     return at, ids, positions

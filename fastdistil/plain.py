@@ -3,7 +3,7 @@
 What users put in a part's place, patch, hook or trace is called as it is; everything here errs on that side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -74,19 +74,27 @@ def is_packed_otherwise(weight: Any) -> bool:
     return hasattr(type(weight), "__tensor_flatten__")
 
 
-def weights_of(module: Any, kind: type[nn.Module], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """The weight and bias of a plain module, see `is_plain`, where they are ordinary ones of this dtype on CPU."""
-    if type(module) is not kind or not is_as_written(kind) or is_touched(module):
+def weights_of(modules: Iterable[Any], kind: type[nn.Module], like: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """Each one's weight and bias, where all are plain, see `is_plain`, and these ordinary ones of a tensor's dtype and
+    device."""
+    if not is_as_written(kind):
         return None
-    state = module.__dict__
-    if "weight" in state or "bias" in state:  # an attribute comes before a parameter
-        return None
-    parameters = state["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    for one in (weight, bias):
-        if type(one) is not nn.Parameter or one.dtype is not dtype or not one.is_cpu:
+    found: list[tuple[Tensor, Tensor]] = []
+    dtype, device = like.dtype, like.device
+    for module in modules:
+        if type(module) is not kind or is_touched(module):
             return None
-    return weight, bias
+        state = module.__dict__
+        if "weight" in state or "bias" in state:  # an attribute comes before a parameter
+            return None
+        parameters = state["_parameters"]
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if not (type(weight) is type(bias) is nn.Parameter and weight.dtype is bias.dtype is dtype):
+            return None
+        if weight.device != device or bias.device != device:
+            return None
+        found.append((weight, bias))
+    return found
 
 
 def are_of(leaf: tuple[Tensor, Tensor], *shape: int) -> bool:

@@ -58,9 +58,9 @@ class Library:
     """The product of torch's library, cuBLAS, in place of a kernel. It does not stop at the live count."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GemmLaunch:
-    """A configuration and what the numbers' precision adds to it."""
+    """A configuration and what the numbers' precision adds to it. One object a kind, which stands for it in caches."""
 
     config: Gemm | Library
     precision: str
@@ -172,11 +172,9 @@ def live(cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if cu_seqlens is None else (cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1)
 
 
-def every_launch(device: torch.device) -> dict[str, bool]:
-    """What a launch is given besides its own: to multiply and add in one step, whatever Triton's default is, and
-    whether it overlaps the one before (CUDA's programmatic dependent launch)."""
-    on = modes.overlap and architecture(device) >= 90 and not interpreted()
-    return {"enable_fp_fusion": True, "OVERLAP": on} | ({"launch_pdl": True} if on else {})
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin before the one before it has ended."""
+    return modes.overlap and architecture(device) >= 90 and not interpreted()
 
 
 def dense(x: Tensor) -> Tensor:

@@ -12,18 +12,19 @@ result move through tensor descriptors, which need strides of 16 bytes. Where `_
 computes the product instead, dead rows and all.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdistil.kernels import _configs
-from fastdistil.kernels._launch import begin
+from fastdistil.kernels._launch import Launcher, begin, launcher
 
 
 @triton.jit
@@ -202,44 +203,49 @@ def gemm(
     if _configs.modes.batch_invariant:  # one family, wherever the memory lies
         x, weight = (t.clone() if t.data_ptr() % 16 else t for t in (x, weight))
     # what torch allocates, as it will the result, is aligned
-    odd = K == 0 or K * size % 16 > 0 or any(t.data_ptr() % 16 for t in (x, weight))
+    odd = K == 0 or K * size % 16 > 0 or (x.data_ptr() | weight.data_ptr()) % 16 > 0
     aligned = not odd and N * size % 16 == 0
-    launch = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned, whole=cu_seqlens is None, odd=odd)
-    c = launch.config
+    how = _configs.gemm(op, M, N, K, x.dtype, x.device, aligned, whole=cu_seqlens is None, odd=odd)
+    c = how.config
     if isinstance(c, _configs.Library):
         return LIBRARY[activation](F.linear(x, weight, bias))
-    parts = _configs.parts(c, M, N, K, launch.programs) if in_parts and c.family == "pointer" else 1
-    shape, dtype = ((M, N), x.dtype) if parts == 1 else ((parts, M, N), torch.float32)
-    y = torch.empty(shape, dtype=dtype, device=x.device)
-    common = dict(
-        ACTIVATION="near_gelu" if activation == "gelu" and launch.near_gelu else activation,
-        PRECISION=launch.precision,
-        VECTOR=16 // size if aligned else 1,
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
-        num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers, **_configs.every_launch(x.device),
-    )  # fmt: skip
+    parts = _configs.parts(c, M, N, K, how.programs) if in_parts and c.family == "pointer" else 1
+    y = x.new_empty(M, N) if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
+    vector, overlap = 16 // size if aligned else 1, _configs.overlaps(x.device)
     tiles = _configs.cdiv(M, c.block_m) * _configs.cdiv(N, c.block_n)
+    cu_seqlens, batch = _configs.live(cu_seqlens)
     if c.family == "tma":
-        programs = min(tiles, launch.programs)
-        gemm_tma[(programs,)](
-            TensorDescriptor(x, [M, K], [K, 1], [c.block_m, c.block_k]),
-            TensorDescriptor(weight, [N, K], [K, 1], [c.block_n, c.block_k]),
-            TensorDescriptor(y, [M, N], [N, 1], [c.block_m, c.block_n // c.halves]),
-            bias, *_configs.live(cu_seqlens), M, N, K, programs, HALVES=c.halves, FLATTEN=c.flatten, **common,
-        )  # fmt: skip
+        programs = min(tiles, how.programs)
+        launch = _tma(how, activation, vector, overlap)
+        launch((programs,), (x, weight, y, bias, cu_seqlens), (batch, M, N, K, programs))
     else:
-        gemm_pointer[(tiles, parts)](
-            x,
-            weight.T.contiguous() if c.across else weight,
-            bias,
-            y,
-            *_configs.live(cu_seqlens),
-            M,
-            N,
-            K,
-            EVEN_K=K % c.block_k == 0,
-            PARTS=parts,
-            ACROSS=c.across,
-            **common,
-        )
+        launch = _pointer(how, activation, vector, overlap, parts, K % c.block_k == 0)
+        weight = weight.T.contiguous() if c.across else weight
+        launch((tiles, parts), (x, weight, bias, y, cu_seqlens), (batch, M, N, K))
     return y
+
+
+@functools.cache
+def _tma(how: _configs.GemmLaunch, activation: str, vector: int, overlap: bool) -> Launcher:
+    c = how.config
+    assert isinstance(c, _configs.Gemm)
+    blocks = (c.block_m, c.block_k), (c.block_n, c.block_k), (c.block_m, c.block_n // c.halves)
+    common = _common(c, how, activation, vector)
+    return launcher(gemm_tma, overlap, blocks, HALVES=c.halves, FLATTEN=c.flatten, **common)
+
+
+@functools.cache
+def _pointer(how: _configs.GemmLaunch, activation: str, vector: int, overlap: bool, parts: int, even: bool) -> Launcher:
+    c = how.config
+    assert isinstance(c, _configs.Gemm)
+    common = _common(c, how, activation, vector)
+    return launcher(gemm_pointer, overlap, PARTS=parts, EVEN_K=even, ACROSS=c.across, **common)
+
+
+def _common(c: _configs.Gemm, how: _configs.GemmLaunch, activation: str, vector: int) -> dict[str, Any]:
+    return dict(
+        ACTIVATION="near_gelu" if activation == "gelu" and how.near_gelu else activation,
+        PRECISION=how.precision, VECTOR=vector,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
+        num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers,
+    )  # fmt: skip

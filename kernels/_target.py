@@ -13,6 +13,7 @@ import torch
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and cp.async
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run under Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdistil.kernels import _configs
 from fastdistil.kernels._gemm import accumulate
-from fastdistil.kernels._launch import begin
+from fastdistil.kernels._launch import begin, launcher
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, head_scale: Tensor | None = None
 ) -> Tensor:  # [rows, 3 * dim] -> [rows, dim]
     rows, dim, batch = qkv.shape[0], qkv.shape[1] // 3, cu_seqlens.shape[0] - 1
-    o = torch.empty((rows, dim), dtype=qkv.dtype, device=qkv.device)
+    o = qkv.new_empty(rows, dim)
     if rows == 0 or batch == 0:
         return o
     qkv, cu_seqlens = _configs.dense(qkv), cu_seqlens.contiguous()
@@ -178,18 +178,16 @@ def attention(
     precision = _configs.matmul_precision() if qkv.dtype is torch.float32 else "ieee"
     common = dict(
         HEAD=head_size, BLOCK_D=_configs.power_of_two(head_size), T=c.tile, PRECISION=precision,
-        num_warps=c.warps, num_stages=c.stages, **_configs.every_launch(qkv.device),
+        num_warps=c.warps, num_stages=c.stages, overlap=_configs.overlaps(qkv.device),
     )  # fmt: skip
+    tensors = qkv, cu_seqlens, head_scale, o
+    numbers = batch, rows, num_heads, batch.bit_length(), scale
     if c.form == "short":
         assert c.longest is not None
         step = c.tile - c.longest + 1
-        _short[(_configs.cdiv(rows, step) * num_heads,)](
-            qkv, cu_seqlens, head_scale, o, batch, rows, num_heads, batch.bit_length(), scale, STEP=step, **common
-        )
+        launcher(_short, STEP=step, **common)((_configs.cdiv(rows, step) * num_heads,), tensors, numbers)
     elif c.form == "single":
-        _single[(batch * num_heads,)](qkv, cu_seqlens, head_scale, o, rows, num_heads, scale, **common)
+        launcher(_single, **common)((batch * num_heads,), tensors, (rows, num_heads, scale))
     else:
-        _looped[((rows // c.tile + batch) * num_heads,)](
-            qkv, cu_seqlens, head_scale, o, batch, rows, num_heads, batch.bit_length(), scale, KEYS=c.keys, **common
-        )
+        launcher(_looped, KEYS=c.keys, **common)(((rows // c.tile + batch) * num_heads,), tensors, numbers)
     return o

@@ -9,13 +9,12 @@ from cu_seqlens[batch] on are left alone. A program takes ROWS rows of the whole
 once for all of them.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels import _configs
-from fastdistil.kernels._launch import begin
+from fastdistil.kernels._launch import begin, launcher
 
 
 @triton.jit
@@ -83,15 +82,17 @@ def add_layer_norm(
 ) -> Tensor:  # [rows, dim] x 2, or float32 [parts, rows, dim] and [rows, dim] -> [rows, dim]
     rows, dim = residual.shape
     parts = 1 if x.dim() == 2 else x.shape[0]
-    y = torch.empty((rows, dim), dtype=residual.dtype, device=x.device)
+    y = residual.new_empty(rows, dim)
     if rows and dim:
         c = _configs.row_kernel("add_layer_norm", dim, y.dtype, y.device)
         at_once = c.rows if parts == 1 else 1  # a product is in parts where its rows are too few for the chip
-        _add_layer_norm[(_configs.cdiv(rows, at_once),)](
-            x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), y,
-            *_configs.live(cu_seqlens), rows, eps, DIM=dim, BLOCK=c.block, ROWS=at_once, PARTS=parts,
-            num_warps=c.warps, **_configs.every_launch(y.device),
+        cu_seqlens, batch = _configs.live(cu_seqlens)
+        launch = launcher(
+            _add_layer_norm, _configs.overlaps(y.device),
+            DIM=dim, BLOCK=c.block, ROWS=at_once, PARTS=parts, num_warps=c.warps,
         )  # fmt: skip
+        tensors = x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), y, cu_seqlens
+        launch((_configs.cdiv(rows, at_once),), tensors, (batch, rows, eps))
     return y
 
 
@@ -106,14 +107,15 @@ def embed_layer_norm(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # [rows] x 2 -> [rows, dim]
     rows, dim = input_ids.shape[0], word_embeddings.shape[1]
-    y = torch.empty((rows, dim), dtype=word_embeddings.dtype, device=word_embeddings.device)
+    y = word_embeddings.new_empty(rows, dim)
     if rows and dim:
         c = _configs.row_kernel("embed_layer_norm", dim, y.dtype, y.device)
-        _embed_layer_norm[(_configs.cdiv(rows, c.rows),)](
-            input_ids.contiguous(), position_ids.contiguous(),
-            word_embeddings.contiguous(), position_embeddings.contiguous(), weight.contiguous(), bias.contiguous(), y,
-            *_configs.live(cu_seqlens), rows, word_embeddings.shape[0], position_embeddings.shape[0], eps,
-            DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps,
-            **_configs.every_launch(y.device),
+        cu_seqlens, batch = _configs.live(cu_seqlens)
+        launch = launcher(
+            _embed_layer_norm, _configs.overlaps(y.device), DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps
         )  # fmt: skip
+        given = input_ids, position_ids, word_embeddings, position_embeddings, weight, bias
+        tensors = *[t.contiguous() for t in given], y, cu_seqlens
+        numbers = batch, rows, word_embeddings.shape[0], position_embeddings.shape[0], eps
+        launch((_configs.cdiv(rows, c.rows),), tensors, numbers)
     return y

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels import _configs
-from fastdistil.kernels._launch import begin
+from fastdistil.kernels._launch import begin, launcher
 
 COUNTED = 2**27  # bytes of keep that all programs may read to count by themselves; above, torch counts beforehand
 WIDEST = 1_024  # columns of a program of unpack
@@ -99,23 +99,21 @@ def pack(
         cu_seqlens = F.pad(keep.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     if total:
         ids, positions = (None if given is None else given.contiguous() for given in (input_ids, position_ids))
-        _pack[(batch,)](
-            keep.contiguous().view(torch.uint8), ids, positions, cu_seqlens, source, target, row_ids, row_positions,
-            length, total, 0 if positions is None or len(positions) == 1 else length,
-            COUNT=count, BEFORE=2_048, BLOCK=128 if length <= 128 else 256, num_warps=4,
-            **_configs.every_launch(device),
-        )  # fmt: skip
+        block = 128 if length <= 128 else 256
+        launch = launcher(_pack, _configs.overlaps(device), COUNT=count, BEFORE=2_048, BLOCK=block, num_warps=4)
+        kept = keep.contiguous().view(torch.uint8)
+        tensors = kept, ids, positions, cu_seqlens, source, target, row_ids, row_positions
+        launch((batch,), tensors, (length, total, 0 if positions is None or len(positions) == 1 else length))
     return cu_seqlens, source, target, row_ids, row_positions
 
 
 def unpack(rows: Tensor, target: Tensor, fill: Tensor | None = None) -> Tensor:  # -> [batch * length, dim]
     total, dim = target.shape[0], rows.shape[1]
-    y = torch.empty((total, dim), dtype=rows.dtype, device=rows.device)
+    y = rows.new_empty(total, dim)
     if total and dim:
         c = _configs.row_kernel("unpack", min(dim, WIDEST), rows.dtype, rows.device)
-        _unpack[(_configs.cdiv(total, c.rows), _configs.cdiv(dim, c.block))](
-            rows.contiguous(), target.contiguous(), None if fill is None else fill.contiguous(), y,
-            total, rows.shape[0],
-            DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps, **_configs.every_launch(y.device),
-        )  # fmt: skip
+        overlap = _configs.overlaps(y.device)
+        launch = launcher(_unpack, overlap, DIM=dim, BLOCK=c.block, ROWS=c.rows, num_warps=c.warps)
+        tensors = rows.contiguous(), target.contiguous(), None if fill is None else fill.contiguous(), y
+        launch((_configs.cdiv(total, c.rows), _configs.cdiv(dim, c.block)), tensors, (total, rows.shape[0]))
     return y

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistil.kernels import _configs
-from fastdistil.kernels._launch import begin
+from fastdistil.kernels._launch import begin, launcher
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -54,9 +54,10 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool = Fa
     y = torch.empty((batch, dim), dtype=torch.float32, device=x.device)
     if batch and dim:
         c = _configs.row_kernel("pool", dim, x.dtype, x.device)
-        _pool[(batch,)](
-            _configs.dense(x), cu_seqlens.contiguous(), y, rows,
+        launch = launcher(
+            _pool, _configs.overlaps(y.device),
             MEAN=mode == "mean", NORMALIZE=normalize, DIM=dim, BLOCK=c.block, ROWS=c.rows, STAGES=c.stages,
-            num_warps=c.warps, **_configs.every_launch(y.device),
+            num_warps=c.warps,
         )  # fmt: skip
+        launch((batch,), (_configs.dense(x), cu_seqlens.contiguous(), y), (rows,))
     return y

@@ -40,7 +40,21 @@ def as_layout(request):
 
 
 @pytest.fixture
-def guarded(monkeypatch):
+def allocate_by(monkeypatch):
+    """allocate_by(empty): it is called in place of torch.empty and of tensors' new_empty."""
+
+    def replace(empty):
+        def new_empty(like, *size, dtype=None, device=None, **rest):
+            return empty(*size, dtype=dtype or like.dtype, device=device or like.device, **rest)
+
+        monkeypatch.setattr(torch, "empty", empty)
+        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+    return replace
+
+
+@pytest.fixture
+def guarded(allocate_by):
     """What a launcher allocates lies between guards; the returned function tells whether they are whole."""
     made, real, width = [], torch.empty, 4096
 
@@ -52,7 +66,7 @@ def guarded(monkeypatch):
         made.append((whole.fill_(guard), n, guard))
         return whole[width : width + n].view(shape)
 
-    monkeypatch.setattr(torch, "empty", empty)
+    allocate_by(empty)
 
     def whole():
         assert made

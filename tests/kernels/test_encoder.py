@@ -5,9 +5,10 @@ import contextlib
 import pytest
 import torch
 
-from fastdistil import DistilBertConfig, DistilBertModel, ops
+from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, ops
 from fastdistil._register import FORMS
 from fastdistil.kernels._target import interpreted
+from fastdistil.layers import TransformerBlock
 from fastdistil.testing import cu_seqlens
 
 TINY = dict(vocab_size=99, dim=48, n_heads=3, hidden_dim=80, n_layers=2, max_position_embeddings=140)
@@ -15,7 +16,7 @@ LENGTHS = [21, 3, 1, 17, 0, 140, 65]
 
 
 @pytest.fixture(autouse=True)
-def padded_form(monkeypatch):
+def padded_form(monkeypatch, allocate_by):
     """Memory that nobody wrote holds NaN, and on CPU too rows are packed without looking at values, as CUDA does."""
     real = torch.empty
 
@@ -23,9 +24,10 @@ def padded_form(monkeypatch):
         out = real(*size, **rest)
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    monkeypatch.setattr(torch, "empty", empty)
+    allocate_by(empty)
     if interpreted():
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for module in ("ops", "packing", "inputs", "model"):
+            monkeypatch.setattr(f"fastdistil.{module}.can_look", lambda device: False)
 
 
 def batch(device, lengths=LENGTHS, length=140, seed=0):
@@ -102,6 +104,39 @@ def test_in_the_batch_invariant_mode_a_text_has_the_same_bits_in_any_batch(devic
                 assert torch.equal(model(ids[i : i + 1, :n], keep[i : i + 1, :n])[0][0], whole[i, :n])
         pair = model(ids[[5, 0]], keep[[5, 0]])[0]
     assert torch.equal(pair, whole[[5, 0]])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_blocks_launch_past_the_ops_with_the_same_bits(dtype, activation, device, monkeypatch):
+    model, (ids, keep) = model_on(device, activation=activation).to(dtype), batch(device)
+    classifier = DistilBertForSequenceClassification(model.config).to(device, dtype).eval()
+    flat, cu, only = ids[keep], cu_seqlens(LENGTHS, device), torch.tensor([0, 40, 3], device=device)
+    calls = [
+        lambda: model(ids, keep)[0],
+        lambda: model(ids.clamp(max=98))[0],
+        lambda: model(ids, keep, output_hidden_states=True).hidden_states[1],
+        lambda: classifier(ids, keep).logits,
+        lambda: model.forward_packed(flat, cu, 140),
+        lambda: model.forward_packed(flat, cu, 140, only=only, all_live=True),
+    ]
+    launched, unseen = [], TransformerBlock._unseen
+    monkeypatch.setattr(TransformerBlock, "_unseen", lambda *args: launched.append(args) or unseen(*args))
+    for call in calls:
+        with torch.inference_mode():
+            launched.clear()
+            ours = call()
+            assert len(launched) == 2
+            with monkeypatch.context() as patch:
+                patch.setattr(ops, "is_unseen", lambda device: False)
+                assert torch.equal(call(), ours) and len(launched) == 2
+
+
+def test_who_looks_into_a_call_sees_the_ops(device):
+    model, (ids, keep) = model_on(device), batch(device)
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        model(ids, keep)
+    assert "fastdistil::attention" in {event.key for event in profile.key_averages()}
 
 
 def test_every_op_runs_on_its_kernel(device):
