@@ -115,8 +115,8 @@ MUTANTS = {
     "parts: rounded before they are added": (
         "_gemm",
         "linear_add_layer_norm::not_rounded",
-        "(parts, M, N), torch.float32)",
-        "(parts, M, N), x.dtype)",
+        "(parts, M, N, dtype=torch.float32)",
+        "(parts, M, N, dtype=x.dtype)",
     ),
     "qkv_projection: live count dropped": ("qkv_projection", "gemm::dead_rows", '"none", cu_seqlens)', '"none", None)'),
     "bias_gelu: live count dropped": ("bias_gelu", "gemm::dead_rows", "activation, cu_seqlens)", "activation, None)"),
