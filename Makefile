@@ -55,6 +55,7 @@ bench: $(VENV)/develop
 	$(MEASURE) $(RESULTS)/encode.json benchmarks/bench_encode_cpu.py
 	$(MEASURE) $(RESULTS)/memory.json benchmarks/bench_memory.py
 	$(MEASURE) $(RESULTS)/ops_overhead.json benchmarks/bench_ops_overhead.py
+	$(MEASURE) $(RESULTS)/host.json benchmarks/bench_host.py
 	$(MEASURE) $(RESULTS)/tokenizer.json benchmarks/bench_tokenizer.py
 	$(MEASURE) $(RESULTS)/jobs.json benchmarks/bench_jobs.py
 	$(MEASURE) $(RESULTS)/pipelines.json benchmarks/bench_pipelines.py

@@ -92,6 +92,20 @@ def pipelines_table() -> str:
     return "\n".join([*lines, "", machines])
 
 
+def host_table() -> str:
+    """What a call on a GPU takes of the host, on a driver that runs nothing."""
+    result = _read("host.json")
+    lines = [
+        "| batch | fastdistil, us | by the ops and Triton's look at arguments, us | transformers sdpa, ratio |",
+        "|---|--:|--:|--:|",
+    ]
+    for entry in result["benchmarks"]:
+        info = entry["extra_info"]
+        ours, ops = info["us"]["fastdistil"], info["us"]["through the ops"]
+        lines.append(f"| {info['batch']} | {ours:,.0f} | {ops:,.0f} | {info['over_peer']:.2f}x |")
+    return "\n".join([*lines, *_failures(result), "", _machine(result)])
+
+
 def encoder_table() -> str:
     """Our quickest call and transformers' at each batch: of a GPU where one was measured, else of the CPU."""
     results = goals.Results()
@@ -251,6 +265,7 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "host": host_table,
     "cpu": cpu_table,
     "encoder": encoder_table,
     "kernels": kernels_table,

@@ -102,5 +102,5 @@ def _specialised(kernel: Any, tensors: int) -> Callable[[Sequence[float]], Any]:
 def _tiles(t: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """As TensorDescriptor makes it, without its checks, which the first call of a kind has passed."""
     new = object.__new__(TensorDescriptor)
-    new.base, new.shape, new.strides, new.block_shape = t, [*t.shape], [*t.stride()], [*block]
+    new.base, new.shape, new.strides, new.block_shape = t, t.shape, t.stride(), block
     return new
