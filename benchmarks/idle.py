@@ -56,6 +56,7 @@ class Idle:
         for i, width in enumerate(widths):
             known[i] = width
         self._number("n", ctypes.c_int).value = len(widths)
+        self._number("expected").value = compiled.function
 
     @property
     def last(self) -> bytes:

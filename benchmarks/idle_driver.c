@@ -7,7 +7,8 @@
 #define MOST 64  // parameters of a kernel
 
 long launches, maps;     // so far
-int widths[MOST], n;     // bytes of each parameter of the next launch, as `idle.py` tells
+int widths[MOST], n;     // bytes of each parameter of the expected kernel, as `idle.py` tells
+long expected;
 unsigned char given[4096];  // the last launch: grid, block, shared memory, function, attributes, then its parameters
 int given_bytes;
 static CUcontext context;
@@ -83,7 +84,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **paramete
   given_bytes = 0;
   keep(numbers, sizeof numbers);
   for (unsigned i = 0; i < c->numAttrs; i++) keep(&c->attrs[i].id, sizeof c->attrs[i].id);
-  for (int i = 0; i < n; i++) keep(parameters[i], widths[i]);
+  if ((long)f == expected)
+    for (int i = 0; i < n; i++) keep(parameters[i], widths[i]);
   launches++;
   return CUDA_SUCCESS;
 }

@@ -80,6 +80,7 @@ def test_the_driver_is_handed_what_triton_hands_it(name, overlap, driver, modes,
         driver.expect(by_triton(self, grid, tensors, numbers))
         by_triton(self, grid, tensors, numbers)
         expected = driver.last
+        assert len(expected) > 32 + 8 * len(tensors)  # the grid and the like, a pointer for each, and numbers
         mine(self, grid, tensors, numbers)  # of its kind the first
         with patch.object(Launcher, "_by_triton", refuse):
             before = driver.launches
