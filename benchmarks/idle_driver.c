@@ -20,9 +20,11 @@ CUresult cuDeviceGet(CUdevice *device, int i) { *device = i; return CUDA_SUCCESS
 CUresult cuCtxGetCurrent(CUcontext *found) { *found = context; return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext next) { context = next; return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *found, CUdevice device) { *found = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *size, CUlimit limit) { *size = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t size) { return CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *module, const void *binary) { *module = (CUmodule)1; return CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute which, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
 
@@ -48,6 +50,11 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice dev
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdeviceptr at) {
   *(CUdeviceptr *)value = at;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
 

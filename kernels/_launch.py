@@ -78,9 +78,10 @@ class Launcher:
             compiled = self._by_triton(grid, tensors, numbers)
             if isinstance(compiled, CompiledKernel):
                 rest = tuple(self.constants[p.name] for p in self.kernel.params if p.is_constexpr)
-                self._compiled[kind] = compiled.run, compiled.function, compiled.packed_metadata, rest
+                # with the kernel itself, for where the last one lets go of it Triton unloads the binary
+                self._compiled[kind] = compiled.run, compiled.function, compiled.packed_metadata, rest, compiled
             return
-        run, function, metadata, rest = found
+        run, function, metadata, rest, _ = found
         for i, block in enumerate(self.blocks):
             at[i] = _tiles(tensors[i], block)  # type: ignore[arg-type]
         x, y = grid if len(grid) == 2 else (*grid, 1)

@@ -3,6 +3,8 @@
 The driver is a stand-in that runs nothing; kernels are compiled, loaded and launched by Triton's own launcher.
 """
 
+import gc
+import weakref
 from itertools import product
 from unittest.mock import patch
 
@@ -113,6 +115,19 @@ def test_another_kind_of_call_is_compiled_for_itself(driver):
         launch((1, 1), (half, half, half, half, None), (0, 4, n, k))
         found.add(next(reversed(launch._compiled.values()))[1])
     assert len(found) == 6
+
+
+def test_a_binary_stays_while_it_can_be_launched(driver):
+    launch = Launcher(layer_norm._add_layer_norm, False, (), dict(DIM=48, BLOCK=64, ROWS=4, PARTS=1, num_warps=4))
+    given = (1,), (*[zeros(4, 48)] * 5, None), (0, 4, 1e-12)
+    launch(*given)
+    compiled = weakref.ref(launch._by_triton(*given))
+    launch.kernel.device_caches.clear()  # which Triton holds it by
+    gc.collect()
+    assert compiled() is not None
+    launch._compiled.clear()
+    gc.collect()
+    assert compiled() is None
 
 
 def _pointer_constants():
