@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from fastdistil.kernels import _configs, _launch
 from fastdistil.kernels._launch import Launcher
@@ -94,6 +95,16 @@ def test_the_driver_is_handed_what_triton_hands_it(name, overlap, driver, modes,
     CALLS[name]()
     assert len(seen) == 1
     assert ("tma" in seen[0]) == ("tiles" in name)
+
+
+def test_every_kernel_is_among_the_calls(driver, monkeypatch):
+    launched = set()
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *given: launched.add(self.kernel.__name__))
+    for call in CALLS.values():
+        call()
+    modules = _gemm, attention, layer_norm, packing, pooling
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    assert launched == {kernel.__name__ for kernel in kernels if "OVERLAP" in kernel.arg_names} - {"begin"}
 
 
 def test_another_kind_of_call_is_compiled_for_itself(driver):
