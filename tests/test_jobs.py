@@ -1097,6 +1097,71 @@ def test_what_is_said_of_a_process_that_failed(status):
     assert ("--resume" in message) == (status not in (1, 2))
 
 
+def together(*children, directories=(), replaced=()):
+    """Pieces of Python as the processes of devices."""
+    start = "import os, pathlib, sys, time\nlifeline = int(os.environ['FASTDISTIL_LIFELINE'])\n"
+    commands = [[sys.executable, "-c", start + code] for code in children]
+    devices = [f"cuda:{i}" for i in range(len(children))]
+    return processes._together(devices, commands, dict(os.environ), list(directories), list(replaced))
+
+
+def test_devices_processes_have_neither_this_ones_signals_nor_its_input():
+    open_before = len(os.listdir("/proc/self/fd"))
+    assert together("sys.exit(3 * (os.getpgid(0) == os.getpid()))", "sys.exit(3 * (sys.stdin.read() == ''))") == [3, 3]
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+@pytest.mark.parametrize("status", [1, 2, 4])
+def test_when_one_devices_process_fails_the_others_are_waited_for(status, tmp_path):
+    """They read the end of their lifeline, and have stopped when the error is raised."""
+    stopped = f"os.read(lifeline, 1); time.sleep(0.5); pathlib.Path({str(tmp_path / 'stopped')!r}).touch()"
+    with pytest.raises(processes.Failed, match=f"the process on cuda:1 ended with status {status}"):
+        together(stopped, f"sys.exit({status})")
+    assert (tmp_path / "stopped").exists()
+
+
+def test_earlier_jobs_work_is_removed_once_there_is_something_in_its_place(tmp_path):
+    manifest, cleared = tmp_path / manifests.MANIFEST, []
+
+    def run(code):
+        cleared.clear()
+        replaced = [(tmp_path, lambda path: cleared.append((path, written.exists())))]
+        return together(code, directories=[tmp_path / "none", tmp_path], replaced=replaced)
+
+    written = tmp_path / "written"
+    manifest.write_text("of an earlier job")
+    os.utime(manifest, (1, 1))
+    assert run("pass") == [0] and cleared == []
+    write = f"pathlib.Path({str(written)!r}).touch(); pathlib.Path({str(manifest)!r}).touch(); time.sleep(1)"
+    assert run(write) == [0] and cleared == [(tmp_path, True)]
+
+
+def test_a_child_lets_its_own_children_know_no_lifeline(monkeypatch):
+    there, here = os.pipe()
+    monkeypatch.setenv(processes.LIFELINE, str(there))
+    before, told = signal.getsignal(signal.SIGINT), threading.Event()
+    try:
+        processes.end_with_parent()
+        assert processes.LIFELINE not in os.environ
+        signal.signal(signal.SIGINT, lambda *_: told.set())
+        os.close(here)
+        assert told.wait(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        os.close(there)
+
+
+def test_of_a_shard_what_is_somebody_elses_stays(tmp_path):
+    mine, shared = tmp_path / "a", tmp_path / "b"
+    for shard in (mine, shared):
+        shard.mkdir()
+        (shard / LOCK).touch()
+    (shared / "notes.txt").touch()
+    for shard in (mine, shared, tmp_path / "none"):
+        processes._remove_shard(shard)
+    assert not mine.exists() and [path.name for path in shared.iterdir()] == ["notes.txt"]
+
+
 def test_which_shards_several_devices_take(tmp_path, monkeypatch):
     """Of three jobs on two devices each the second has the third and the fourth of six, which others merge."""
     seen = []
