@@ -1099,16 +1099,28 @@ def test_what_is_said_of_a_process_that_failed(status):
 
 def together(*children, directories=(), replaced=()):
     """Pieces of Python as the processes of devices."""
-    start = "import os, pathlib, sys, time\nlifeline = int(os.environ['FASTDISTIL_LIFELINE'])\n"
+    start = (
+        "import os, pathlib, signal, sys, time\nlifeline = int(os.environ['FASTDISTIL_LIFELINE'])\nsignal.alarm(20)\n"
+    )
     commands = [[sys.executable, "-c", start + code] for code in children]
     devices = [f"cuda:{i}" for i in range(len(children))]
     return processes._together(devices, commands, dict(os.environ), list(directories), list(replaced))
 
 
 def test_devices_processes_have_neither_this_ones_signals_nor_its_input():
-    open_before = len(os.listdir("/proc/self/fd"))
-    assert together("sys.exit(3 * (os.getpgid(0) == os.getpid()))", "sys.exit(3 * (sys.stdin.read() == ''))") == [3, 3]
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    mine, (there, here) = os.dup(0), os.pipe()
+    os.write(here, b"a line\n")
+    os.close(here)
+    os.dup2(there, 0)
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        in_a_group, without_input = "os.getpgid(0) == os.getpid()", "sys.stdin.read() == ''"
+        assert together(f"sys.exit(3 * ({in_a_group}))", f"sys.exit(3 * ({without_input}))") == [3, 3]
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        os.dup2(mine, 0)
+        os.close(mine)
+        os.close(there)
 
 
 @pytest.mark.parametrize("status", [1, 2, 4])
