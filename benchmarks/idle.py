@@ -24,6 +24,8 @@ from fastdistil.kernels import _configs, _launch, _target
 SOURCE = Path(__file__).with_name("idle_driver.c")
 WIDTHS = {"i1": 4, "i8": 1, "i32": 4, "i64": 8, "fp32": 4}  # bytes that a launcher hands over; of pointers 8
 TENSOR_MAP = 128
+STREAM = 77  # its number
+_entered = False
 
 
 class Idle:
@@ -60,7 +62,7 @@ class Idle:
 
     @property
     def last(self) -> bytes:
-        """The last launch: grid, block, shared memory, kernel, attributes and parameters."""
+        """The last launch: grid, block, shared memory, kernel, stream, attributes and parameters."""
         size = self._number("given_bytes", ctypes.c_int).value
         return bytes((ctypes.c_ubyte * 4096).in_dll(self._library, "given"))[:size]
 
@@ -69,7 +71,7 @@ class _Driver(nvidia.CudaDriver):
     def __init__(self, arch: int):
         super().__init__()
         self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
+        self.get_current_stream = lambda device: STREAM
         self.get_device_capability = lambda device: divmod(arch, 10)
 
 
@@ -77,10 +79,13 @@ class _Driver(nvidia.CudaDriver):
 def idle_driver(arch: int = 90, processors: int = 132) -> Iterator[Idle]:
     """Within, kernels are launched with CPU tensors as if these were on device 0, and nothing runs.
 
-    Needs a C compiler. Raises RuntimeError where there is a GPU, whose driver would be in its place.
+    Needs a C compiler. Raises RuntimeError where there is a GPU, whose driver would be in its place, and in a process
+    that has had one, whose library and binaries stay.
     """
-    if torch.cuda.is_available():
-        raise RuntimeError("this machine has a GPU: a stand-in for its driver would come in its way")
+    global _entered
+    if torch.cuda.is_available() or _entered:
+        raise RuntimeError("there is a GPU's driver, or has been a stand-in for one; start another process")
+    _entered = True
     caches = nvidia.libcuda_dirs, nvidia.library_dirs
     with ExitStack() as within:
         folder = within.enter_context(tempfile.TemporaryDirectory())

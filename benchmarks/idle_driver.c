@@ -9,7 +9,7 @@
 long launches, maps;     // so far
 int widths[MOST], n;     // bytes of each parameter of the expected kernel, as `idle.py` tells
 long expected;
-unsigned char given[4096];  // the last launch: grid, block, shared memory, function, attributes, then its parameters
+unsigned char given[4096];  // the last launch: grid, block, shared memory, function, stream, attributes, parameters
 int given_bytes;
 static CUcontext context;
 static uintptr_t functions;
@@ -84,7 +84,8 @@ static void keep(const void *what, int bytes) {
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **parameters, void **extra) {
   unsigned numbers[] = {c->gridDimX,  c->gridDimY,       c->gridDimZ, c->blockDimX,
-                        c->blockDimY, c->sharedMemBytes, c->numAttrs, (unsigned)(uintptr_t)f};
+                        c->blockDimY, c->sharedMemBytes, c->numAttrs, (unsigned)(uintptr_t)f,
+                        (unsigned)(uintptr_t)c->hStream};
   if (!c->gridDimX || c->gridDimX > 2147483647 || c->gridDimY > 65535 || c->gridDimZ > 65535 || c->blockDimX > 1024 ||
       c->sharedMemBytes > 232448)
     return CUDA_ERROR_INVALID_VALUE;

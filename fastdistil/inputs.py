@@ -183,6 +183,8 @@ def check_packed(
     if input_ids.dim() != 1 or input_ids.dtype not in INTEGERS:
         raise ValueError(f"input_ids must be integers [rows], got {input_ids.dtype} {list(input_ids.shape)}")
     input_ids = as_index(input_ids)
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen is {max_seqlen}")
     if max_seqlen > longest:
         raise ValueError(too_long(max_seqlen, longest))
     ops.check_cu_seqlens(cu_seqlens, input_ids, max_seqlen)

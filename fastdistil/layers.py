@@ -364,7 +364,7 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """x: [rows, dim] -> [rows, dim], or of the rows in `only` [n] -> [n, dim]"""
         if (at.starts is not None or at.launched) and not adapters and head_scale is None and type(x) is Tensor:
-            leaves = self._leaves(x)
+            leaves = self._leaves(x) if x.dim() == 2 and x.device == at.cu_seqlens.device else None
             if leaves is not None:
                 return self._unseen(x, at, only, leaves)
         out_lin, lin2 = self.attention.out_lin, self.ffn.lin2
@@ -393,6 +393,7 @@ class TransformerBlock(nn.Module):
         hidden = lin1[1].numel()
         fits = all(are_of(leaf, dim, dim) for leaf in (q, k, v, out)) and are_of(lin1, hidden, dim)
         fits = fits and are_of(lin2, dim, hidden) and are_of(norm, dim) and are_of(last, dim)
+        fits = fits and type(attention.n_heads) is int and attention.attention_head_size <= ops.MAX_HEAD_SIZE
         fits = fits and attention.n_heads * attention.attention_head_size == dim
         fits = fits and type(norms[0].eps) is type(norms[1].eps) is float and bool(activation_of(ffn.activation))
         return (
@@ -421,7 +422,7 @@ class TransformerBlock(nn.Module):
             x = cpu.linear_add_layer_norm(context, x, w_out, b_out, w_norm, b_norm, eps)
             y = cpu.feed_forward(x, w_1, b_1, w_2, b_2, activation)  # [rows, dim]
             return cpu.add_layer_norm(y, x, w_last, b_last, last_eps)
-        run, live = ops.launches, at.live
+        run, live = ops.kernel_forms, at.live
         qkv = run.qkv_projection(x, w_qkv, b_qkv, live)  # [rows, 3 * dim]
         context = run.attention(qkv, at.cu_seqlens, at.max_seqlen, heads)  # [rows, dim]
         if only is not None:

@@ -319,8 +319,9 @@ class DistilBertModel(PreTrainedModel):
         if not self._can_pack():
             return self._padded(input_ids, position_ids, at, only)
         with torch.no_grad():
-            by_forms, launched = past_the_ops(input_ids.device)
-            at = replace(at, starts=cu_seqlens.tolist() if all_live and by_forms else None, launched=launched)
+            forms = past_the_ops(input_ids.device)
+            starts = cu_seqlens.tolist() if all_live and forms == "cpu" else None
+            at = replace(at, starts=starts, launched=forms == "kernels")
             table = self.embeddings.word_embeddings.weight
             x = self.embeddings.packed(table, input_ids, position_ids, at.live)
             return self.transformer.packed(x, at, None, every=False, only=only, adapters=self._adapters(None))[-1]

@@ -330,8 +330,8 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 def is_unseen(device: torch.device) -> bool:
     """Whether a call is inference that nothing looks into: no compiler, transform, gradient, autocast, mode, profiler
-    or hook on every module. Then an op's form may be called as it is, without its checks and dispatch: on CPU that of
-    `cpu`, and where `runs_kernels` the one in `launches`."""
+    or hook on every module. Then an op's form may be called as it is, without its checks and dispatch, and without what
+    somebody has patched or registered in the op's place: on CPU that of `cpu`, and where `runs_kernels` a kernel's."""
     return (
         device.type in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
@@ -575,4 +575,4 @@ _unpack = _op(
     autocast=None,
 )
 
-launches: Any = SimpleNamespace(**{name: forms["cuda"] for name, forms in FORMS.items()})  # without checks and dispatch
+kernel_forms: Any = SimpleNamespace(**{name: forms["cuda"] for name, forms in FORMS.items()})  # see `is_unseen`

@@ -25,9 +25,9 @@ class Packing:
     target: int64 [batch * length], the packed row of each flat padded position, -1 where padded; None as above, and
         where the rows are exactly the live tokens.
     live: what row-wise ops are told of the live count: cu_seqlens, or None when no row is dead.
-    starts: the values of cu_seqlens, on CPU where every row is live and nothing looks into the call (see
-        `ops.is_unseen`).
-    launched: whether nothing looks into the call where the ops run kernels.
+    starts: the values of cu_seqlens, where blocks may call the ops' CPU forms as they are: every row is live and
+        nothing looks into the call (see `ops.is_unseen`).
+    launched: whether blocks may call the ops' kernels as they are.
     """
 
     batch: int
@@ -74,12 +74,11 @@ class Packing:
         return row, self.source[row] == flat
 
 
-def past_the_ops(device: torch.device) -> tuple[bool, bool]:
-    """Whether blocks may call the ops' CPU forms, or their kernels, as they are."""
+def past_the_ops(device: torch.device) -> str | None:
+    """Which of the ops' forms blocks may call as they are, "cpu" or "kernels"."""
     if not ops.is_unseen(device):
-        return False, False
-    launched = ops.runs_kernels(device)
-    return not launched and device.type == "cpu", launched
+        return None
+    return "kernels" if ops.runs_kernels(device) else "cpu" if device.type == "cpu" else None
 
 
 def find_rows(keep: Tensor | None, batch: int, length: int, device: torch.device) -> Packing:
@@ -93,16 +92,17 @@ def find_tokens(
     """`find_rows`, and the ids and positions of the rows, [rows] each. ids: [batch, length]; positions: [1 or batch,
     length]."""
     exact = can_look(device) and not torch.jit.is_tracing()
-    by_forms, launched = past_the_ops(device)
+    forms = past_the_ops(device)
+    launched = forms == "kernels"
     if keep is None or (exact and bool(keep.all())):
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-        starts = [b * length for b in range(batch + 1)] if by_forms else None
+        starts = [b * length for b in range(batch + 1)] if forms == "cpu" else None
         at = Packing(batch, length, cu_seqlens, length, starts=starts, launched=launched)
     elif exact:
         lengths = keep.sum(1, dtype=torch.int32)
         cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         source = keep.reshape(-1).nonzero().squeeze(1)
-        starts = cu_seqlens.tolist() if by_forms else None
+        starts = cu_seqlens.tolist() if forms == "cpu" else None
         at = Packing(batch, length, cu_seqlens, int(lengths.max()), source, starts=starts, launched=launched)
     else:
         cu_seqlens, source, target, *of_rows = ops.pack(keep, ids, positions)

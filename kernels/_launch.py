@@ -12,6 +12,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -42,8 +43,9 @@ class Launcher:
     blocks: of the first tensors, [rows, columns], which the kernel gets as descriptors of such tiles.
 
     Triton looks at every argument of every call for what it has compiled for its kind, which takes longer than small
-    kernels run. Here a call like one before, in all that Triton goes by, starts what that one had compiled. A tensor
-    at an odd address, a number beyond int32 and a profiler that wants to see each launch are left to Triton.
+    kernels run. Here a call like one before, in what differs between calls of ours, starts what that one had compiled:
+    a number is always of one type, and Triton's own settings count when a kind comes first. A tensor at an odd address,
+    a number beyond int32 and a profiler that wants to see each launch are left to Triton.
     """
 
     def __init__(self, kernel: Any, overlap: bool, blocks: Blocks, constants: dict[str, Any]):
@@ -51,6 +53,7 @@ class Launcher:
         # products and sums in one step, whatever Triton's default is
         self.constants = constants | {"enable_fp_fusion": True, "OVERLAP": overlap} | more
         self.kernel, self.blocks = kernel, blocks
+        self._is_compiled = isinstance(kernel, JITFunction)  # not interpreted
         self._specialised: Callable[[Sequence[float]], Any] | None = None  # picks the numbers that Triton compiles for
         self._compiled: dict[tuple, tuple] = {}
 
@@ -62,6 +65,7 @@ class Launcher:
             addresses |= address or 0
         if (
             device < 0
+            or not self._is_compiled
             or addresses % 16
             or max(numbers) >= INT32
             or self.kernel.pre_run_hooks
@@ -89,7 +93,7 @@ class Launcher:
         run(x, y, 1, stream, function, metadata, None, None, None, *at, *numbers, *rest)
 
     def _by_triton(self, grid: tuple[int, ...], tensors: Sequence[Any], numbers: Sequence[float]) -> Any:
-        tiles = [TensorDescriptor(t, [*t.shape], [*t.stride()], [*b]) for t, b in zip(tensors, self.blocks)]  # noqa: B905
+        tiles = [_tiles(t, block) for t, block in zip(tensors, self.blocks)]  # noqa: B905
         return self.kernel[grid](*tiles, *tensors[len(tiles) :], *numbers, **self.constants)
 
 
@@ -101,7 +105,8 @@ def _specialised(kernel: Any, tensors: int) -> Callable[[Sequence[float]], Any]:
 
 
 def _tiles(t: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """As TensorDescriptor makes it, without its checks, which the first call of a kind has passed."""
+    """A contiguous [rows, columns] in tiles. TensorDescriptor's own checks take as long as all else of a launch; the
+    driver has them, too."""
     new = object.__new__(TensorDescriptor)
-    new.base, new.shape, new.strides, new.block_shape = t, t.shape, t.stride(), block
+    new.base, new.shape, new.strides, new.block_shape = t, [*t.shape], (t.shape[1], 1), [*block]
     return new

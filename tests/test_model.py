@@ -416,6 +416,7 @@ def test_the_rest_of_the_surface():
         (lambda m, i, c: m.forward_packed(None, c, 9), TypeError, "input_ids must be a tensor, got NoneType"),
         (lambda m, i, c: m.forward_packed(i, None, 9), TypeError, "cu_seqlens must be a tensor, got NoneType"),
         (lambda m, i, c: m.forward_packed(i, c, "9"), TypeError, "max_seqlen must be an integer, got '9'"),
+        (lambda m, i, c: m.forward_packed(i, c, -1), ValueError, "max_seqlen is -1"),
         (lambda m, i, c: m.forward_packed(i, c, 9, only="first"), TypeError, "only must be a tensor, got str"),
         (
             lambda m, i, c: m.forward_packed(i, c, 9, only=torch.tensor([99])),

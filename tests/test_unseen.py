@@ -1,6 +1,8 @@
-"""Inference on CPU calls the ops' forms as they are, where nobody looks into the call: same bits, fewer steps."""
+"""Inference calls the ops' forms as they are, where nobody looks into the call: same bits, fewer steps. Those of CPU;
+kernels' are in tests/kernels."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistil import DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, cpu, ops
 from fastdistil.layers import TransformerBlock
-from fastdistil.packing import find_rows
+from fastdistil.packing import find_rows, past_the_ops
 from fastdistil.plain import to_eval
 from fastdistil.testing import cu_seqlens
 
@@ -34,6 +36,23 @@ def seen(call):
         patch.setattr(ops, "is_unseen", lambda device: False)
         patch.setattr(TransformerBlock, "_unseen", None)
         return call()
+
+
+def test_which_forms_may_be_called_on_a_gpu(monkeypatch):
+    gpu, meta, cpu_too = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
+    with torch.inference_mode():
+        for why_not, found in ((None, "kernels"), ("no compiler", None)):
+            said = {"cuda": why_not, "cpu": "no GPU", "meta": "no GPU"}
+            monkeypatch.setattr(ops._target, "why_not", lambda device, said=said: said[device.type])
+            assert [past_the_ops(device) for device in (gpu, meta, cpu_too)] == [found, None, "cpu"]
+        monkeypatch.setattr(ops._target, "why_not", lambda device: None)
+        assert past_the_ops(cpu_too) == "kernels"  # as in the interpreter
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert [past_the_ops(device) for device in (gpu, cpu_too)] == [None, "kernels"]
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert past_the_ops(gpu) is None  # a gradient could be asked for
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -209,7 +228,11 @@ def elsewhere(block):
     block.ffn.lin1.weight = nn.Parameter(block.ffn.lin1.weight.data.to("meta"))
 
 
-@pytest.mark.parametrize("change", [wider, norm_of_all, short_bias, narrow, mixed, elsewhere])
+def float_heads(block):
+    block.attention.n_heads = 3.0
+
+
+@pytest.mark.parametrize("change", [wider, norm_of_all, short_bias, narrow, mixed, elsewhere, float_heads])
 def test_what_the_ops_refuse_is_refused(change, unseen):
     """By name; torch would compute some of it."""
     model = DistilBertModel(DistilBertConfig(**TINY)).eval()
@@ -220,6 +243,27 @@ def test_what_the_ops_refuse_is_refused(change, unseen):
     with torch.inference_mode(), pytest.raises((ValueError, TypeError, KeyError)) as theirs:
         seen(lambda: model(IDS, KEEP))
     assert str(mine.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_that_their_memory_does_not_say_are_not_read_from_it(name, unseen):
+    """A kernel reads memory, where a negative view has the numbers of the opposite sign."""
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    norm = model.transformer.layer[1].sa_layer_norm
+    setattr(norm, name, nn.Parameter(torch._neg_view(getattr(norm, name).data - 0.5)))
+    with torch.inference_mode():
+        assert torch.equal(model(IDS, KEEP)[0], seen(lambda: model(IDS, KEEP)[0])) and len(unseen) == 2
+
+
+def test_rows_on_another_device_than_their_places_are_refused(unseen):
+    """As where somebody's own embeddings move them."""
+    model = DistilBertModel(DistilBertConfig(**TINY)).eval()
+    with torch.inference_mode():
+        at = find_rows(None, 1, 4, torch.device("cpu"))
+        at = dataclasses.replace(at, cu_seqlens=at.cu_seqlens.to("meta"))
+        with pytest.raises(ValueError, match="cu_seqlens is on meta, the rows are on cpu"):
+            model.transformer.layer[0].packed(torch.randn(4, 48), at)
+    assert not unseen
 
 
 def test_a_part_that_is_no_module_is_called():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdistil import ops
-from fastdistil.kernels import _configs, _gemm
+from fastdistil.kernels import _configs, _gemm, _launch
 from fastdistil.testing import cu_seqlens, hold_to_definition
 
 ROWS = [1, 3, 63, 65, 127, 129, 300]
@@ -55,6 +55,16 @@ def test_relu_keeps_a_nan(device):
 def test_qkv_is_one_product(dtype, device):
     x, w, b = arguments(65, 96, 3 * 96, dtype, device)
     hold_to_definition("qkv_projection", x, w, b, cu_seqlens([65], device), live=65, dead=9)
+
+
+def test_a_row_alone_may_have_any_stride(device, modes, monkeypatch):
+    """To torch it is contiguous, to a tensor descriptor rows of 130 bytes would be an error."""
+    modes.batch_invariant = True
+    monkeypatch.setattr(_launch, "_device_of", lambda t: 0)  # interpreted kernels take tensors of a GPU, too
+    x, w, b = arguments(1, 65, 64, torch.float16, device)
+    x = x[:, :64]
+    assert x.stride() == (65, 1) and x.is_contiguous()
+    hold_to_definition("linear", x, w[:, :64].contiguous(), b)
 
 
 def needs_tma(family, device):

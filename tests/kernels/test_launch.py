@@ -13,6 +13,8 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from fastdistil import DistilBertConfig, DistilBertModel, ops
+from fastdistil._register import FORMS
 from fastdistil.kernels import _configs, _launch
 from fastdistil.kernels._launch import Launcher
 from fastdistil.kernels._target import interpreted, missing_compiler
@@ -83,7 +85,7 @@ def test_the_driver_is_handed_what_triton_hands_it(name, overlap, driver, modes,
         driver.expect(by_triton(self, grid, tensors, numbers))
         by_triton(self, grid, tensors, numbers)
         expected = driver.last
-        assert len(expected) > 32 + 8 * len(tensors)  # the grid and the like, a pointer for each, and numbers
+        assert len(expected) > 36 + 8 * len(tensors)  # the grid and the like, a pointer for each, and numbers
         mine(self, grid, tensors, numbers)  # of its kind the first
         with patch.object(Launcher, "_by_triton", refuse):
             before = driver.launches
@@ -105,6 +107,37 @@ def test_every_kernel_is_among_the_calls(driver, monkeypatch):
     modules = _gemm, attention, layer_norm, packing, pooling
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
     assert launched == {kernel.__name__ for kernel in kernels if "OVERLAP" in kernel.arg_names} - {"begin"}
+
+
+@pytest.mark.parametrize("size", [(1, 16), (4, 128), (48, 128)], ids=str)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_model_launches_past_the_ops_what_they_launch(batch_invariant, size, driver, modes, monkeypatch):
+    modes.batch_invariant = batch_invariant
+    for name, forms in FORMS.items():
+        monkeypatch.setattr(ops, f"_{name}", forms["cuda"])
+    for module in ("ops", "packing", "inputs", "model"):
+        monkeypatch.setattr(f"fastdistil.{module}.can_look", lambda device: False)
+    torch.manual_seed(0)
+    model = DistilBertModel(DistilBertConfig(vocab_size=99, n_layers=1)).half().eval()
+    model.transformer.layer[0].sa_layer_norm.eps = 1e-5
+    ids, launched, mine = torch.ones(size, dtype=torch.int64), [], Launcher.__call__
+
+    def record(self, grid, tensors, numbers):
+        kinds = [None if t is None else (t.shape, t.dtype) for t in tensors]
+        launched.append((self.kernel.__name__, self.constants, grid, kinds, numbers))
+        return mine(self, grid, tensors, numbers)
+
+    monkeypatch.setattr(Launcher, "__call__", record)
+    with torch.inference_mode():
+        for mask in (torch.ones_like(ids), None):
+            launched.clear()
+            model(ids, mask)
+            direct = launched.copy()
+            launched.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(ops, "is_unseen", lambda device: False)
+                model(ids, mask)
+            assert launched == direct and len(direct) == (10 if mask is not None else 8)
 
 
 def test_another_kind_of_call_is_compiled_for_itself(driver):
