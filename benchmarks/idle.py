@@ -4,8 +4,11 @@ So a launch is all that it is on the host: kernels are compiled and loaded, desc
 handed over. What is handed over can be looked at, and how long that takes can be measured. Nothing is computed.
 """
 
+import atexit
 import ctypes
+import functools
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +28,7 @@ SOURCE = Path(__file__).with_name("idle_driver.c")
 WIDTHS = {"i1": 4, "i8": 1, "i32": 4, "i64": 8, "fp32": 4}  # bytes that a launcher hands over; of pointers 8
 TENSOR_MAP = 128
 STREAM = 77  # its number
-_entered = False
+_archs: set[int] = set()  # that this process has loaded kernels of
 
 
 class Idle:
@@ -75,25 +78,33 @@ class _Driver(nvidia.CudaDriver):
         self.get_device_capability = lambda device: divmod(arch, 10)
 
 
+@functools.cache
+def _stand_in() -> tuple[Idle, str]:
+    """The library, which stays loaded, and where it is."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = Path(folder, "libcuda.so.1")
+    headers = Path(nvidia.__file__).with_name("include")
+    command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    subprocess.run([*command, f"-I{headers}", str(SOURCE), "-o", str(library)], check=True)
+    return Idle(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)), folder  # found by its name from now on
+
+
 @contextmanager
 def idle_driver(arch: int = 90, processors: int = 132) -> Iterator[Idle]:
     """Within, kernels are launched with CPU tensors as if these were on device 0, and nothing runs.
 
-    Needs a C compiler. Raises RuntimeError where there is a GPU, whose driver would be in its place, and in a process
-    that has had one, whose library and binaries stay.
+    Needs a C compiler. Raises RuntimeError where there is a GPU, whose driver would be in its place, and for a second
+    architecture in a process, for the binaries of the first one stay.
     """
-    global _entered
-    if torch.cuda.is_available() or _entered:
-        raise RuntimeError("there is a GPU's driver, or has been a stand-in for one; start another process")
-    _entered = True
+    if torch.cuda.is_available():
+        raise RuntimeError("this machine has a GPU: a stand-in for its driver would come in its way")
+    if _archs - {arch}:
+        raise RuntimeError(f"this process has kernels of sm_{next(iter(_archs))}; start another one for sm_{arch}")
+    _archs.add(arch)
+    idle, folder = _stand_in()
     caches = nvidia.libcuda_dirs, nvidia.library_dirs
     with ExitStack() as within:
-        folder = within.enter_context(tempfile.TemporaryDirectory())
-        library = Path(folder, "libcuda.so.1")
-        headers = Path(nvidia.__file__).with_name("include")
-        command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
-        subprocess.run([*command, f"-I{headers}", str(SOURCE), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # found by its name from now on
         within.enter_context(patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder))
         for cache in caches:
             cache.cache_clear()
@@ -105,4 +116,4 @@ def idle_driver(arch: int = 90, processors: int = 132) -> Iterator[Idle]:
         within.enter_context(patch.object(_target, "why_not", lambda device: None))
         _configs._gemm.cache_clear()
         within.callback(_configs._gemm.cache_clear)
-        yield Idle(loaded)
+        yield idle

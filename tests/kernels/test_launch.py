@@ -207,6 +207,15 @@ def test_what_is_left_to_triton(driver, monkeypatch):
     assert not is_left()
 
 
+def test_one_architecture_a_process(driver):
+    before = driver.launches
+    with idle.idle_driver() as again:
+        layer_norm.add_layer_norm(zeros(16, 768), zeros(16, 768), VECTOR, VECTOR, 1e-5)
+    assert again.launches == driver.launches == before + 1
+    with pytest.raises(RuntimeError, match="this process has kernels of sm_90"), idle.idle_driver(80):
+        pass
+
+
 def test_what_the_driver_refuses_is_an_error(driver):
     how = _configs.GemmLaunch(_configs.GEMM[90]["half", "many"], "ieee", True, 132)
     launch, numbers = _gemm._tma(how, "none", 8, overlap=False), (0, 128, 128, 64, 1)
