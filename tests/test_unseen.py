@@ -228,11 +228,15 @@ def elsewhere(block):
     block.ffn.lin1.weight = nn.Parameter(block.ffn.lin1.weight.data.to("meta"))
 
 
+def mixed_bias(block):
+    block.ffn.lin1.bias.data = block.ffn.lin1.bias.data.half()
+
+
 def float_heads(block):
     block.attention.n_heads = 3.0
 
 
-@pytest.mark.parametrize("change", [wider, norm_of_all, short_bias, narrow, mixed, elsewhere, float_heads])
+@pytest.mark.parametrize("change", [wider, norm_of_all, short_bias, narrow, mixed, mixed_bias, elsewhere, float_heads])
 def test_what_the_ops_refuse_is_refused(change, unseen):
     """By name; torch would compute some of it."""
     model = DistilBertModel(DistilBertConfig(**TINY)).eval()
