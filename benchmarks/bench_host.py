@@ -5,7 +5,6 @@ Triton's own look at every argument, and transformers' DistilBERT on CPU with on
 leaves its dispatch and hardly anything to compute. What a driver needs for a launch is in neither.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from statistics import median
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.idle import idle_driver
+from benchmarks.timing import microseconds
 from fastdistil import DistilBertConfig, DistilBertModel, ops
 from fastdistil._register import FORMS
 from fastdistil.kernels._launch import Launcher
@@ -72,10 +72,7 @@ def bench_host(size, driver, benchmark):
                 if name == "through the ops":
                     _through_the_ops(within)
                 call()
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    call()
-                times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+                times[name].append(microseconds(call, CALLS))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

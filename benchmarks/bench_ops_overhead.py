@@ -3,13 +3,13 @@
 The scale is a bare op by the same scheme on the same machine, with nothing but define and impl.
 """
 
-import time
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing import microseconds
 from fastdistil import ops
 from fastdistil._register import register
 
@@ -37,10 +37,7 @@ def bench_a_registered_op(benchmark):
 
     def once():  # all of them in every round, for the machine is shared
         for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+            times[name].append(microseconds(call, CALLS))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -41,6 +41,14 @@ class Timing:
         return {"median_us": middle * 1e6, "iqr_us": (high - low) * 1e6, "samples_us": [s * 1e6 for s in self.samples]}
 
 
+def microseconds(call: Run, calls: int) -> float:
+    """A call's, of so many."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls * 1e6
+
+
 OVERLAPPED = "fastdistil, captured graph, overlapped"  # a trial: no user gets it
 
 
