@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
 
     two = commands.add_parser("search", help="find the texts of an index nearest to a query")
     two.set_defaults(command=search)
-    two.add_argument("--index", required=True, type=Path, help="directory written by fastdistil embed")
+    two.add_argument("--index", required=True, type=to_directory, help="directory written by fastdistil embed")
     two.add_argument("--model", help="checkpoint (default: the one the index was made with)")
     two.add_argument("--top-k", type=positive, default=3)
     two.add_argument("--json", action="store_true", help="print a JSON object a query")
@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
 
     seven = commands.add_parser("merge", help="join the shards of a job")
     seven.set_defaults(command=join)
-    seven.add_argument("shards", nargs="+", type=Path, help="their directories, or the one they lie in")
+    seven.add_argument("shards", nargs="+", type=to_directory, help="their directories, or the one they lie in")
     seven.add_argument("--output", required=True, type=to_directory)
     seven.add_argument("--overwrite", action="store_true", help="replace what a job wrote there")
     seven.add_argument("--quiet", action="store_true", help="nothing on standard error but errors")

@@ -1420,6 +1420,13 @@ def test_an_output_without_a_name(checkpoint, tmp_path, capsys):
     assert "--output: it is empty; is a variable unset?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["merge", "", "--output", "o"], ["search", "--index", "", "query"]], ids=str)
+def test_a_directory_without_a_name_is_not_the_current_one(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 2 and "it is empty; is a variable unset?" in capsys.readouterr().err
+
+
 def test_errors_as_json(checkpoint, tmp_path, capsys):
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}])
     assert embed(checkpoint, "--input", path, "--output", tmp_path / "o", "--json-logs") == 1
