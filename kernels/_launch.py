@@ -26,6 +26,7 @@ def begin(OVERLAP: tl.constexpr):
 
 
 INT32 = 2**31
+LOOKED_AT = ("3.6.", "3.7.", "3.8.", "3.9.")  # versions of Triton whose launches are as `Launcher` makes them
 Blocks = tuple[tuple[int, int], ...]
 _device_of: Callable[[Tensor], int] = torch.Tensor.get_device  # -1 where there is none to launch on
 
@@ -45,7 +46,7 @@ class Launcher:
     Triton looks at every argument of every call for what it has compiled for its kind, which takes longer than small
     kernels run. Here a call like one before, in what differs between calls of ours, starts what that one had compiled:
     a number is always of one type, and Triton's own settings count when a kind comes first. A tensor at an odd address,
-    a number beyond int32 and a profiler that wants to see each launch are left to Triton.
+    a number beyond int32, a profiler that wants to see each launch and a new version are left to Triton.
     """
 
     def __init__(self, kernel: Any, overlap: bool, blocks: Blocks, constants: dict[str, Any]):
@@ -53,7 +54,8 @@ class Launcher:
         # products and sums in one step, whatever Triton's default is
         self.constants = constants | {"enable_fp_fusion": True, "OVERLAP": overlap} | more
         self.kernel, self.blocks = kernel, blocks
-        self._is_compiled = isinstance(kernel, JITFunction)  # not interpreted
+        # not interpreted, nor by a Triton that nobody has looked at
+        self._is_known = isinstance(kernel, JITFunction) and triton.__version__.startswith(LOOKED_AT)
         self._specialised: Callable[[Sequence[float]], Any] | None = None  # picks the numbers that Triton compiles for
         self._compiled: dict[tuple, tuple] = {}
 
@@ -65,7 +67,7 @@ class Launcher:
             addresses |= address or 0
         if (
             device < 0
-            or not self._is_compiled
+            or not self._is_known
             or addresses % 16
             or max(numbers) >= INT32
             or self.kernel.pre_run_hooks
@@ -93,7 +95,8 @@ class Launcher:
         run(x, y, 1, stream, function, metadata, None, None, None, *at, *numbers, *rest)
 
     def _by_triton(self, grid: tuple[int, ...], tensors: Sequence[Any], numbers: Sequence[float]) -> Any:
-        tiles = [_tiles(t, block) for t, block in zip(tensors, self.blocks)]  # noqa: B905
+        described = zip(tensors, self.blocks)  # noqa: B905
+        tiles = [TensorDescriptor(t, [*t.shape], [t.shape[1], 1], [*block]) for t, block in described]
         return self.kernel[grid](*tiles, *tensors[len(tiles) :], *numbers, **self.constants)
 
 
@@ -105,8 +108,7 @@ def _specialised(kernel: Any, tensors: int) -> Callable[[Sequence[float]], Any]:
 
 
 def _tiles(t: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """A contiguous [rows, columns] in tiles. TensorDescriptor's own checks take as long as all else of a launch; the
-    driver has them, too."""
+    """A contiguous [rows, columns] in tiles, without TensorDescriptor's own checks, for the driver has them, too."""
     new = object.__new__(TensorDescriptor)
-    new.base, new.shape, new.strides, new.block_shape = t, [*t.shape], (t.shape[1], 1), [*block]
+    new.base, new.shape, new.strides, new.block_shape = t, t.shape, (t.shape[1], 1), block
     return new

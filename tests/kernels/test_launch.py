@@ -202,6 +202,12 @@ def test_what_is_left_to_triton(driver, monkeypatch):
         assert not is_left()
     with patch.object(kernel, "pre_run_hooks", [lambda *args, **kwargs: None]):
         assert is_left()
+    with patch.object(triton, "__version__", "3.99.0"):  # of which nobody knows how it launches
+        newer = Launcher(kernel, False, (), launch.constants)
+        assert not newer._is_known and launch._is_known
+        monkeypatch.setattr(launch, "_is_known", newer._is_known)
+        assert is_left() and is_left()
+        monkeypatch.setattr(launch, "_is_known", True)
     with patch.object(_launch, "_device_of", lambda tensor: 1):
         assert is_left() and not is_left()  # another device has its own binary
     assert not is_left()
