@@ -101,8 +101,8 @@ def idle_driver(arch: int = 90, processors: int = 132) -> Iterator[Idle]:
         raise RuntimeError("this machine has a GPU: a stand-in for its driver would come in its way")
     if _archs - {arch}:
         raise RuntimeError(f"this process has kernels of sm_{next(iter(_archs))}; start another one for sm_{arch}")
-    _archs.add(arch)
     idle, folder = _stand_in()
+    _archs.add(arch)
     caches = nvidia.libcuda_dirs, nvidia.library_dirs
     with ExitStack() as within:
         within.enter_context(patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder))

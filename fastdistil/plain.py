@@ -91,7 +91,9 @@ def weights_of(modules: Iterable[Any], kind: type[nn.Module], like: Tensor) -> l
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if not (type(weight) is type(bias) is nn.Parameter and weight.dtype is bias.dtype is dtype):
             return None
-        if weight.device != device or bias.device != device or weight.layout is not torch.strided:
+        if weight.device != device or bias.device != device:
+            return None
+        if not weight.layout is bias.layout is torch.strided:
             return None
         if weight.is_neg() or bias.is_neg():  # a view whose numbers are not what its memory says
             return None

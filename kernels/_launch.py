@@ -69,7 +69,7 @@ class Launcher:
             device < 0
             or not self._is_known
             or addresses % 16
-            or max(numbers) >= INT32
+            or max(numbers, default=0) >= INT32
             or self.kernel.pre_run_hooks
             or getattr(runtime.launch_enter_hook, "calls", True)
             or getattr(runtime.launch_exit_hook, "calls", True)

@@ -232,19 +232,29 @@ def mixed_bias(block):
     block.ffn.lin1.bias.data = block.ffn.lin1.bias.data.half()
 
 
+def sparse(block):
+    block.ffn.lin1.weight = nn.Parameter(block.ffn.lin1.weight.data.to_sparse())
+
+
+def sparse_bias(block):
+    block.ffn.lin1.bias = nn.Parameter(block.ffn.lin1.bias.data.to_sparse())
+
+
 def float_heads(block):
     block.attention.n_heads = 3.0
 
 
-@pytest.mark.parametrize("change", [wider, norm_of_all, short_bias, narrow, mixed, mixed_bias, elsewhere, float_heads])
+@pytest.mark.parametrize(
+    "change", [wider, norm_of_all, short_bias, narrow, mixed, mixed_bias, elsewhere, sparse, sparse_bias, float_heads]
+)
 def test_what_the_ops_refuse_is_refused(change, unseen):
     """By name; torch would compute some of it."""
     model = DistilBertModel(DistilBertConfig(**TINY)).eval()
     change(model.transformer.layer[1])
-    with torch.inference_mode(), pytest.raises((ValueError, TypeError, KeyError)) as mine:
+    with torch.inference_mode(), pytest.raises((ValueError, TypeError, KeyError, NotImplementedError)) as mine:
         model(IDS, KEEP)
     assert len(unseen) == 1
-    with torch.inference_mode(), pytest.raises((ValueError, TypeError, KeyError)) as theirs:
+    with torch.inference_mode(), pytest.raises((ValueError, TypeError, KeyError, NotImplementedError)) as theirs:
         seen(lambda: model(IDS, KEEP))
     assert str(mine.value) == str(theirs.value)
 
