@@ -27,8 +27,7 @@ from fastdistil.kernels import _configs, _launch, _target
 SOURCE = Path(__file__).with_name("idle_driver.c")
 WIDTHS = {"i1": 4, "i8": 1, "i32": 4, "i64": 8, "fp32": 4}  # bytes that a launcher hands over; of pointers 8
 TENSOR_MAP = 128
-STREAM = 77  # its number
-_archs: set[int] = set()  # that this process has loaded kernels of
+ARCH, PROCESSORS, STREAM = 90, 132, 77  # an H200's; the stream is a number
 
 
 class Idle:
@@ -43,11 +42,6 @@ class Idle:
     @property
     def launches(self) -> int:
         return self._number("launches").value
-
-    @property
-    def maps(self) -> int:
-        """Tensor maps made, of which a descriptor needs one a launch."""
-        return self._number("maps").value
 
     def expect(self, compiled: CompiledKernel) -> None:
         """Keep the parameters of this kernel's launches from now on."""
@@ -71,11 +65,11 @@ class Idle:
 
 
 class _Driver(nvidia.CudaDriver):
-    def __init__(self, arch: int):
+    def __init__(self) -> None:
         super().__init__()
         self.get_current_device = lambda: 0
         self.get_current_stream = lambda device: STREAM
-        self.get_device_capability = lambda device: divmod(arch, 10)
+        self.get_device_capability = lambda device: divmod(ARCH, 10)
 
 
 @functools.cache
@@ -85,33 +79,30 @@ def _stand_in() -> tuple[Idle, str]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = Path(folder, "libcuda.so.1")
     headers = Path(nvidia.__file__).with_name("include")
-    command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    compiler = os.environ.get("CC") or shutil.which("gcc") or "clang"
+    command = [compiler, "-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
     subprocess.run([*command, f"-I{headers}", str(SOURCE), "-o", str(library)], check=True)
     return Idle(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)), folder  # found by its name from now on
 
 
 @contextmanager
-def idle_driver(arch: int = 90, processors: int = 132) -> Iterator[Idle]:
-    """Within, kernels are launched with CPU tensors as if these were on device 0, and nothing runs.
+def idle_driver() -> Iterator[Idle]:
+    """Within, kernels are launched with CPU tensors as if these were on an H200, and nothing runs.
 
-    Needs a C compiler. Raises RuntimeError where there is a GPU, whose driver would be in its place, and for a second
-    architecture in a process, for the binaries of the first one stay.
+    Needs a C compiler. Raises RuntimeError where there is a GPU, whose driver would be in its place.
     """
     if torch.cuda.is_available():
         raise RuntimeError("this machine has a GPU: a stand-in for its driver would come in its way")
-    if _archs - {arch}:
-        raise RuntimeError(f"this process has kernels of sm_{next(iter(_archs))}; start another one for sm_{arch}")
     idle, folder = _stand_in()
-    _archs.add(arch)
     caches = nvidia.libcuda_dirs, nvidia.library_dirs
     with ExitStack() as within:
         within.enter_context(patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder))
         for cache in caches:
             cache.cache_clear()
             within.callback(cache.cache_clear)
-        within.enter_context(patch.object(driver, "_active", _Driver(arch)))
-        within.enter_context(patch.object(_configs, "architecture", lambda device: arch))
-        within.enter_context(patch.object(_configs, "processors", lambda device: processors))
+        within.enter_context(patch.object(driver, "_active", _Driver()))
+        within.enter_context(patch.object(_configs, "architecture", lambda device: ARCH))
+        within.enter_context(patch.object(_configs, "processors", lambda device: PROCESSORS))
         within.enter_context(patch.object(_launch, "_device_of", lambda tensor: 0))
         within.enter_context(patch.object(_target, "why_not", lambda device: None))
         _configs._gemm.cache_clear()
